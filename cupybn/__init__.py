@@ -1,0 +1,58 @@
+"""Batch normalization for array frameworks: layers, a stateless form, and synchronisation over MPI.
+
+Importing this imports NumPy only; mpi4py is imported when a communicator is first needed.
+"""
+
+from . import communicators, distributed, functional
+from .communicators import SelfCommunicator
+from .errors import (
+    CheckpointError,
+    CollectiveMismatchError,
+    CollectiveTimeoutError,
+    CupyBNError,
+    DeviceError,
+    DTypeError,
+    PeerError,
+    ShapeError,
+    StateDictError,
+)
+from .layers import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    Layer,
+    LoadResult,
+    Sequential,
+    StateDict,
+    SyncBatchNorm,
+    convert_sync_batchnorm,
+    revert_sync_batchnorm,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "CheckpointError",
+    "CollectiveMismatchError",
+    "CollectiveTimeoutError",
+    "CupyBNError",
+    "DTypeError",
+    "DeviceError",
+    "Layer",
+    "LoadResult",
+    "PeerError",
+    "Sequential",
+    "SelfCommunicator",
+    "ShapeError",
+    "StateDict",
+    "StateDictError",
+    "SyncBatchNorm",
+    "communicators",
+    "convert_sync_batchnorm",
+    "distributed",
+    "functional",
+    "revert_sync_batchnorm",
+]

@@ -1,0 +1,213 @@
+"""Whose array is it: NumPy's or CuPy's, of which dtype, and how it looks as (N, C, L)."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from math import prod
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+
+from .errors import DeviceError, DTypeError, ShapeError
+
+Array: TypeAlias = Any
+"""A ``numpy.ndarray`` or a ``cupy.ndarray``."""
+
+_CPU_DEVICES = (1, 3)  # DLPack's kDLCPU and kDLCUDAHost
+_PARAMETER_DTYPES = {
+    "float16": "float32",
+    "bfloat16": "float32",
+    "float32": "float32",
+    "float64": "float64",
+}
+
+
+def is_cupy(x: object) -> bool:
+    """Whether x is a CuPy array; never imports CuPy."""
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(x, cast(type, cupy.ndarray))
+
+
+def as_array(x: object, what: str = "input") -> Array:
+    """x as a NumPy or CuPy array, without a copy.
+
+    Takes NumPy and CuPy arrays, DLPack, ``__cuda_array_interface__`` and ``__array__``.
+
+    Raises:
+        DTypeError: x is none of these (a list, a number, ...).
+        DeviceError: x lives on a device that needs CuPy, and CuPy is not installed.
+    """
+    if isinstance(x, np.ndarray):
+        return np.asarray(x)
+    if is_cupy(x):
+        return x
+    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
+        if x.__dlpack_device__()[0] in _CPU_DEVICES:
+            return np.from_dlpack(x)
+        return _cupy_for(what).from_dlpack(x)
+    if hasattr(x, "__cuda_array_interface__"):
+        return _cupy_for(what).asarray(x)
+    if hasattr(x, "__array__"):
+        return np.asarray(x)
+    raise DTypeError(
+        f"{what} must be a NumPy or CuPy array, or offer DLPack, __cuda_array_interface__ or "
+        f"__array__; got {type(x).__name__}"
+    )
+
+
+def _cupy_for(what: str) -> Any:
+    try:
+        import cupy  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise DeviceError(
+            f"{what} is on a CUDA device, which needs CuPy: pip install 'cupybn[cuda13]' or "
+            "'cupybn[cuda12]'"
+        ) from error
+    return cupy
+
+
+def device_of(x: Array) -> str:
+    """``"cpu"``, or ``"cuda:<n>"`` for a CuPy array."""
+    return f"cuda:{x.device.id}" if is_cupy(x) else "cpu"
+
+
+def check_device(device: str | None) -> str:
+    """The canonical name of a ``device=`` argument: ``"cpu"`` for None.
+
+    Raises:
+        DeviceError: there is no such device, or this version cannot compute on it.
+    """
+    if device is None or device == "cpu":
+        return "cpu"
+    if isinstance(device, str) and (device == "cuda" or device.startswith("cuda:")):
+        raise DeviceError(
+            f"device {device!r}: this version of cupybn computes on the CPU only, it has no CUDA "
+            "backend yet; use device='cpu'"
+        )
+    raise DeviceError(f"device must be None or 'cpu', got {device!r}")
+
+
+def parameter_dtype(dtype: Any) -> np.dtype[Any]:
+    """The dtype of parameters and running statistics, and of the arithmetic, for data of `dtype`.
+
+    float16, bfloat16 and float32 data go with float32, float64 data with float64.
+
+    Raises:
+        DTypeError: any other dtype, integers and non-native byte orders included.
+    """
+    dtype = np.dtype(dtype)
+    name = _PARAMETER_DTYPES.get(dtype.name)
+    if name is None or not dtype.isnative:
+        raise DTypeError(
+            f"unsupported dtype {dtype}: batch norm takes float16, bfloat16, float32 and float64"
+        )
+    return np.dtype(name)
+
+
+def is_floating(dtype: Any) -> bool:
+    """Whether dtype is a floating one, bfloat16 included (NumPy calls its kind "V")."""
+    dtype = np.dtype(dtype)
+    return bool(dtype.kind == "f" or dtype.name == "bfloat16")
+
+
+def copy_to_host(x: Array) -> np.ndarray[Any, Any]:
+    """A new NumPy array with the values of x, C-contiguous."""
+    host = x.get() if is_cupy(x) else x
+    return np.array(host, order="C", copy=True)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an array of `shape` is seen as a C-contiguous (N, C, L) array.
+
+    Rows (memory N, C, spatial) become (N, C, L); columns (channels-last memory) and 2-D arrays
+    become (N * spatial, C, 1).
+    """
+
+    shape: tuple[int, ...]
+    channel_axis: int
+    columns: bool
+
+    @property
+    def channels(self) -> int:
+        return self.shape[self.channel_axis]
+
+    @property
+    def _others(self) -> tuple[int, ...]:
+        axis = self.channel_axis
+        return self.shape[:axis] + self.shape[axis + 1 :]
+
+    @property
+    def shape3(self) -> tuple[int, int, int]:
+        n, *spatial = self._others
+        if self.columns:
+            return n * prod(spatial), self.channels, 1
+        return n, self.channels, prod(spatial)
+
+    def view(self, x: Array) -> Array:
+        """x as (N, C, L): a view where its memory allows, else one copy."""
+        axis_in_memory = len(self.shape) - 1 if self.columns else 1
+        in_order = np.moveaxis(x, self.channel_axis, axis_in_memory) if x.ndim > 2 else x
+        if not in_order.flags.c_contiguous:
+            in_order = in_order.copy(order="C")
+        return in_order.reshape(self.shape3)
+
+    def restore(self, x3: Array) -> Array:
+        """The (N, C, L) array as an array of `shape`: always a view."""
+        if len(self.shape) == 2:
+            return x3.reshape(self.shape)
+        n, *spatial = self._others
+        if self.columns:
+            memory = x3.reshape((n, *spatial, self.channels))
+            return np.moveaxis(memory, -1, self.channel_axis)
+        memory = x3.reshape((n, self.channels, *spatial))
+        return np.moveaxis(memory, 1, self.channel_axis)
+
+
+def layout_of(x: Array, channel_axis: int) -> Layout:
+    """The layout of x, found from its strides; `channel_axis` is 1 or -1.
+
+    An array in neither memory order gets the one of its own shape: rows for channel_axis 1,
+    columns for -1.
+
+    Raises:
+        ShapeError: x has fewer than two dimensions.
+    """
+    if x.ndim < 2:
+        raise ShapeError(f"expected at least 2D input (got {x.ndim}D input)")
+    axis = channel_axis % x.ndim
+    own = x.flags.c_contiguous
+    if own or x.ndim == 2:
+        return Layout(x.shape, axis, columns=axis == x.ndim - 1)
+    other_columns = axis == 1
+    other = np.moveaxis(x, axis, -1 if other_columns else 1)
+    if other.flags.c_contiguous:
+        return Layout(x.shape, axis, columns=other_columns)
+    return Layout(x.shape, axis, columns=axis == x.ndim - 1)
+
+
+def check_channel_axis(channel_axis: int) -> int:
+    """channel_axis itself if it is 1 or -1, else ValueError."""
+    if channel_axis not in (1, -1):
+        raise ValueError(f"channel_axis must be 1 or -1, got {channel_axis!r}")
+    return channel_axis
+
+
+def overlap(a: Array, b: Array) -> bool:
+    """Whether two arrays share memory; True where that is too costly to decide."""
+    if is_cupy(a) or is_cupy(b):
+        return bool(device_of(a) == device_of(b) and sys.modules["cupy"].may_share_memory(a, b))
+    try:
+        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def same_memory(a: Array, b: Array) -> bool:
+    """Whether two arrays have the same elements at the same addresses."""
+    if is_cupy(a) != is_cupy(b) or a.shape != b.shape or a.strides != b.strides:
+        return False
+    if is_cupy(a):
+        return bool(a.data.ptr == b.data.ptr)
+    return bool(a.ctypes.data == b.ctypes.data)

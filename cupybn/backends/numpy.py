@@ -1,0 +1,286 @@
+"""The five primitives in NumPy: the readable reference, and the path that needs no extra.
+
+Data are (N, C, L) arrays; everything per channel is (C,) float64. 16- and 32-bit data are computed
+in float32, float64 data in float64. The work goes block by block: a block's temporaries stay in
+the cache, and no float32 partial sum runs over more than one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays import parameter_dtype
+from ..statistics import BackwardSums, Moments
+
+Data = NDArray[Any]
+PerChannel = NDArray[np.float64]
+Part = tuple[slice, slice, slice]
+_Function = TypeVar("_Function", bound=Any)
+
+_BLOCK = 1 << 17  # elements: three float32 temporaries of this size fit in a 2 MB L2 cache
+_ROWS = 1024  # of columns, L == 1, in one float32 sum
+
+
+def _quiet(primitive: _Function) -> _Function:
+    """Without NumPy's floating point warnings: NaN and Inf pass through, in their channel alone."""
+
+    @wraps(primitive)
+    def quiet(*args: Any, **kwargs: Any) -> Any:
+        with np.errstate(all="ignore"):
+            return primitive(*args, **kwargs)
+
+    return cast(_Function, quiet)
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[Part]:
+    """Pieces of an (N, C, L) array with all channels and about _BLOCK elements each."""
+    n, c, length = shape
+    samples = max(1, _BLOCK // max(1, c * length))
+    if length == 1:
+        samples = min(samples, _ROWS)
+    run = max(1, _BLOCK // c) if samples == 1 else length
+    everything = slice(None)
+    for i in range(0, n, samples):
+        for j in range(0, length, max(1, run)):
+            yield slice(i, i + samples), everything, slice(j, j + run)
+
+
+def _channel_sums(a: Data, b: Data | None = None) -> PerChannel:
+    """Sums of a, or of a * b, over the first and last axis of one block: (C,) float64."""
+    n, _, length = a.shape
+    if length == 1:
+        a = a[:, :, 0]
+        sums = np.ones(n, a.dtype) @ a if b is None else np.einsum("nc,nc->c", a, b[:, :, 0])
+        return sums.astype(np.float64)
+    rows = a @ np.ones(length, a.dtype) if b is None else np.vecdot(a, b)
+    return cast(PerChannel, rows.sum(axis=0, dtype=np.float64))
+
+
+class _Affine(NamedTuple):
+    """``(x - mean) * invstd * weight + bias`` as ``(x - high) * scale + shift``, (C, 1) each.
+
+    The mean is split into `high`, its value in the dtype of the arithmetic, and `low`, the rest;
+    `low` goes into `shift` in float64, so that no digit of it is lost and no pass over x is spent.
+    """
+
+    high: Data
+    low: PerChannel
+    scale: Data
+    shift: Data
+
+    @staticmethod
+    def of(
+        x3: Data, mean: PerChannel, invstd: PerChannel, weight: Data | None, bias: Data | None
+    ) -> _Affine:
+        dtype = parameter_dtype(x3.dtype)
+        high = mean.astype(dtype)
+        low = mean - high
+        scale = invstd if weight is None else invstd * weight
+        shift = -low * scale if bias is None else bias - low * scale
+        return _Affine(
+            high[:, None], low, scale.astype(dtype)[:, None], shift.astype(dtype)[:, None]
+        )
+
+    def apply(self, block: Data) -> Data:
+        """y of one block, before residual and activation, in the dtype of the arithmetic."""
+        y = block - self.high
+        y *= self.scale
+        y += self.shift
+        return y
+
+
+@_quiet
+def batch_moments(x3: Data) -> Moments:
+    """Count, mean and m2 of each channel of an (N, C, L) array.
+
+    Every block has its own pivot, its mean in low precision, about which the sums are taken;
+    blocks are merged in float64. Constants give an m2 of exactly 0, because deviations are first
+    taken from a value of the channel.
+    """
+    dtype = parameter_dtype(x3.dtype)
+    c = x3.shape[1]
+    moments = Moments(0, np.zeros(c), np.zeros(c))
+    for part in _blocks(x3.shape):
+        block = x3[part].astype(dtype, copy=False)
+        count = block.shape[0] * block.shape[2]
+        if count == 0:
+            continue
+        first = block[0, :, 0]
+        rough = _channel_sums(block - first[:, None]) / count
+        pivot = (first + rough).astype(dtype)
+        deviation = block - pivot[:, None]
+        mean = _channel_sums(deviation) / count
+        m2 = _channel_sums(deviation, deviation) - count * mean * mean
+        moments = moments.merge(Moments(count, pivot + mean, m2))
+    return moments
+
+
+@_quiet
+def finalize_moments(
+    moments: Moments,
+    eps: float,
+    *,
+    running: tuple[Data, Data] | None = None,
+    factor: float = 0.0,
+) -> tuple[PerChannel, PerChannel, PerChannel]:
+    """(mean, biased variance, invstd), (C,) float64 each, of local or pooled moments.
+
+    With `running`, its mean and variance are updated in place by `factor`; a count of 0 leaves
+    them alone. This is the one place where a variance is clamped at 0.
+    """
+    count = moments.count
+    var = np.maximum(moments.m2, 0.0) / max(count, 1)
+    invstd = 1.0 / np.sqrt(var + eps)
+    if running is not None and count > 0:
+        update_running(*running, moments.mean, var, count, factor)
+    return moments.mean, var, invstd
+
+
+def update_running(
+    running_mean: Data,
+    running_var: Data,
+    mean: PerChannel,
+    var: PerChannel,
+    count: int,
+    factor: float,
+) -> None:
+    """``running = (1 - factor) * running + factor * new`` in place; the variance is unbiased."""
+    unbiased = var * (count / max(count - 1, 1))
+    running_mean[...] = (1.0 - factor) * running_mean.astype(np.float64) + factor * mean
+    running_var[...] = (1.0 - factor) * running_var.astype(np.float64) + factor * unbiased
+
+
+@_quiet
+def normalize(
+    x3: Data,
+    mean: PerChannel,
+    invstd: PerChannel,
+    weight: Data | None = None,
+    bias: Data | None = None,
+    *,
+    activation: str | None = None,
+    residual3: Data | None = None,
+    out3: Data | None = None,
+    mask: Data | None = None,
+) -> Data:
+    """``activation((x - mean) * invstd * weight + bias + residual)``, (N, C, L).
+
+    `mask`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
+    """
+    y3 = np.empty_like(x3) if out3 is None else out3
+    affine = _Affine.of(x3, mean, invstd, weight, bias)
+    for part in _blocks(x3.shape):
+        y = affine.apply(x3[part])
+        if residual3 is not None:
+            y += residual3[part]
+        if activation == "relu":
+            np.maximum(y, 0, out=y)
+        y3[part] = y
+    if mask is not None:
+        mask[...] = np.packbits(y3 > 0)
+    return y3
+
+
+def _passing(dy: Data, block: Data, affine: _Affine, kept: Data | None, activation: Any) -> Data:
+    """One block of dy where the activation let y through, in the dtype of the arithmetic."""
+    dy = dy.astype(affine.scale.dtype, copy=False)
+    if activation is None:
+        return dy
+    return np.where(affine.apply(block) > 0 if kept is None else kept, dy, dy.dtype.type(0))
+
+
+def _kept(mask: Data | None, shape: tuple[int, ...]) -> Data | None:
+    if mask is None:
+        return None
+    size = shape[0] * shape[1] * shape[2]
+    return np.unpackbits(mask, count=size).view(np.bool_).reshape(shape)
+
+
+@_quiet
+def backward_reduce(
+    dy3: Data,
+    x3: Data,
+    mean: PerChannel,
+    invstd: PerChannel,
+    weight: Data | None = None,
+    bias: Data | None = None,
+    *,
+    activation: str | None = None,
+    mask: Data | None = None,
+) -> BackwardSums:
+    """The sums of dy and of dy * (x - mean), after the activation's backward, per channel.
+
+    Where y passed a ReLU is read from `mask` if given, else computed again from x.
+    """
+    affine = _Affine.of(x3, mean, invstd, weight, bias)
+    kept3 = _kept(mask, x3.shape)
+    sum_dy = np.zeros(x3.shape[1])
+    sum_dy_xmu = np.zeros(x3.shape[1])
+    for part in _blocks(x3.shape):
+        block = x3[part]
+        dy = _passing(dy3[part], block, affine, None if kept3 is None else kept3[part], activation)
+        sum_dy += _channel_sums(dy)
+        sum_dy_xmu += _channel_sums(dy, block - affine.high)
+    sum_dy_xmu -= affine.low * sum_dy
+    return BackwardSums(sum_dy, sum_dy_xmu)
+
+
+@_quiet
+def backward_input(
+    dy3: Data,
+    x3: Data,
+    mean: PerChannel,
+    invstd: PerChannel,
+    weight: Data | None = None,
+    bias: Data | None = None,
+    *,
+    sums: BackwardSums | None = None,
+    count: int = 0,
+    activation: str | None = None,
+    mask: Data | None = None,
+    out3: Data | None = None,
+    dresidual3: Data | None = None,
+    local: BackwardSums | None = None,
+    dweight: Data | None = None,
+    dbias: Data | None = None,
+) -> Data:
+    """The gradient of x, (N, C, L).
+
+    ``dx = (dy - sum_dy / n - (x - mean) * invstd**2 * sum_dy_xmu / n) * invstd * weight``, with
+    `sums` and n = `count` of all ranks. Without `sums` the statistics are constants and dx is
+    ``dy * invstd * weight``. `dresidual3` takes dy after the activation's backward. The gradients
+    of weight and bias, from the `local` sums, are added to `dweight` and `dbias`.
+    """
+    dx3 = np.empty_like(x3) if out3 is None else out3
+    affine = _Affine.of(x3, mean, invstd, weight, bias)
+    kept3 = _kept(mask, x3.shape)
+    dtype = affine.scale.dtype
+    if sums is not None:
+        per_value = 1.0 / max(count, 1)
+        slope64 = sums.sum_dy_xmu * invstd * invstd * per_value
+        slope = -slope64.astype(dtype)[:, None]
+        offset = (affine.low * slope64 - sums.sum_dy * per_value).astype(dtype)[:, None]
+    for part in _blocks(x3.shape):
+        block = x3[part]
+        dy = _passing(dy3[part], block, affine, None if kept3 is None else kept3[part], activation)
+        if dresidual3 is not None:
+            dresidual3[part] = dy
+        if sums is None:
+            dx = dy * affine.scale
+        else:
+            dx = block - affine.high
+            dx *= slope
+            dx += dy
+            dx += offset
+            dx *= affine.scale
+        dx3[part] = dx
+    if local is not None and dweight is not None:
+        dweight += (local.sum_dy_xmu * invstd).astype(dweight.dtype)
+    if local is not None and dbias is not None:
+        dbias += local.sum_dy.astype(dbias.dtype)
+    return dx3

@@ -1,0 +1,67 @@
+"""Checks of arguments: what was wrong, where, and what was expected."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .arrays import Array, Layout, device_of, overlap, parameter_dtype, same_memory
+from .errors import DeviceError, DTypeError, ShapeError
+
+
+def check_momentum(momentum: float) -> None:
+    """Raises ValueError unless momentum is a number from 0 to 1."""
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must lie in [0, 1], got {momentum!r}")
+
+
+def check_eps(eps: float) -> None:
+    """Raises ValueError unless eps is a positive finite number."""
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"eps must be positive, got {eps!r}")
+
+
+def check_activation(activation: str | None) -> None:
+    """Raises ValueError unless activation is None or "relu"."""
+    if activation not in (None, "relu"):
+        raise ValueError(f"activation must be None or 'relu', got {activation!r}")
+
+
+def check_parameter(what: str, parameter: Array, x: Array, layout: Layout) -> None:
+    """Raises unless the per-channel array has the device, shape and dtype that go with x."""
+    if device_of(parameter) != device_of(x):
+        raise DeviceError(
+            f"{what} is on {device_of(parameter)}, but the input is on {device_of(x)}"
+        )
+    if parameter.shape != (layout.channels,):
+        raise ShapeError(f"{what} has shape {parameter.shape}, expected ({layout.channels},)")
+    if parameter.dtype != parameter_dtype(x.dtype):
+        raise DTypeError(
+            f"{what} is {parameter.dtype}, but {x.dtype} input goes with "
+            f"{parameter_dtype(x.dtype)} parameters"
+        )
+
+
+def check_like(what: str, array: Array, x: Array, layout: Layout) -> None:
+    """Raises unless the array has the shape of the layout and the dtype and device of x."""
+    if array.shape != layout.shape:
+        raise ShapeError(f"{what} has shape {array.shape}, expected {layout.shape}")
+    if array.dtype != x.dtype:
+        raise DTypeError(f"{what} is {array.dtype}, expected {x.dtype} like the input")
+    if device_of(array) != device_of(x):
+        raise DeviceError(f"{what} is on {device_of(array)}, but the input is on {device_of(x)}")
+
+
+def check_out(out: Array, x: Array, layout: Layout) -> None:
+    """Raises unless out can take a result like x."""
+    if not isinstance(out, type(x)):
+        raise DTypeError(f"out must be a {type(x).__name__}, got {type(out).__name__}")
+    check_like("out", out, x, layout)
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ValueError("out is read-only")
+
+
+def check_overlap(out: Array, array: Array, what: str, may_be_same: bool) -> None:
+    """Raises ValueError if out overlaps the array, other than being it where that is allowed."""
+    if overlap(out, array) and not (may_be_same and same_memory(out, array)):
+        hint = f"pass {what} itself or another array" if may_be_same else "pass another array"
+        raise ValueError(f"out overlaps {what}; {hint}")

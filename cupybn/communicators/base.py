@@ -1,0 +1,60 @@
+"""What the library asks of a communicator, and the communicator of one rank."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
+
+from ..arrays import Array
+from ..errors import CollectiveMismatchError
+
+
+@runtime_checkable
+class Communicator(Protocol):
+    """Adds up messages across ranks. Any object with these three will do.
+
+    All ranks call ``allreduce`` in the same order. It returns, on every rank, the same bits.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def allreduce(self, message: Array, label: str = "") -> Array:
+        """The elementwise sum of the ranks' messages, which are contiguous and of one length.
+
+        May work in place. `label` says what is being summed, for errors.
+        """
+        ...
+
+
+class SelfCommunicator:
+    """The communicator of a process by itself: size one, nothing is ever sent."""
+
+    rank = 0
+    size = 1
+
+    def allreduce(self, message: Array, label: str = "") -> Array:
+        return message
+
+    def __repr__(self) -> str:
+        return "SelfCommunicator()"
+
+
+_refused: WeakKeyDictionary[Communicator, str] = WeakKeyDictionary()
+
+
+def refuse(comm: Communicator, reason: str) -> None:
+    """After a mismatch: nobody knows which rank has which message next, so there is no next one."""
+    _refused[comm] = reason
+
+
+def check_usable(comm: Communicator) -> None:
+    """Raises CollectiveMismatchError, without communicating, if an earlier mismatch closed comm."""
+    if comm in _refused:
+        raise CollectiveMismatchError(
+            "this communicator is closed, because the ranks were found out of step earlier:\n"
+            + _refused[comm]
+        )

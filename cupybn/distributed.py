@@ -1,0 +1,225 @@
+"""What a training loop over several ranks needs besides synchronised layers.
+
+All of these are collective: every rank calls them, in the same order. Each takes one message. A
+rank that fails makes the others raise ``PeerError``; ranks whose trees differ all raise
+``CollectiveMismatchError``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+import numpy as np
+
+from .arrays import Array, copy_to_host
+from .communicators import MpiCommunicator, check_comm, resolve
+from .communicators.mpi import load_mpi
+from .errors import CollectiveMismatchError, DeviceError
+from .joint import joint
+from .layers import Layer
+from .statistics import padded_length
+
+_LOCAL_RANK_VARIABLES = (
+    "OMPI_COMM_WORLD_LOCAL_RANK",  # Open MPI
+    "MPI_LOCALRANKID",  # MPICH, Intel MPI
+    "MV2_COMM_WORLD_LOCAL_RANK",  # MVAPICH
+    "PALS_LOCAL_RANKID",  # Cray
+    "PMI_LOCAL_RANK",
+    "SLURM_LOCALID",
+)
+_PIECES = 3  # of 20 bits each, of the hash of one array
+
+
+def allreduce_gradients(layer: Layer, comm: Any = None, op: str = "mean") -> None:
+    """Replaces every gradient of the tree by its mean or sum over the ranks, in one message.
+
+    The message is float32, or float64 if any gradient is. With batches of different sizes divide
+    the loss by the global number of samples and use ``op="sum"``.
+
+    Args:
+        layer: the root; the same tree on every rank.
+        comm: as for SyncBatchNorm; None is ``MPI.COMM_WORLD``.
+        op: "mean" or "sum".
+
+    Raises:
+        ValueError: another op.
+        PeerError, CollectiveMismatchError: see above. The gradients are unchanged then.
+    """
+    communicator = resolve(comm)
+    grads = [grad for _, grad in layer.named_gradients()]
+    wide = any(grad.dtype == np.float64 for grad in grads)
+    dtype = np.dtype(np.float64 if wide else np.float32)
+    length = padded_length(sum(grad.size for grad in grads))
+    # An odd number of float32 values never has as many bytes as a message of float64 values.
+    length += 0 if wide else 1
+    with joint(communicator, "allreduce_gradients", length, dtype) as call:
+        if op not in ("mean", "sum"):
+            raise ValueError(f"op must be 'mean' or 'sum', got {op!r}")
+        bucket = _concatenated([copy_to_host(grad).reshape(-1) for grad in grads], dtype)
+        call.agree(f"op={op}, {_outline(layer, 'named_gradients')}")
+        if communicator.size == 1:
+            return
+        _, total = call.pool(0, bucket)
+    if op == "mean":
+        total /= communicator.size
+    _scatter(total, grads)
+
+
+def broadcast_parameters(layer: Layer, comm: Any = None, root: int = 0) -> None:
+    """Copies the parameters and buffers of rank `root` to every rank, bit for bit.
+
+    Args:
+        layer: the root of the tree; the same tree on every rank.
+        comm: as for SyncBatchNorm; None is ``MPI.COMM_WORLD``.
+        root: the rank to copy from.
+
+    Raises:
+        ValueError: there is no such rank.
+        PeerError, CollectiveMismatchError: see above. Nothing is changed then.
+    """
+    communicator = resolve(comm)
+    arrays = [array for _, array in _state_arrays(layer)]
+    words = sum(-(-array.nbytes // 4) for array in arrays)
+    with joint(communicator, "broadcast_parameters", padded_length(words), np.int64) as call:
+        if not 0 <= root < communicator.size:
+            raise ValueError(f"root must be a rank from 0 to {communicator.size - 1}, got {root}")
+        # A sum of one rank's bits and the others' zeros, as integers: exact for every dtype.
+        bits = _concatenated([_words(array) for array in arrays], np.dtype(np.int64))
+        if communicator.rank != root:
+            bits[...] = 0
+        call.agree(f"root={root}, {_outline(layer, 'named_parameters', 'named_buffers')}")
+        if communicator.size == 1:
+            return
+        _, bits = call.pool(0, bits)
+    begin = 0
+    for array in arrays:
+        end = begin - (-array.nbytes // 4)
+        data = bits[begin:end].astype(np.uint32).tobytes()[: array.nbytes]
+        array[...] = np.frombuffer(data, array.dtype).reshape(array.shape)
+        begin = end
+
+
+def verify_sync(layer: Layer, comm: Any = None) -> None:
+    """Checks that parameters and buffers have the same bits on every rank.
+
+    Args:
+        layer: the root of the tree.
+        comm: as for SyncBatchNorm; None is ``MPI.COMM_WORLD``.
+
+    Raises:
+        CollectiveMismatchError: on every rank, naming the first array that differs, or the trees
+            where they do.
+        PeerError: another rank failed.
+    """
+    communicator = resolve(comm)
+    named = _state_arrays(layer)
+    length = padded_length(2 * _PIECES * len(named))
+    with joint(communicator, "verify_sync", length, np.int64) as call:
+        pieces = np.array([_hash_pieces(array) for _, array in named], np.int64).reshape(-1)
+        call.agree(_outline(layer, "named_parameters", "named_buffers"))
+        if communicator.size == 1:
+            return
+        _, sums = call.pool(0, np.concatenate([pieces, pieces * pieces]))
+    total, squares = np.split(sums, 2)
+    differs = (communicator.size * squares != total * total).reshape(-1, _PIECES).any(axis=1)
+    names = [name for (name, _), differ in zip(named, differs, strict=True) if differ]
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise CollectiveMismatchError(
+            f"{names[0]!r}{more} of {len(named)} arrays: the bits are not the same on all "
+            f"{communicator.size} ranks"
+        )
+
+
+def split_comm(comm: Any, group_size: int) -> Any:
+    """Consecutive ranks in groups of `group_size`, the last one smaller where it does not divide.
+
+    Args:
+        comm: an mpi4py communicator, an MpiCommunicator, or None for ``MPI.COMM_WORLD``.
+        group_size: ranks in a group.
+
+    Returns:
+        This rank's group: an mpi4py communicator. It is the caller's to ``Free()``.
+
+    Raises:
+        ValueError: group_size is below 1.
+        TypeError: comm is no MPI communicator.
+    """
+    check_comm(comm)
+    mpi_comm = comm.mpi_comm if isinstance(comm, MpiCommunicator) else comm
+    if mpi_comm is None:
+        mpi_comm = load_mpi().COMM_WORLD
+    if not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(f"group_size must be an integer of at least 1, got {group_size!r}")
+    if not hasattr(mpi_comm, "Split"):
+        raise TypeError(f"comm must be an MPI communicator, got {type(mpi_comm).__name__}")
+    return mpi_comm.Split(mpi_comm.rank // group_size, mpi_comm.rank)
+
+
+def local_rank() -> int:
+    """This rank's number among those on its machine, from the launcher's variables; 0 if unset."""
+    for variable in _LOCAL_RANK_VARIABLES:
+        if variable in os.environ:
+            return int(os.environ[variable])
+    return 0
+
+
+def local_device() -> str:
+    """The CUDA device for this rank, e.g. "cuda:1": the machine's ranks take its devices in turn.
+
+    Reads the launcher's variables, so it can be called before MPI is initialised.
+
+    Raises:
+        DeviceError: CuPy is not installed, or sees no device.
+    """
+    try:
+        import cupy  # type: ignore[import-not-found, unused-ignore]
+
+        devices = cupy.cuda.runtime.getDeviceCount() if cupy.cuda.is_available() else 0
+    except ImportError as error:
+        raise DeviceError(
+            "CUDA devices need CuPy: pip install 'cupybn[cuda13]' (or cuda12)"
+        ) from error
+    if devices == 0:
+        raise DeviceError("CuPy sees no CUDA device on this machine")
+    return f"cuda:{local_rank() % devices}"
+
+
+def _state_arrays(layer: Layer) -> list[tuple[str, Array]]:
+    return [*layer.named_parameters(), *layer.named_buffers()]
+
+
+def _outline(layer: Layer, *kinds: str) -> str:
+    """A short text that is the same for the same names, shapes and dtypes in the same order."""
+    arrays = [item for kind in kinds for item in getattr(layer, kind)()]
+    text = "; ".join(f"{name} {array.shape} {array.dtype}" for name, array in arrays)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    values = sum(array.size for _, array in arrays)
+    return f"{len(arrays)} arrays with {values} values (outline {digest})"
+
+
+def _concatenated(parts: list[Array], dtype: np.dtype[Any]) -> Array:
+    return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype, copy=False)
+
+
+def _scatter(bucket: Array, arrays: list[Array]) -> None:
+    begin = 0
+    for array in arrays:
+        end = begin + array.size
+        array[...] = bucket[begin:end].reshape(array.shape)
+        begin = end
+
+
+def _words(array: Array) -> Array:
+    """The array's bytes as unsigned 32-bit words, zeros at the end; each in an int64."""
+    data = copy_to_host(array).tobytes()
+    data += bytes(-len(data) % 4)
+    return np.frombuffer(data, np.uint32).astype(np.int64)
+
+
+def _hash_pieces(array: Array) -> list[int]:
+    digest = hashlib.blake2b(copy_to_host(array).tobytes(), digest_size=8).digest()
+    number = int.from_bytes(digest, "big")
+    return [number >> (20 * i) & 0xFFFFF for i in range(_PIECES)]

@@ -1,0 +1,220 @@
+"""Batch normalization without state: for frameworks that keep their own parameters.
+
+Forward, with the mean and biased variance of the batch of all ranks (Ioffe and Szegedy, "Batch
+Normalization", 2015, algorithm 1)::
+
+    y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
+
+Backward, with the sums over all n values a channel has on all ranks::
+
+    dx = (dy - sum(dy) / n - (x - mean) * invstd**2 * sum(dy * (x - mean)) / n) * invstd * weight
+    dweight = sum(dy * (x - mean)) * invstd,  dbias = sum(dy)        (over this rank's values)
+
+Data are float16, bfloat16, float32 (with float32 weight and bias) or float64 (with float64 ones),
+of any rank from 2, with the channels on axis 1 or -1. ``comm=None`` is this process alone. With a
+communicator every rank calls the same functions in the same order, ranks without samples too.
+
+The five primitives work on (N, C, L) views and are for frameworks that own the collective:
+``batch_moments``, ``finalize_moments``, ``normalize``, ``backward_reduce``, ``backward_input``.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+
+from .arrays import Array
+from .backends import backend_for
+from .backends import numpy as reference
+from .checks import check_momentum
+from .communicators import resolve
+from .passes import (
+    ALONE,
+    Saved,
+    backward_pass,
+    forward_pass,
+    inference_pass,
+    joint_pass,
+)
+from .statistics import BackwardSums, Moments
+
+__all__ = [
+    "BackwardSums",
+    "Grads",
+    "Moments",
+    "Saved",
+    "backward_input",
+    "backward_reduce",
+    "batch_moments",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "batch_norm_inference",
+    "finalize_moments",
+    "normalize",
+    "update_running",
+]
+
+_Primitive = TypeVar("_Primitive", bound=Any)
+
+
+def _dispatched(primitive: _Primitive) -> _Primitive:
+    name = primitive.__name__
+
+    @wraps(primitive)
+    def on_its_backend(first: Any, *args: Any, **kwargs: Any) -> Any:
+        array = first.mean if isinstance(first, Moments) else first
+        return getattr(backend_for(array), name)(first, *args, **kwargs)
+
+    return cast(_Primitive, on_its_backend)
+
+
+batch_moments = _dispatched(reference.batch_moments)
+finalize_moments = _dispatched(reference.finalize_moments)
+normalize = _dispatched(reference.normalize)
+backward_reduce = _dispatched(reference.backward_reduce)
+backward_input = _dispatched(reference.backward_input)
+
+
+class Grads(NamedTuple):
+    """What :func:`batch_norm_backward` returns.
+
+    Attributes:
+        dx: like x.
+        dweight, dbias: (C,), sums over this rank's values; None where there was no weight or bias.
+        dresidual: like x; ``dy`` itself without an activation; None without a residual.
+    """
+
+    dx: Array
+    dweight: Array | None
+    dbias: Array | None
+    dresidual: Array | None
+
+
+def batch_norm_forward(
+    x: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    *,
+    comm: Any = None,
+    name: str | None = None,
+    channel_axis: int = 1,
+    activation: str | None = None,
+    residual: Array | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Saved]:
+    """Normalises x with the statistics of the batch of all ranks of `comm`.
+
+    Args:
+        x: (N, C) or (N, C, ...), or (N, ..., C) with ``channel_axis=-1``. N may be 0.
+        weight, bias: (C,), or None.
+        eps: added to the variance, positive.
+        comm: an mpi4py or cupybn communicator; None is this process alone.
+        name: of the layer, equal on all ranks, for errors; layers that must not be confused have
+            different names.
+        activation: None or "relu".
+        residual: like x, added before the activation.
+        out: like x, takes the result; may be `residual`, must not overlap x.
+
+    Returns:
+        (y, saved): y like x, in the layout of x where x is contiguous or channels-last.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, ValueError: bad arguments, or one value per channel on
+            all ranks together.
+        PeerError: another rank raised one of these.
+        CollectiveMismatchError: the ranks called different layers, or with different settings.
+    """
+    channels = _channels(x, weight, channel_axis)
+    with joint_pass(ALONE if comm is None else resolve(comm), "forward", name, channels) as call:
+        return forward_pass(
+            call,
+            x,
+            weight,
+            bias,
+            eps,
+            channel_axis=channel_axis,
+            activation=activation,
+            residual=residual,
+            out=out,
+            name=name or "",
+        )
+
+
+def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) -> Grads:
+    """Gradients of a forward, over the ranks of its communicator.
+
+    Args:
+        dy: shape and dtype of y, any layout.
+        saved: from :func:`batch_norm_forward`.
+        out: like x, takes dx; may be `dy`, unless a residual without activation hands dy on.
+
+    Returns:
+        Grads: dx accounts for all ranks; dweight and dbias are this rank's sums.
+
+    Raises:
+        As :func:`batch_norm_forward`.
+    """
+    c = saved.layout.channels
+    dweight, dbias = (
+        None if p is None else np.zeros_like(p, shape=(c,)) for p in (saved.weight, saved.bias)
+    )
+    with joint_pass(saved.comm, "backward", saved.name, c) as call:
+        dx, dresidual = backward_pass(call, dy, saved, out=out, dweight=dweight, dbias=dbias)
+    return Grads(dx, dweight, dbias, dresidual)
+
+
+def batch_norm_inference(
+    x: Array,
+    mean: Array,
+    var: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    *,
+    channel_axis: int = 1,
+    activation: str | None = None,
+    residual: Array | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Normalises x with a given mean and variance, (C,) each. Never communicates.
+
+    `out` may be x or `residual`. Otherwise as :func:`batch_norm_forward`.
+    """
+    y, _ = inference_pass(
+        x,
+        mean,
+        var,
+        weight,
+        bias,
+        eps,
+        channel_axis=channel_axis,
+        activation=activation,
+        residual=residual,
+        out=out,
+    )
+    return y
+
+
+def update_running(running_mean: Array, running_var: Array, saved: Saved, momentum: float) -> None:
+    """``running = (1 - momentum) * running + momentum * new`` in place, with the unbiased variance.
+
+    A batch without values on any rank changes nothing.
+    """
+    check_momentum(momentum)
+    if saved.count:
+        backend_for(saved.mean).update_running(
+            running_mean, running_var, saved.mean, saved.var, saved.count, momentum
+        )
+
+
+def _channels(x: Any, weight: Any, channel_axis: Any) -> int:
+    # Before any check, only for the length of a message that may have to carry poison.
+    shape: tuple[int, ...] = getattr(weight, "shape", ())
+    if len(shape) == 1:
+        return int(shape[0])
+    shape = getattr(x, "shape", ())
+    axis = channel_axis if channel_axis in (1, -1) else 1
+    return int(shape[axis]) if len(shape) > 1 else 0

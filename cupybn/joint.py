@@ -1,0 +1,120 @@
+"""One call that all ranks make together: poison, fingerprint, and who raises what.
+
+Every rank enters :class:`joint`, does its own checks and work inside it, and sends one message (two
+for float64 data in forward). A rank that fails before its message is sent sends poison instead and
+raises its own exception; the others raise ``PeerError``. Ranks that came with different calls all
+raise ``CollectiveMismatchError``. Nobody waits for a message that never comes, and nobody writes
+before the header of the last message was accepted.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+
+from .arrays import Array
+from .communicators import Communicator
+from .communicators.base import check_usable, refuse
+from .errors import CollectiveMismatchError, PeerError
+from .statistics import (
+    HEADER,
+    Header,
+    pack_message,
+    pack_poison,
+    pack_texts,
+    read_header,
+    unpack_texts,
+)
+
+_Self = TypeVar("_Self", bound="joint")
+
+
+class joint:
+    """Context of one collective call.
+
+    Args:
+        comm: who takes part. With one rank nothing is ever sent.
+        what: the call, for messages and errors, e.g. ``"forward of 'features.bn1'"``.
+        length: of the messages, the same for all of them; see ``statistics.padded_length``.
+        dtype: of the messages.
+    """
+
+    def __init__(self, comm: Communicator, what: str, length: int, dtype: Any = np.float64) -> None:
+        self.comm = comm
+        self.ranks = comm.size
+        self.what = what
+        self.length = length
+        self.dtype = dtype
+        self._fingerprint = what
+        self._owed = 1
+
+    def __enter__(self: _Self) -> _Self:
+        if self.ranks > 1:
+            check_usable(self.comm)
+        return self
+
+    def agree(self, settings: str, messages: int = 1) -> None:
+        """States what must be equal on all ranks, and how many messages the call takes."""
+        self._fingerprint = f"{self.what}: {settings}"
+        self._owed = messages
+
+    def pool(self, count: int, payload: Array) -> tuple[int, Array]:
+        """Sums count and payload over the ranks: one allreduce.
+
+        Raises:
+            PeerError: another rank failed.
+            CollectiveMismatchError: the ranks do not agree; the communicator is closed.
+        """
+        self._owed -= 1
+        message = pack_message(self.length, self._fingerprint, count, payload)
+        total = self.comm.allreduce(message, self.what)
+        header = read_header(total, self.ranks)
+        if header.failed:
+            self._owed = 0
+            raise PeerError(self._blame(header))
+        if not header.agree:
+            self._owed = 0
+            raise CollectiveMismatchError(self._compare())
+        return header.count, total[HEADER : HEADER + payload.size]
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Not for KeyboardInterrupt and SystemExit: then the peers may be gone, and this rank wants
+        # to end, not to wait for them.
+        if isinstance(error, Exception) and self.ranks > 1 and self._owed:
+            poison = pack_poison(self.length, self.comm.rank, self.dtype)
+            with suppress(Exception):  # the rank's own exception says more than a failed farewell
+                self.comm.allreduce(poison, f"{self.what}, after {type(error).__name__}")
+
+    def _blame(self, header: Header) -> str:
+        who = f"{header.failed} of {self.ranks} ranks"
+        if header.failed_rank is not None:
+            who = f"rank {header.failed_rank}"
+        return (
+            f"{self.what}: {who} failed, and raised the exception that says why; "
+            "nothing was changed on this rank"
+        )
+
+    def _compare(self) -> str:
+        table = self.comm.allreduce(
+            pack_texts(self._fingerprint, self.comm.rank, self.ranks), f"{self.what}, mismatch"
+        )
+        groups: dict[str, list[int]] = {}
+        for rank, text in enumerate(unpack_texts(table, self.ranks)):
+            groups.setdefault(text, []).append(rank)
+        lines = [f"  {_name_ranks(ranks)}: {text}" for text, ranks in groups.items()]
+        text = "the ranks met in one collective with different calls:\n" + "\n".join(lines)
+        refuse(self.comm, text)
+        return text
+
+
+def _name_ranks(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"

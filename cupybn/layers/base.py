@@ -1,0 +1,340 @@
+"""``Layer``: named parameters, gradients, buffers and children, explicit forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from inspect import signature
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+
+from ..arrays import Array, as_array, check_device
+from ..errors import DTypeError, ShapeError
+from .state import LoadResult, StateDict, load_state, state_of
+
+_Self = TypeVar("_Self", bound="Layer")
+
+
+class Layer:
+    """Base class of layers that keep their own arrays.
+
+    To write one, call ``super().__init__()``, then :meth:`register_parameter`,
+    :meth:`register_buffer` or assign child layers to attributes, and implement
+
+    * ``compute_forward(self, x, **options) -> (y, context)``: `context` is whatever backward needs.
+      Declare a keyword ``save_for_backward`` to be told whether the context will be kept.
+    * ``compute_backward(self, dy, context, **options) -> dx``: adds to arrays of ``self.grads``.
+
+    Attributes:
+        params, grads, buffers: dicts from name to array; ``grads`` has the keys, shapes and dtypes
+            of ``params``. Registered names read as attributes too; assigning copies into the array.
+        children: dict from name to Layer.
+        training: the mode; a new layer is in training mode.
+        saved: the context of the last saving forward, or None.
+        version: of the layer's state; raise it in a subclass whose state changed, and upgrade older
+            states in :meth:`upgrade_state_dict`.
+    """
+
+    version: ClassVar[int] = 1
+    host_buffers: ClassVar[frozenset[str]] = frozenset()
+    """Buffers that stay NumPy arrays on any device."""
+
+    params: dict[str, Array]
+    grads: dict[str, Array]
+    buffers: dict[str, Array]
+    children: dict[str, Layer]
+    training: bool
+    saved: Any
+
+    def __init__(self) -> None:
+        set_plain = super().__setattr__
+        for name in ("params", "grads", "buffers", "children"):
+            set_plain(name, {})
+        set_plain("_absent", set())
+        set_plain("path", "")
+        set_plain("training", True)
+        set_plain("saved", None)
+
+    # ---- registering -----------------------------------------------------------------------------
+
+    def register_parameter(self, name: str, array: Array | None) -> None:
+        """Registers a trained array with a gradient of zeros; None registers the name as absent."""
+        if self._register(name, array):
+            self.params[name] = array
+            self.grads[name] = np.zeros_like(array)
+
+    def register_buffer(self, name: str, array: Array | None) -> None:
+        """Registers an array that belongs to the state but is not trained; None: absent."""
+        if self._register(name, array):
+            self.buffers[name] = array
+
+    def _register(self, name: str, array: Array | None) -> bool:
+        if not name or "." in name:
+            raise ValueError(f"a name must not be empty or contain a dot, got {name!r}")
+        if hasattr(self, name):
+            raise ValueError(f"{type(self).__name__} already has an attribute {name!r}")
+        if array is None:
+            self._absent.add(name)
+        return array is not None
+
+    def __getattr__(self, name: str) -> Any:
+        state = self.__dict__
+        for kind in ("params", "buffers", "children"):
+            if name in state.get(kind, ()):
+                return state[kind][name]
+        if name in state.get("_absent", ()):
+            return None
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Layer):
+            self._set_child(name, value)
+            return
+        for kind in ("params", "buffers"):
+            if name in self.__dict__.get(kind, ()):
+                self._copy_into(name, self.__dict__[kind][name], value)
+                return
+        if name in self.__dict__.get("_absent", ()):
+            if value is not None:
+                raise ValueError(f"{type(self).__name__} has no {name}: it was registered as None")
+            return
+        self.__dict__.get("children", {}).pop(name, None)
+        super().__setattr__(name, value)
+
+    def _copy_into(self, name: str, target: Array, value: Any) -> None:
+        if value is target:
+            return
+        value = np.asarray(value) if isinstance(value, int | float) else as_array(value, name)
+        if value.shape != target.shape:
+            raise ShapeError(f"{name} has shape {target.shape}, cannot take one of {value.shape}")
+        if value.dtype != target.dtype:
+            raise DTypeError(f"{name} is {target.dtype}, cannot take {value.dtype}")
+        target[...] = value
+
+    def _set_child(self, name: str, layer: Layer) -> None:
+        if not name or "." in name:
+            raise ValueError(f"a child's name must not be empty or contain a dot, got {name!r}")
+        if any(name in names for names in (self.params, self.buffers, self._absent)):
+            raise ValueError(f"{type(self).__name__} already has an array {name!r}")
+        if any(self is inner for _, inner in layer.named_layers()):
+            raise ValueError(f"{name!r} contains this very layer: a tree cannot hold itself")
+        self.__dict__.pop(name, None)
+        self.children[name] = layer
+        layer._set_path(f"{self.path}.{name}" if self.path else name)
+
+    def _set_path(self, path: str) -> None:
+        object.__setattr__(self, "path", path)
+        for name, child in self.children.items():
+            child._set_path(f"{path}.{name}")
+
+    # ---- forward and backward --------------------------------------------------------------------
+
+    def compute_forward(self, x: Array, *args: Any, **options: Any) -> tuple[Array, Any]:
+        """(y, context); implemented by every layer. Changes no state when it raises."""
+        raise NotImplementedError(f"{type(self).__name__} must implement compute_forward")
+
+    def compute_backward(self, dy: Array, context: Any, *args: Any, **options: Any) -> Any:
+        """dx, with the parameters' gradients added to ``self.grads``; implemented by every layer."""
+        raise NotImplementedError(f"{type(self).__name__} must implement compute_backward")
+
+    def forward(
+        self, x: Array, *args: Any, save_for_backward: bool | None = None, **options: Any
+    ) -> Array:
+        """y; keeps the context in ``self.saved`` if `save_for_backward` (None: when training)."""
+        save = self.training if save_for_backward is None else save_for_backward
+        y, context = self.run_forward(x, save, *args, **options)
+        if save:
+            self.saved = context
+        return y
+
+    def __call__(self, *args: Any, **options: Any) -> Array:
+        return self.forward(*args, **options)
+
+    def run_forward(self, x: Array, save: bool, *args: Any, **options: Any) -> tuple[Array, Any]:
+        """``compute_forward``, told whether the context will be kept if it wants to know."""
+        if self._wants_save:
+            options["save_for_backward"] = save
+        return self.compute_forward(x, *args, **options)
+
+    _wants_save: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._wants_save = "save_for_backward" in signature(cls.compute_forward).parameters
+
+    def backward(self, dy: Array, saved: Any = None, **options: Any) -> Any:
+        """dx, from the context of the last saving forward, or from the one passed in.
+
+        The context is dropped, unless backward raises. Gradients of parameters are added to
+        ``self.grads``.
+
+        Raises:
+            RuntimeError: there is no context.
+        """
+        context = self.saved if saved is None else saved
+        if context is None:
+            self.missing_context()
+        dx = self.compute_backward(dy, context, **options)
+        if self.saved is context:
+            self.saved = None
+        return dx
+
+    def missing_context(self) -> None:
+        """Raises the error of a backward that no forward went before."""
+        raise RuntimeError(
+            f"{self.label}: backward without a saved forward. Call forward first, in training mode "
+            "or with save_for_backward=True; each backward uses up its forward"
+        )
+
+    @property
+    def label(self) -> str:
+        """The path in the tree, or the class: what errors call this layer."""
+        return self.path or type(self).__name__
+
+    # ---- modes, walks and state ------------------------------------------------------------------
+
+    def train(self: _Self, mode: bool = True) -> _Self:
+        """Sets training mode, or evaluation mode, in the whole tree."""
+        for _, layer in self.named_layers():
+            layer.training = bool(mode)
+        return self
+
+    def eval(self: _Self) -> _Self:
+        """Sets evaluation mode in the whole tree."""
+        return self.train(False)
+
+    def zero_grad(self) -> None:
+        """Sets all gradients of the tree to zero, in place."""
+        for _, grad in self.named_gradients():
+            grad[...] = 0
+
+    def to(self: _Self, device: str | None) -> _Self:
+        """Moves parameters, gradients and buffers of the tree to the device.
+
+        Raises:
+            DeviceError: there is no such device; this version computes on "cpu" only.
+        """
+        check_device(device)
+        return self
+
+    def named_layers(self, prefix: str = "") -> Iterator[tuple[str, Layer]]:
+        """(path, layer) of the tree, this one first; a shared layer once, under its first path."""
+        seen: set[int] = set()
+        for path, layer in self._walk(prefix):
+            if id(layer) not in seen:
+                seen.add(id(layer))
+                yield path, layer
+
+    def _walk(self, prefix: str) -> Iterator[tuple[str, Layer]]:
+        yield prefix, self
+        for name, child in self.children.items():
+            yield from child._walk(f"{prefix}.{name}" if prefix else name)
+
+    def _named(self, kind: str) -> Iterator[tuple[str, Array]]:
+        for path, layer in self.named_layers():
+            for name, array in layer.__dict__[kind].items():
+                yield (f"{path}.{name}" if path else name), array
+
+    def named_parameters(self) -> Iterator[tuple[str, Array]]:
+        """(path, array) of the tree's parameters; those of a shared layer once."""
+        return self._named("params")
+
+    def named_gradients(self) -> Iterator[tuple[str, Array]]:
+        """(path, array) of the tree's gradients, in the order of ``named_parameters``."""
+        return self._named("grads")
+
+    def named_buffers(self) -> Iterator[tuple[str, Array]]:
+        """(path, array) of the tree's buffers; those of a shared layer once."""
+        return self._named("buffers")
+
+    def reset_parameters(self) -> None:
+        """Sets the tree's parameters to their initial values, where layers define them."""
+        for child in self.children.values():
+            child.reset_parameters()
+
+    def reset_running_stats(self) -> None:
+        """Sets the tree's running statistics to their initial values."""
+        for child in self.children.values():
+            child.reset_running_stats()
+
+    def state_dict(self) -> StateDict:
+        """Copies of all parameters and buffers by path, with the layers' versions as metadata."""
+        return state_of(self)
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> LoadResult:
+        """Copies a state into the tree's arrays: all of it, or nothing when it raises.
+
+        Args:
+            state: from :meth:`state_dict`, or any mapping from path to array (NumPy, CuPy, or with
+                DLPack, ``__cuda_array_interface__`` or ``__array__``), PyTorch's included.
+            strict: whether missing and unexpected keys are errors. Shapes must fit in any case.
+
+        Raises:
+            StateDictError: lists everything that does not fit.
+        """
+        return load_state(self, state, strict)
+
+    def upgrade_state_dict(self, state: dict[str, Any], prefix: str, version: int) -> None:
+        """Edits a copy of a state that an older version of this class wrote.
+
+        `prefix` goes before this layer's names in `state`: "" or a path with a trailing dot. A
+        state without metadata counts as version 1.
+        """
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"saved": None}
+
+    def extra_repr(self) -> str:
+        """What stands between the parentheses of the repr, before the children."""
+        return ""
+
+    def __repr__(self) -> str:
+        lines = [
+            f"  ({name}): " + repr(child).replace("\n", "\n  ")
+            for name, child in self.children.items()
+        ]
+        inside = self.extra_repr()
+        if lines:
+            inside = "\n".join([inside, *lines, ""] if inside else ["", *lines, ""])
+        return f"{type(self).__name__}({inside})"
+
+
+class Sequential(Layer):
+    """Layers one after the other: ``Sequential(a, b)`` or ``Sequential({"a": a, "b": b})``."""
+
+    def __init__(self, *layers: Layer | Mapping[str, Layer]) -> None:
+        super().__init__()
+        if len(layers) == 1 and isinstance(layers[0], Mapping):
+            named = dict(layers[0])
+        else:
+            named = {str(i): layer for i, layer in enumerate(layers)}  # type: ignore[misc]
+        for name, layer in named.items():
+            if not isinstance(layer, Layer):
+                raise TypeError(f"Sequential takes Layers, got {type(layer).__name__}")
+            if hasattr(self, name):
+                raise ValueError(f"Sequential already has an attribute {name!r}")
+            setattr(self, name, layer)
+
+    def compute_forward(
+        self, x: Array, *args: Any, save_for_backward: bool = True, **options: Any
+    ) -> tuple[Array, Any]:
+        contexts = []
+        for layer in self.children.values():
+            x, context = layer.run_forward(x, save_for_backward, *args, **options)
+            if save_for_backward:
+                contexts.append((layer, context))
+        return x, contexts
+
+    def compute_backward(self, dy: Array, context: Any, *args: Any, **options: Any) -> Array:
+        for layer, inner in reversed(context):
+            dy = layer.compute_backward(dy, inner, *args, **options)
+        return dy
+
+    def __len__(self) -> int:
+        return len(self.children)
+
+    def __getitem__(self, index: int) -> Layer:
+        return list(self.children.values())[index]
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.children.values())

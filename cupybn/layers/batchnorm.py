@@ -1,0 +1,361 @@
+"""BatchNorm1d, BatchNorm2d, BatchNorm3d and SyncBatchNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..arrays import Array, as_array, check_channel_axis, check_device, device_of, parameter_dtype
+from ..checks import check_activation, check_eps, check_momentum
+from ..communicators import Communicator, check_comm, resolve
+from ..errors import DeviceError, DTypeError, ShapeError
+from ..joint import joint
+from ..passes import ALONE, Saved, backward_pass, forward_pass, inference_pass, joint_pass
+from .base import Layer
+
+_ARGUMENTS = """
+    Args:
+        num_features: C, the number of channels.
+        eps: added to the variance.
+        momentum: weight of the new batch in the running statistics, in [0, 1]; None averages over
+            all batches, ``1 / num_batches_tracked`` each.
+        affine: whether there are a weight (C,) and a bias (C,).
+        track_running_stats: whether there are ``running_mean``, ``running_var`` (unbiased, over the
+            count of all ranks) and ``num_batches_tracked``; without them evaluation mode uses the
+            statistics of its own batch.
+        bias: whether an affine layer has a bias.
+        channel_axis: 1, or -1 for channels-last shapes.
+        activation: None or "relu", applied to y.
+        weight_init: "ones", "uniform" (U(0, 1)), or a function from shape to array.
+        check_finite: whether NaN or Inf in a training batch raises FloatingPointError, before
+            anything is written, instead of going into the running statistics.
+        dtype: of parameters and statistics: float32 (default), for float16, bfloat16 and float32
+            data; or float64, for float64 data.
+        device: None or "cpu".
+
+    Parameters ``weight`` and ``bias``, buffers ``running_mean``, ``running_var`` and
+    ``num_batches_tracked`` (int64, shape ()). State version 2.
+
+    ``forward(x, residual=None, *, out=None, save_for_backward=None)`` returns y with shape, dtype
+    and layout of x; `residual` is added before the activation. ``backward(dy, saved=None, *,
+    out=None)`` returns dx, or (dx, dresidual) after a forward with a residual, and adds this rank's
+    sums to ``grads``. The formulas stand in :mod:`cupybn.functional`.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: bad input.
+        ValueError: bad options.
+        After any exception parameters, gradients, buffers and counters are what they were.
+"""
+
+
+def _initial_weight(weight_init: Any, shape: tuple[int], dtype: np.dtype[Any]) -> Array:
+    if weight_init == "ones":
+        return np.ones(shape, dtype)
+    if weight_init == "uniform":
+        return np.random.random_sample(shape).astype(dtype)
+    if not callable(weight_init):
+        raise ValueError(
+            f"weight_init must be 'ones', 'uniform' or a function of a shape, got {weight_init!r}"
+        )
+    weight = np.array(weight_init(shape), dtype)
+    if weight.shape != shape:
+        raise ShapeError(f"weight_init gave shape {weight.shape}, expected {shape}")
+    return weight
+
+
+class BatchNorm(Layer):
+    """What the batch norms share; use one of the four classes below."""
+
+    version = 2
+    host_buffers = frozenset({"num_batches_tracked"})
+    _ranks_of_input: ClassVar[tuple[int, ...]] = ()
+    _expected: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        bias: bool = True,
+        channel_axis: int = 1,
+        activation: str | None = None,
+        weight_init: str | Callable[[tuple[int]], Array] = "ones",
+        check_finite: bool = False,
+        dtype: Any = None,
+        device: str | None = None,
+    ) -> None:
+        if isinstance(num_features, bool) or not isinstance(num_features, int | np.integer):
+            raise TypeError(f"num_features must be an integer, got {num_features!r}")
+        if num_features < 1:
+            raise ValueError(f"num_features must be at least 1, got {num_features}")
+        check_eps(eps)
+        if momentum is not None:
+            check_momentum(momentum)
+        check_activation(activation)
+        check_device(device)
+        dtype = np.dtype(np.float32 if dtype is None else dtype)
+        if dtype not in (np.float32, np.float64):
+            raise DTypeError(f"dtype of a layer must be float32 or float64, got {dtype}")
+        super().__init__()
+        self.num_features = int(num_features)
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.channel_axis = check_channel_axis(channel_axis)
+        self.activation = activation
+        self.weight_init = weight_init
+        self.check_finite = check_finite
+        self.dtype = dtype
+        shape = (self.num_features,)
+        weight = _initial_weight(weight_init, shape, dtype)
+        self.register_parameter("weight", weight if affine else None)
+        self.register_parameter("bias", np.zeros(shape, dtype) if affine and bias else None)
+        tracked = track_running_stats
+        self.register_buffer("running_mean", np.zeros(shape, dtype) if tracked else None)
+        self.register_buffer("running_var", np.ones(shape, dtype) if tracked else None)
+        self.register_buffer("num_batches_tracked", np.zeros((), np.int64) if tracked else None)
+
+    def reset_parameters(self) -> None:
+        """Weight as `weight_init` says, bias 0."""
+        if "weight" in self.params:
+            self.weight = _initial_weight(self.weight_init, (self.num_features,), self.dtype)
+        if "bias" in self.params:
+            self.bias[...] = 0
+
+    def reset_running_stats(self) -> None:
+        """Running mean 0, running variance 1, no batches tracked."""
+        for name, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
+            if name in self.buffers:
+                self.buffers[name][...] = value
+
+    def communicator(self) -> Communicator:
+        """Who takes part in the next forward."""
+        return ALONE
+
+    def _joint(self, direction: str, comm: Communicator) -> joint:
+        return joint_pass(comm, direction, self.label, self.num_features)
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Array,
+        residual: Array | None = None,
+        *,
+        out: Array | None = None,
+        save_for_backward: bool | None = None,
+    ) -> Array:
+        return super().forward(x, residual=residual, out=out, save_for_backward=save_for_backward)
+
+    def compute_forward(
+        self,
+        x: Array,
+        residual: Array | None = None,
+        *,
+        out: Array | None = None,
+        save_for_backward: bool = True,
+    ) -> tuple[Array, Saved]:
+        options: dict[str, Any] = {
+            "channel_axis": self.channel_axis,
+            "activation": self.activation,
+            "residual": residual,
+            "out": out,
+            "save": save_for_backward,
+        }
+        with self._joint("forward", self.communicator()) as call:
+            x = as_array(x)
+            self._check_input(x)
+            if not self.training and self.track_running_stats:
+                mean, var = self.running_mean, self.running_var
+                return inference_pass(x, mean, var, self.weight, self.bias, self.eps, **options)
+            updates = self.training and self.track_running_stats
+            y, saved = forward_pass(
+                call,
+                x,
+                self.weight,
+                self.bias,
+                self.eps,
+                name=self.label,
+                settings=f", momentum={self.momentum!r}",
+                running=self._running() if updates else None,
+                check_finite=self.check_finite and self.training,
+                **options,
+            )
+        if updates and saved.count:
+            self.num_batches_tracked += 1
+        return y, saved
+
+    def _running(self) -> tuple[Array, Array, float]:
+        if self.momentum is None:
+            factor = 1.0 / (int(self.num_batches_tracked) + 1)
+        else:
+            check_momentum(self.momentum)
+            factor = self.momentum
+        return self.running_mean, self.running_var, factor
+
+    def compute_backward(self, dy: Array, context: Any, *, out: Array | None = None) -> Any:
+        known = isinstance(context, Saved) and context.layout.channels == self.num_features
+        with self._joint("backward", context.comm if known else self.communicator()) as call:
+            if not known:
+                raise TypeError(f"{self.label}: saved must be a context of this layer's forward")
+            dweight, dbias = self.grads.get("weight"), self.grads.get("bias")
+            dx, dresidual = backward_pass(call, dy, context, out=out, dweight=dweight, dbias=dbias)
+        return (dx, dresidual) if context.has_residual else dx
+
+    def missing_context(self) -> None:
+        with self._joint("backward", self.communicator()):
+            super().missing_context()
+
+    def _check_input(self, x: Array) -> None:
+        if self._ranks_of_input and x.ndim not in self._ranks_of_input:
+            raise ShapeError(f"expected {self._expected} input (got {x.ndim}D input)")
+        if x.ndim < 2:
+            raise ShapeError(f"expected at least 2D input (got {x.ndim}D input)")
+        if x.shape[self.channel_axis] != self.num_features:
+            raise ShapeError(
+                f"expected {self.num_features} channels on axis {self.channel_axis}, got "
+                f"{x.shape[self.channel_axis]} (input shape {x.shape})"
+            )
+        if parameter_dtype(x.dtype) != self.dtype:
+            raise DTypeError(
+                f"input is {x.dtype}, but this layer's parameters are {self.dtype}: convert the "
+                f"input, or make the layer with dtype='{parameter_dtype(x.dtype)}'"
+            )
+        if device_of(x) != "cpu":
+            raise DeviceError(f"input is on {device_of(x)}, but the layer is on cpu")
+
+    def upgrade_state_dict(self, state: dict[str, Any], prefix: str, version: int) -> None:
+        """Version 1 had no ``num_batches_tracked``: it keeps its current value."""
+        if self.track_running_stats:
+            state.setdefault(f"{prefix}num_batches_tracked", self.num_batches_tracked)
+
+    def extra_repr(self) -> str:
+        return ", ".join([
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}",
+            *(f"{name}={value!r}" for name, value, default in self._keywords() if value != default),
+        ])  # fmt: skip
+
+    def _keywords(self) -> list[tuple[str, Any, Any]]:
+        return [
+            ("bias", not self.affine or "bias" in self.params, True),
+            ("channel_axis", self.channel_axis, 1),
+            ("activation", self.activation, None),
+            ("weight_init", self.weight_init, "ones"),
+            ("check_finite", self.check_finite, False),
+            ("dtype", self.dtype.name, "float32"),
+        ]
+
+
+class BatchNorm1d(BatchNorm):
+    __doc__ = "Batch norm of (N, C) or (N, C, L) input.\n" + _ARGUMENTS
+    _ranks_of_input = (2, 3)
+    _expected = "2D or 3D"
+
+
+class BatchNorm2d(BatchNorm):
+    __doc__ = "Batch norm of (N, C, H, W) input.\n" + _ARGUMENTS
+    _ranks_of_input = (4,)
+    _expected = "4D"
+
+
+class BatchNorm3d(BatchNorm):
+    __doc__ = "Batch norm of (N, C, D, H, W) input.\n" + _ARGUMENTS
+    _ranks_of_input = (5,)
+    _expected = "5D"
+
+
+class _CommReference:
+    """How a layer holds its communicator: shared by deepcopy, left behind by pickle."""
+
+    def __init__(self, comm: Any, detached: bool = False) -> None:
+        self.comm = comm
+        self.detached = detached
+        self.resolved: Communicator | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _CommReference:
+        return self
+
+    def __reduce__(self) -> Any:
+        return _CommReference, (None, self.comm is not None or self.detached)
+
+
+class SyncBatchNorm(BatchNorm):
+    __doc__ = (
+        """Batch norm over the batches of all ranks; input of 2 or more dimensions.
+
+    In training mode forward and backward are collective: every rank calls the same layers in the
+    same order, ranks without samples too (N = 0), one allreduce a direction (two in forward for
+    float64 data). Evaluation mode never communicates.
+"""
+        + _ARGUMENTS.replace(
+            "        bias: whether an affine",
+            """        comm: an mpi4py intracommunicator, one of ``cupybn.communicators``, or None for
+            ``MPI.COMM_WORLD``, looked up at the first training forward.
+        name: stands for the layer's path in errors, and must be the same on all ranks.
+        bias: whether an affine""",
+        )
+        + """        PeerError: another rank raised one of these.
+        CollectiveMismatchError: the ranks called different layers, or with different settings.
+        RuntimeError: no MPI library, or the layer was unpickled and its ``comm`` not set again.
+"""
+    )
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        comm: Any = None,
+        *,
+        name: str | None = None,
+        **keywords: Any,
+    ) -> None:
+        check_comm(comm)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **keywords)
+        self.name = name
+        self._comm = _CommReference(comm)
+        self._converted_from: type[BatchNorm] | None = None
+
+    @property
+    def comm(self) -> Any:
+        """The communicator as it was given; set it to change it."""
+        return self._comm.comm
+
+    @comm.setter
+    def comm(self, comm: Any) -> None:
+        check_comm(comm)
+        self._comm = _CommReference(comm)
+
+    @property
+    def label(self) -> str:
+        return self.name or super().label
+
+    def communicator(self) -> Communicator:
+        if not self.training:
+            return ALONE
+        reference = self._comm
+        if reference.resolved is None:
+            if reference.detached:
+                raise RuntimeError(
+                    f"{self.label}: this layer was unpickled, which leaves its communicator "
+                    "behind: set layer.comm before training"
+                )
+            reference.resolved = resolve(reference.comm)
+        return reference.resolved
+
+    @staticmethod
+    def convert_sync_batchnorm(layer: Layer, comm: Any = None, *, skip: Any = ()) -> Layer:
+        """:func:`cupybn.convert_sync_batchnorm`."""
+        from .convert import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(layer, comm, skip=skip)
+
+    def _keywords(self) -> list[tuple[str, Any, Any]]:
+        return [*super()._keywords(), ("comm", self.comm, None), ("name", self.name, None)]

@@ -1,0 +1,125 @@
+"""State dicts in memory: out of a tree of layers, and into it, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..arrays import Array, as_array, copy_to_host, is_floating
+from ..errors import CupyBNError, StateDictError
+
+if TYPE_CHECKING:
+    from .base import Layer
+
+
+class StateDict(dict[str, Any]):
+    """Arrays by path, with ``metadata``: for each layer's path, its ``{"version": ...}``."""
+
+    metadata: dict[str, dict[str, Any]]
+
+    def __init__(self, *args: Any, metadata: Mapping[str, Any] | None = None) -> None:
+        super().__init__(*args)
+        self.metadata = {path: dict(entry) for path, entry in (metadata or {}).items()}
+
+
+class LoadResult(NamedTuple):
+    """Keys that a load found missing in the state, and unexpected in it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+    def __repr__(self) -> str:
+        if not self.missing_keys and not self.unexpected_keys:
+            return "<All keys matched successfully>"
+        return (
+            f"LoadResult(missing_keys={self.missing_keys}, unexpected_keys={self.unexpected_keys})"
+        )
+
+
+def _prefix(path: str) -> str:
+    return f"{path}." if path else ""
+
+
+def state_of(root: Layer) -> StateDict:
+    """Copies of the tree's arrays; a shared layer appears under each of its paths."""
+    state = StateDict()
+    for path, layer in root._walk(""):
+        state.metadata[path] = {"version": layer.version}
+        for name, array in (layer.params | layer.buffers).items():
+            state[_prefix(path) + name] = array.copy()
+    return state
+
+
+def load_state(root: Layer, state: Mapping[str, Any], strict: bool) -> LoadResult:
+    """See ``Layer.load_state_dict``."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"Expected state_dict to be dict-like, got {type(state)}")
+    title = f"Error(s) in loading state_dict for {type(root).__name__}:"
+    errors: list[str] = []
+    current = _upgraded(root, state, errors)
+    writes: list[tuple[Array, Array]] = []
+    missing = []
+    expected = set()
+    for path, layer in root._walk(""):
+        for name, target in (layer.params | layer.buffers).items():
+            key = _prefix(path) + name
+            expected.add(key)
+            if key not in current:
+                missing.append(key)
+                continue
+            value = _fitting(key, current[key], target, errors)
+            if value is not None:
+                writes.append((target, value))
+    unexpected = [key for key in current if key not in expected]
+    if strict and unexpected:
+        errors.insert(0, f"Unexpected key(s) in state_dict: {_quoted(unexpected)}.")
+    if strict and missing:
+        errors.insert(0, f"Missing key(s) in state_dict: {_quoted(missing)}.")
+    if errors:
+        raise StateDictError("\n\t".join([title, *errors]))
+    for target, value in writes:
+        target[...] = value
+    return LoadResult(missing, unexpected)
+
+
+def _upgraded(root: Layer, state: Mapping[str, Any], errors: list[str]) -> dict[str, Any]:
+    """A copy of the state in the layers' current versions."""
+    metadata = getattr(state, "metadata", None)
+    if metadata is None:
+        metadata = getattr(state, "_metadata", None)
+    current = dict(state)
+    for path, layer in root._walk(""):
+        entry = (metadata or {}).get(path) or {}
+        version = entry.get("version", 1)
+        if version > layer.version:
+            errors.append(
+                f'version {version} of the state for "{path}" is newer than version '
+                f"{layer.version}, the newest that this {type(layer).__name__} knows."
+            )
+        elif version < layer.version:
+            layer.upgrade_state_dict(current, _prefix(path), version)
+    return current
+
+
+def _fitting(key: str, value: Any, target: Array, errors: list[str]) -> Array | None:
+    """The value as a host array that can be copied into target, or None and an error."""
+    try:
+        array = as_array(value, key)
+    except CupyBNError as error:
+        errors.append(f"{error}.")
+        return None
+    if array.shape != target.shape:
+        errors.append(
+            f"size mismatch for {key}: copying a param with shape {array.shape} from the state, "
+            f"the shape in current model is {target.shape}."
+        )
+        return None
+    kind = "f" if is_floating(array.dtype) else array.dtype.kind
+    if kind not in ("f" if is_floating(target.dtype) else "iu"):
+        errors.append(f"dtype mismatch for {key}: {array.dtype} does not fit {target.dtype}.")
+        return None
+    return copy_to_host(array)
+
+
+def _quoted(keys: list[str]) -> str:
+    return ", ".join(f'"{key}"' for key in keys)

@@ -1,0 +1,288 @@
+"""The order of the primitives in one forward and one backward, and every check of their arguments.
+
+These run inside a :class:`cupybn.joint.joint` call, which the caller opens, so that whatever is
+raised here reaches the other ranks. Everything that can fail on one rank alone (checks, copies,
+allocating outputs) comes before the first message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .arrays import (
+    Array,
+    Layout,
+    as_array,
+    check_channel_axis,
+    layout_of,
+    overlap,
+    parameter_dtype,
+)
+from .backends import backend_for
+from .checks import (
+    check_activation,
+    check_eps,
+    check_like,
+    check_out,
+    check_overlap,
+    check_parameter,
+)
+from .communicators import Communicator, SelfCommunicator
+from .errors import ShapeError
+from .joint import joint
+from .statistics import Moments, message_length, pool_moments, pool_sums
+
+ALONE = SelfCommunicator()
+
+
+@dataclass
+class Saved:
+    """What a forward keeps for its backward. x, weight and bias are kept by reference.
+
+    Attributes:
+        mean: (C,) float64, of the batch of all ranks.
+        var: (C,) float64, the biased variance of that batch.
+        invstd: (C,) float64, ``1 / sqrt(var + eps)``.
+        count: values per channel on all ranks, a host integer.
+        comm: the communicator of the forward, which the backward uses too.
+    """
+
+    mean: Array
+    var: Array
+    invstd: Array
+    count: int
+    comm: Communicator
+    x3: Array
+    layout: Layout
+    weight: Array | None
+    bias: Array | None
+    activation: str | None
+    settings: str
+    name: str
+    has_residual: bool = False
+    mask: Array | None = None
+    constant: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"activation": self.activation, "mask": self.mask}
+
+    @property
+    def transform(self) -> tuple[Array, Array, Array | None, Array | None]:
+        return self.mean, self.invstd, self.weight, self.bias
+
+
+def joint_pass(comm: Communicator, direction: str, name: str | None, channels: int) -> joint:
+    """The joint call of one forward or backward."""
+    what = f"{direction} of {name!r}" if name else f"{direction} of a batch norm"
+    return joint(comm, what, message_length(channels))
+
+
+class _Inputs(NamedTuple):
+    x3: Array
+    layout: Layout
+    residual3: Array | None
+    y3: Array
+    mask: Array | None
+
+
+def forward_pass(
+    call: joint,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    *,
+    channel_axis: int = 1,
+    activation: str | None = None,
+    residual: Array | None = None,
+    out: Array | None = None,
+    name: str = "",
+    settings: str = "",
+    running: tuple[Array, Array, float] | None = None,
+    check_finite: bool = False,
+    save: bool = True,
+) -> tuple[Array, Saved]:
+    """:func:`batch_norm_forward` inside a joint call.
+
+    `running` is (running mean, running variance, factor), updated when nothing can fail any more;
+    `settings` is what else must agree on all ranks. Without `save` the context is not fit for a
+    backward.
+    """
+    x = as_array(x)
+    weight = None if weight is None else as_array(weight, "weight")
+    bias = None if bias is None else as_array(bias, "bias")
+    inputs = _prepare(x, weight, bias, eps, channel_axis, activation, residual, out, save)
+    if out is not None:
+        check_overlap(out, x, "x, which backward needs", may_be_same=False)
+    x3, layout, residual3, y3, mask = inputs
+    backend = backend_for(x3)
+    settings = _settings(layout.channels, eps, x.dtype, weight, bias, activation) + settings
+    exact = x.dtype == np.float64
+    call.agree(settings, messages=2 if exact else 1)
+
+    local = backend.batch_moments(x3)
+    moments = pool_moments(local, call.pool, call.ranks, exact)
+    if moments.count == 1:
+        everywhere = "" if call.ranks == 1 else f" on this rank, 1 value on all {call.ranks} ranks"
+        raise ShapeError(
+            "Expected more than 1 value per channel when training, got input size "
+            f"{layout.shape}{everywhere}"
+        )
+    if check_finite:
+        _check_finite(moments)
+    state, factor = (None, 0.0) if running is None else (running[:2], running[2])
+    mean, var, invstd = backend.finalize_moments(moments, eps, running=state, factor=factor)
+    saved = Saved(
+        mean, var, invstd, moments.count, call.comm, x3, layout, weight, bias, activation,
+        settings, name, residual is not None, mask,
+    )  # fmt: skip
+    _normalize(saved, residual3, y3)
+    return _finish(layout, y3, out), saved
+
+
+def inference_pass(
+    x: Array,
+    mean: Array,
+    var: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    *,
+    channel_axis: int = 1,
+    activation: str | None = None,
+    residual: Array | None = None,
+    out: Array | None = None,
+    save: bool = True,
+) -> tuple[Array, Saved]:
+    """:func:`batch_norm_inference` with a context; its backward takes the statistics as constants."""
+    x = as_array(x)
+    mean, var = as_array(mean, "mean"), as_array(var, "var")
+    weight = None if weight is None else as_array(weight, "weight")
+    bias = None if bias is None else as_array(bias, "bias")
+    inputs = _prepare(x, weight, bias, eps, channel_axis, activation, residual, out, save)
+    x3, layout, residual3, y3, mask = inputs
+    if out is not None:
+        check_overlap(out, x, "x", may_be_same=True)
+    for what, array in (("mean", mean), ("var", var)):
+        check_parameter(what, array, x, layout)
+    mean, var = mean.astype(np.float64), var.astype(np.float64)
+    saved = Saved(
+        mean, var, 1.0 / np.sqrt(var + eps), 0, ALONE, x3, layout, weight, bias, activation,
+        "", "", residual is not None, mask, constant=True,
+    )  # fmt: skip
+    _normalize(saved, residual3, y3)
+    return _finish(layout, y3, out), saved
+
+
+def backward_pass(
+    call: joint,
+    dy: Array,
+    saved: Saved,
+    *,
+    out: Array | None = None,
+    dweight: Array | None = None,
+    dbias: Array | None = None,
+) -> tuple[Array, Array | None]:
+    """:func:`batch_norm_backward` inside a joint call: (dx, dresidual). Adds to dweight, dbias."""
+    dy = as_array(dy, "dy")
+    x3, layout = saved.x3, saved.layout
+    check_like("dy", dy, x3, layout)
+    fused_residual = saved.has_residual and saved.activation is not None
+    if out is not None:
+        check_out(out, x3, layout)
+        check_overlap(out, x3, "the x of forward", may_be_same=False)
+        hands_dy_on = saved.has_residual and not fused_residual
+        what = "dy, which is returned as dresidual" if hands_dy_on else "dy"
+        check_overlap(out, dy, what, may_be_same=not hands_dy_on)
+    backend = backend_for(x3)
+    dy3 = layout.view(dy)
+    dx3 = _output3(layout, x3, out)
+    dresidual3 = np.empty_like(x3) if fused_residual else None
+    call.agree(saved.settings)
+
+    local = backend.backward_reduce(dy3, x3, *saved.transform, **saved.options)
+    pooled = None if saved.constant else pool_sums(local, call.pool, call.ranks)
+    backend.backward_input(
+        dy3, x3, *saved.transform, **saved.options,
+        sums=pooled, count=saved.count, out3=dx3, dresidual3=dresidual3,
+        local=local, dweight=dweight, dbias=dbias,
+    )  # fmt: skip
+    dresidual = dy if saved.has_residual else None
+    if dresidual3 is not None:
+        dresidual = layout.restore(dresidual3)
+    return _finish(layout, dx3, out), dresidual
+
+
+def _prepare(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    channel_axis: int,
+    activation: str | None,
+    residual: Array | None,
+    out: Array | None,
+    save: bool,
+) -> _Inputs:
+    """Every check of the arguments, the views, and the memory of the output."""
+    parameter_dtype(x.dtype)
+    check_eps(eps)
+    check_activation(activation)
+    layout = layout_of(x, check_channel_axis(channel_axis))
+    for what, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            check_parameter(what, parameter, x, layout)
+    residual3 = None
+    if residual is not None:
+        residual = as_array(residual, "residual")
+        check_like("residual", residual, x, layout)
+        residual3 = layout.view(residual)
+    if out is not None:
+        check_out(out, x, layout)
+        if residual is not None:
+            check_overlap(out, residual, "residual", may_be_same=True)
+    x3 = layout.view(x)
+    y3 = _output3(layout, x3, out)
+    needs_mask = save and residual is not None and activation is not None
+    mask = np.empty_like(x3, shape=(x3.size + 7) // 8, dtype=np.uint8) if needs_mask else None
+    return _Inputs(x3, layout, residual3, y3, mask)
+
+
+def _settings(c: int, eps: float, dtype: Any, weight: Any, bias: Any, activation: Any) -> str:
+    affine = f"weight={weight is not None}, bias={bias is not None}"
+    return f"C={c}, eps={eps!r}, {dtype}, {affine}, activation={activation}"
+
+
+def _normalize(saved: Saved, residual3: Array | None, y3: Array) -> None:
+    backend_for(saved.x3).normalize(
+        saved.x3, *saved.transform, **saved.options, residual3=residual3, out3=y3
+    )
+
+
+def _check_finite(moments: Moments) -> None:
+    bad = np.flatnonzero(~np.isfinite(moments.mean + moments.m2)).tolist()
+    if bad:
+        shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+        raise FloatingPointError(f"NaN or Inf in the batch, in channel {shown}")
+
+
+def _output3(layout: Layout, x3: Array, out: Array | None) -> Array:
+    """The (N, C, L) array to write: a view of out where the layouts fit, else new memory."""
+    if out is not None:
+        view = layout.view(out)
+        if overlap(view, out):
+            return view
+    return np.empty_like(x3)
+
+
+def _finish(layout: Layout, y3: Array, out: Array | None) -> Array:
+    y = layout.restore(y3)
+    if out is None:
+        return y
+    if not overlap(y3, out):
+        out[...] = y
+    return out

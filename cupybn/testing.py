@@ -1,0 +1,161 @@
+"""For tests of layers and training loops: ranks as threads, gradients by central differences."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .arrays import Array
+from .communicators import Communicator, SelfCommunicator, ThreadCommunicator, resolve
+from .errors import PeerError
+from .layers import Layer
+
+
+def run_ranks(
+    n: int, fn: Callable[..., Any], *args: Any, timeout: float | None = None
+) -> list[Any]:
+    """Runs ``fn(comm, *args)`` on n threads whose communicators behave like MPI ranks.
+
+    Returns:
+        What fn returned, by rank.
+
+    Raises:
+        The exception of the lowest rank that failed by itself. It releases the other ranks, which
+        get a PeerError where they wait. ``timeout``: seconds for one sum, None reads
+        ``CUPYBN_TIMEOUT``; past it, CollectiveTimeoutError.
+    """
+    comms = ThreadCommunicator.group(n, timeout)
+    results: list[Any] = [None] * n
+    errors: dict[int, BaseException] = {}
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = fn(comms[rank], *args)
+        except BaseException as error:  # raised below, in the caller's thread
+            errors[rank] = error
+            comms[rank].leave(f"raised {type(error).__name__}: {error}")
+        else:
+            comms[rank].leave()
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        own = [rank for rank, error in errors.items() if not isinstance(error, PeerError)]
+        raise errors[min(own or errors)]
+    return results
+
+
+def check_gradients(
+    layer: Layer,
+    x: Array,
+    *,
+    comm: Any = None,
+    eps: float = 1e-6,
+    atol: float = 1e-5,
+    rtol: float = 1e-3,
+    seed: int = 0,
+    **options: Any,
+) -> None:
+    """Compares ``backward`` with central differences of ``forward``, in float64.
+
+    The loss is a random linear form of y, summed over the ranks. Checked are dx, the gradients of
+    all parameters, and dresidual where `options` has a ``residual``. `layer` is not changed.
+
+    Args:
+        layer: of dtype float64, in the mode to check.
+        x: float64; any shape the layer takes. With ranks, every rank passes its own.
+        comm: of the ranks that check together; None is this process alone.
+        eps: the step.
+        atol, rtol: the largest difference allowed is ``atol + rtol * abs(numeric)``.
+        seed: of the linear form.
+        options: for ``forward``; a float64 ``residual`` is differentiated as well.
+
+    Raises:
+        AssertionError: names the worst value that differs.
+    """
+    ranks: Communicator = SelfCommunicator() if comm is None else resolve(comm)
+    layer = copy.deepcopy(layer)
+    layer.zero_grad()
+    inputs = {"dx": x.copy()}
+    if "residual" in options:
+        inputs["dresidual"] = options["residual"] = options["residual"].copy()
+    state = layer.state_dict()
+    dy = np.random.default_rng([seed, ranks.rank]).standard_normal(x.shape)
+
+    def total(values: Any) -> Any:
+        message = np.atleast_1d(np.array(values, np.float64))
+        return ranks.allreduce(message, "check_gradients")
+
+    def loss() -> float:
+        layer.load_state_dict(state)  # running statistics as they were
+        return float(np.vdot(dy, layer.forward(inputs["dx"], save_for_backward=False, **options)))
+
+    def slope(array: Array, index: Any, moves: bool) -> float:
+        values = []
+        for step in (eps, -eps):
+            before = array[index] if moves else 0.0
+            if moves:
+                array[index] = before + step
+            values.append(float(total(loss())[0]))
+            if moves:
+                array[index] = before
+        return (values[0] - values[1]) / (2 * eps)
+
+    dy_shape = layer.forward(inputs["dx"], save_for_backward=True, **options).shape
+    if dy_shape != dy.shape:
+        dy = np.random.default_rng([seed, ranks.rank]).standard_normal(dy_shape)
+    result = layer.backward(dy)
+    analytic = dict(zip(inputs, result if isinstance(result, tuple) else (result,), strict=True))
+    sizes = {name: [0] * ranks.size for name in inputs}
+    for name, array in inputs.items():
+        table = np.zeros(ranks.size)
+        table[ranks.rank] = array.size
+        sizes[name] = [int(size) for size in total(table)]
+
+    failures: list[tuple[float, str]] = []
+    for name, array in inputs.items():
+        for rank in range(ranks.size):
+            for i in range(sizes[name][rank]):
+                moves = rank == ranks.rank
+                index = np.unravel_index(i, array.shape) if moves else ()
+                numeric = slope(array, index, moves)
+                if moves:
+                    _compare(failures, f"{name}{list(map(int, index))}", analytic[name][index],
+                             numeric, atol, rtol)  # fmt: skip
+    gradients = dict(layer.named_gradients())
+    for name, parameter in layer.named_parameters():
+        gradient = total(gradients[name].reshape(-1)).reshape(parameter.shape)
+        for index in np.ndindex(parameter.shape):
+            state_value = state[name][index]
+            values = []
+            for step in (eps, -eps):
+                state[name][index] = state_value + step
+                values.append(float(total(loss())[0]))
+            state[name][index] = state_value
+            numeric = (values[0] - values[1]) / (2 * eps)
+            _compare(failures, f"gradient of {name}{list(index)}", gradient[index], numeric,
+                     atol, rtol)  # fmt: skip
+    worst = max(failures, default=(0.0, ""))
+    assert not failures, f"{len(failures)} gradients differ; the worst: {worst[1]}"
+
+
+def _compare(
+    failures: list[tuple[float, str]],
+    name: str,
+    analytic: float,
+    numeric: float,
+    atol: float,
+    rtol: float,
+) -> None:
+    difference = abs(analytic - numeric)
+    if not difference <= atol + rtol * abs(numeric):
+        failures.append(
+            (difference, f"{name} is {analytic:.9g}, central differences give {numeric:.9g}")
+        )
