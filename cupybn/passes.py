@@ -158,7 +158,7 @@ def inference_pass(
     out: Array | None = None,
     save: bool = True,
 ) -> tuple[Array, Saved]:
-    """:func:`batch_norm_inference` with a context; its backward takes the statistics as constants."""
+    """:func:`batch_norm_inference` with a context; backward takes the statistics as constants."""
     x = as_array(x)
     mean, var = as_array(mean, "mean"), as_array(var, "var")
     weight = None if weight is None else as_array(weight, "weight")

@@ -134,7 +134,7 @@ class Layer:
         raise NotImplementedError(f"{type(self).__name__} must implement compute_forward")
 
     def compute_backward(self, dy: Array, context: Any, *args: Any, **options: Any) -> Any:
-        """dx, with the parameters' gradients added to ``self.grads``; implemented by every layer."""
+        """dx; adds the parameters' gradients to ``self.grads``. Implemented by every layer."""
         raise NotImplementedError(f"{type(self).__name__} must implement compute_backward")
 
     def forward(

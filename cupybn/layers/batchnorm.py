@@ -294,8 +294,8 @@ class SyncBatchNorm(BatchNorm):
 """
         + _ARGUMENTS.replace(
             "        bias: whether an affine",
-            """        comm: an mpi4py intracommunicator, one of ``cupybn.communicators``, or None for
-            ``MPI.COMM_WORLD``, looked up at the first training forward.
+            """        comm: an mpi4py intracommunicator, one of ``cupybn.communicators``, or None
+            for ``MPI.COMM_WORLD``, looked up at the first training forward.
         name: stands for the layer's path in errors, and must be the same on all ranks.
         bias: whether an affine""",
         )
