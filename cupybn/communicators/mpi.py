@@ -92,6 +92,7 @@ class MpiCommunicator:
         self._dup = self._private_dup()
 
     def allreduce(self, message: Array, label: str = "") -> Array:
+        """The sum over the ranks, in place. Raises DeviceError for other than NumPy arrays."""
         if not isinstance(message, np.ndarray):
             raise DeviceError(
                 f"{label or 'allreduce'}: the host transport sums NumPy arrays, got "

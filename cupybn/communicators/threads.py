@@ -35,8 +35,9 @@ class _Meeting:
                     lambda: self.generation != generation or bool(self.left), timeout or None
                 )
             if self.generation == generation:
+                missing = sorted(set(range(self.size)) - set(self.messages))
                 del self.messages[rank]
-                self._raise(label, timeout)
+                self._raise(label, timeout, missing)
             if self.fault is not None:
                 raise CollectiveMismatchError(f"{label}: {self.fault}")
             assert self.total is not None
@@ -56,11 +57,10 @@ class _Meeting:
         self.generation += 1
         self.condition.notify_all()
 
-    def _raise(self, label: str, timeout: float) -> None:
+    def _raise(self, label: str, timeout: float, missing: list[int]) -> None:
         if self.left:
             rank, how = next(iter(self.left.items()))
             raise PeerError(f"{label}: rank {rank} {how} while this rank waited for it")
-        missing = sorted(set(range(self.size)) - set(self.messages) - set(self.left))
         raise CollectiveTimeoutError(f"{label}: waited {timeout:g} s for the ranks {missing}")
 
     def leave(self, rank: int, how: str) -> None:
@@ -92,6 +92,7 @@ class ThreadCommunicator:
         return [cls(meeting, rank, timeout) for rank in range(size)]
 
     def allreduce(self, message: Array, label: str = "") -> Array:
+        """The sum over the ranks, a new array. Raises as the class says."""
         if self.size == 1:
             return message
         return self._meeting.sum(self.rank, np.asarray(message), label or "allreduce", self.timeout)

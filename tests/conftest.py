@@ -1,0 +1,83 @@
+"""Shared fixtures: real MPI jobs, and the data types the library takes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+try:
+    import ml_dtypes
+
+    BFLOAT16 = [np.dtype(ml_dtypes.bfloat16)]
+except ImportError:
+    BFLOAT16 = []
+
+DTYPES = [np.dtype(name) for name in ("float16", "float32", "float64")] + BFLOAT16
+TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5, "float64": 1e-10}
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _mpiexec() -> str | None:
+    beside = Path(sys.executable).parent / "mpiexec"
+    return str(beside) if beside.exists() else shutil.which("mpiexec")
+
+
+def rank_environment(**more: str) -> dict[str, str]:
+    """One thread a rank; and what Open MPI wants before it starts as root or on few cores."""
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONFAULTHANDLER": "1",
+    }
+    return env | more
+
+
+@pytest.fixture(scope="session")
+def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``mpirun(n, script, *args)``: a real MPI job; shows every rank's output when it fails.
+
+    `aborting`: under ``python -m mpi4py``, with which an exception on one rank ends the job.
+    """
+    mpiexec = _mpiexec()
+    if mpiexec is None:
+        pytest.skip("no mpiexec: pip install 'cupybn[mpich]'")
+
+    def run(
+        n: int,
+        script: str | Path,
+        *args: object,
+        timeout: float = 60,
+        check: bool = True,
+        env: dict[str, str] | None = None,
+        aborting: bool = True,
+    ) -> subprocess.CompletedProcess[str]:
+        python = [sys.executable, "-m", "mpi4py"] if aborting else [sys.executable]
+        command = [mpiexec, "-n", str(n), *python, str(script)]
+        process = subprocess.run(
+            [*command, *map(str, args)],
+            env=rank_environment(**(env or {})),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        if check and process.returncode != 0:
+            pytest.fail(
+                f"{n} ranks of {script} {args} ended with {process.returncode}\n"
+                f"{process.stdout}\n{process.stderr}",
+                pytrace=False,
+            )
+        return process
+
+    return run

@@ -1,0 +1,109 @@
+"""Communicators over real MPI: private duplicates, the user's own traffic, groups, bad arguments."""
+
+import copy
+import pickle
+
+import numpy as np
+from mpi4py import MPI
+
+import cupybn
+from cupybn import SyncBatchNorm, distributed
+from cupybn.communicators import MpiCommunicator, resolve
+from cupybn.communicators.mpi import kept_with
+
+world = MPI.COMM_WORLD
+rank, size = world.rank, world.size
+whole = np.random.default_rng(0).standard_normal((4 * size, 3)).astype(np.float32)
+mine = whole[4 * rank : 4 * rank + 4]
+
+
+def raises(exception, message, call, *args, **options):
+    try:
+        call(*args, **options)
+    except exception as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(f"{call} did not raise {exception}")
+
+
+# making a layer and evaluating it does not touch the communicator
+layer = SyncBatchNorm(3)
+layer.eval()(mine)
+assert "dup" not in kept_with(world)
+layer.train()(mine)
+assert "dup" in kept_with(world)
+assert (
+    layer.communicator()
+    is resolve(None)
+    is resolve(world)
+    is SyncBatchNorm(3, comm=world).communicator()
+)
+assert layer.communicator()._dup != world
+assert MpiCommunicator(world)._dup is layer.communicator()._dup
+assert repr(MpiCommunicator(world, timeout=7)) == (
+    f"MpiCommunicator(rank {rank} of {size}, transport='host', timeout=7)"
+)
+
+# the user's own traffic between and around calls
+expected = (whole - whole.mean(0)) / np.sqrt(whole.var(0) + 1e-5)
+left, right = (rank - 1) % size, (rank + 1) % size
+requests = [world.isend({"from": rank}, right, tag=3), world.irecv(source=left, tag=3)]
+everyone = world.Iallreduce(np.array([float(rank)]), total := np.zeros(1))
+y = layer(mine)
+assert np.abs(y - expected[4 * rank : 4 * rank + 4]).max() < 1e-5
+assert world.allreduce(1) == size
+layer.backward(y)
+everyone.Wait()
+assert total[0] == size * (size - 1) / 2
+requests[0].wait()
+assert requests[1].wait() == {"from": left}
+
+# two communicators, interleaved, each with its own group
+for group_size in (1, 2, 3, size):
+    group = distributed.split_comm(world, group_size)
+    begin = rank // group_size * group_size
+    members = list(range(begin, min(begin + group_size, size)))
+    assert group.size == len(members)
+    assert group.rank == rank - begin
+    inner, outer = SyncBatchNorm(3, comm=group), SyncBatchNorm(3)
+    a, b = inner(mine), outer(mine)
+    db, da = outer.backward(b), inner.backward(a)
+    part = whole[4 * begin : 4 * (members[-1] + 1)]
+    near = (mine - part.mean(0)) / np.sqrt(part.var(0) + 1e-5)
+    assert np.abs(a - near).max() < 1e-5
+    assert np.abs(b - expected[4 * rank : 4 * rank + 4]).max() < 1e-5
+    group.Free()
+raises(ValueError, "group_size must be an integer of at least 1", distributed.split_comm, world, 0)
+raises(
+    TypeError, "must be an MPI communicator", distributed.split_comm, cupybn.SelfCommunicator(), 2
+)
+
+# duplicates are freed with the communicator they belong to: MPI's ids would run out
+for _ in range(3000):
+    comm = world.Dup()
+    resolve(comm)
+    comm.Free()
+
+# bad arguments
+raises(ValueError, "COMM_NULL", SyncBatchNorm, 3, comm=MPI.COMM_NULL)
+raises(TypeError, "comm must be", SyncBatchNorm, 3, comm=MPI.DOUBLE)
+raises(ValueError, "transport must be", MpiCommunicator, world, transport="pigeon")
+raises(ValueError, "timeout must be", MpiCommunicator, world, timeout=-2)
+raises(cupybn.DeviceError, "sums NumPy arrays, got list", MpiCommunicator(world).allreduce, [1.0])
+raises(ValueError, "op must be", distributed.allreduce_gradients, layer, op="max")
+raises(ValueError, "root must be a rank", distributed.broadcast_parameters, layer, root=size)
+raises(TypeError, "cannot be pickled", pickle.dumps, resolve(world))
+distributed.verify_sync(layer)
+
+# copies
+layer.comm = world
+other = copy.deepcopy(layer)
+assert other.comm is world
+assert other.weight is not layer.weight
+other(mine)
+restored = pickle.loads(pickle.dumps(SyncBatchNorm(3)))
+restored(mine)  # comm was None: still COMM_WORLD
+restored = pickle.loads(pickle.dumps(layer))
+raises(RuntimeError, "set layer.comm", restored, mine)
+restored.comm = world
+restored(mine)
