@@ -315,19 +315,17 @@ class Sequential(Layer):
                 raise ValueError(f"Sequential already has an attribute {name!r}")
             setattr(self, name, layer)
 
-    def compute_forward(
-        self, x: Array, *args: Any, save_for_backward: bool = True, **options: Any
-    ) -> tuple[Array, Any]:
+    def compute_forward(self, x: Array, *, save_for_backward: bool = True) -> tuple[Array, Any]:
         contexts = []
         for layer in self.children.values():
-            x, context = layer.run_forward(x, save_for_backward, *args, **options)
+            x, context = layer.run_forward(x, save_for_backward)
             if save_for_backward:
                 contexts.append((layer, context))
         return x, contexts
 
-    def compute_backward(self, dy: Array, context: Any, *args: Any, **options: Any) -> Array:
+    def compute_backward(self, dy: Array, context: Any) -> Array:
         for layer, inner in reversed(context):
-            dy = layer.compute_backward(dy, inner, *args, **options)
+            dy = layer.compute_backward(dy, inner)
         return dy
 
     def __len__(self) -> int:

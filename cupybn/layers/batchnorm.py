@@ -28,7 +28,8 @@ _ARGUMENTS = """
         bias: whether an affine layer has a bias.
         channel_axis: 1, or -1 for channels-last shapes.
         activation: None or "relu", applied to y.
-        weight_init: "ones", "uniform" (U(0, 1)), or a function from shape to array.
+        weight_init: "ones", "uniform" (U(0, 1) from NumPy's global generator), or a function from
+            shape to array. On ranks, random ones want ``distributed.broadcast_parameters``.
         check_finite: whether NaN or Inf in a training batch raises FloatingPointError, before
             anything is written, instead of going into the running statistics.
         dtype: of parameters and statistics: float32 (default), for float16, bfloat16 and float32

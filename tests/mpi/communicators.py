@@ -48,13 +48,14 @@ assert repr(MpiCommunicator(world, timeout=7)) == (
 expected = (whole - whole.mean(0)) / np.sqrt(whole.var(0) + 1e-5)
 left, right = (rank - 1) % size, (rank + 1) % size
 requests = [world.isend({"from": rank}, right, tag=3), world.irecv(source=left, tag=3)]
-everyone = world.Iallreduce(np.array([float(rank)]), total := np.zeros(1))
+part, total = np.array([float(rank)]), np.zeros(1)
+everyone = world.Iallreduce(part, total)
 y = layer(mine)
 assert np.abs(y - expected[4 * rank : 4 * rank + 4]).max() < 1e-5
 assert world.allreduce(1) == size
 layer.backward(y)
 everyone.Wait()
-assert total[0] == size * (size - 1) / 2
+assert total[0] == size * (size - 1) / 2, total
 requests[0].wait()
 assert requests[1].wait() == {"from": left}
 
