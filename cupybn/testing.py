@@ -99,7 +99,7 @@ def check_gradients(
     analytic = dict(zip(inputs, result if isinstance(result, tuple) else (result,), strict=True))
 
     def slope(array: Array, index: tuple[int, ...] | None) -> float:
-        """The loss's, for one value; without an index another rank's value is the one that moves."""
+        """The loss's slope in one value; without an index it is another rank's that moves."""
         losses = []
         for step in (eps, -eps):
             layer.load_state_dict(state)  # running statistics as they were

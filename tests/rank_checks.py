@@ -158,7 +158,7 @@ def check_empty_ranks(comm):
 
 
 def check_one_value_in_all(comm):
-    """One rank has one value per channel, the others none: the same error on all, nothing written."""
+    """One rank has one value per channel, the others none: an error on all, nothing written."""
     layer = SyncBatchNorm(3, comm=comm)
     before = bits(layer)
     x = np.ones((1 if comm.rank == comm.size - 1 else 0, 3), np.float32)

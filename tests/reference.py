@@ -57,7 +57,7 @@ class Backward(NamedTuple):
 
 
 def backward(dy, x, weight=None, bias=None, eps=1e-5, axis=1, kept=None, fixed=None):
-    """Gradients of sum(y * dy). `kept` is where a ReLU let y through; `fixed` a constant (mean, var)."""
+    """Gradients of sum(y * dy). `kept`: where a ReLU let y through; `fixed`: (mean, var)."""
     x, dz = x.astype(np.float64), dy.astype(np.float64)
     others, shape = _others(x, axis), _shape(x, axis)
     mean, var = fixed if fixed is not None else forward(x, eps=eps, axis=axis)[1:3]
@@ -76,7 +76,7 @@ def backward(dy, x, weight=None, bias=None, eps=1e-5, axis=1, kept=None, fixed=N
 
 
 def error(actual, expected):
-    """The largest difference, relative to the largest magnitude of what is expected (at least 1)."""
+    """The largest difference, relative to the largest magnitude expected (at least 1)."""
     expected = np.asarray(expected, np.float64)
     if expected.size == 0:
         return 0.0

@@ -41,7 +41,8 @@ def snapshot(layer):
     "cls, shape",
     [
         (BatchNorm1d, (8, 3)), (BatchNorm1d, (8, 3, 5)), (BatchNorm2d, (4, 3, 5, 7)),
-        (BatchNorm3d, (2, 3, 3, 4, 5)), (SyncBatchNorm, (8, 3)), (SyncBatchNorm, (2, 3, 2, 2, 2, 2)),
+        (BatchNorm3d, (2, 3, 3, 4, 5)), (SyncBatchNorm, (8, 3)),
+        (SyncBatchNorm, (2, 3, 2, 2, 2, 2)),
     ],
 )  # fmt: skip
 def test_forward_backward_and_statistics(cls, shape, dtype):
@@ -463,10 +464,10 @@ def test_repr():
 
 X = normal((2, 3, 5, 5))
 BAD_INPUT = [
-    (BatchNorm1d, normal((2, 3, 5, 5)), cupybn.ShapeError, r"expected 2D or 3D input \(got 4D input\)"),
+    (BatchNorm1d, X, cupybn.ShapeError, r"expected 2D or 3D input \(got 4D input\)"),
     (BatchNorm2d, normal((2, 3)), cupybn.ShapeError, r"expected 4D input \(got 2D input\)"),
     (BatchNorm3d, X, cupybn.ShapeError, r"expected 5D input \(got 4D input\)"),
-    (SyncBatchNorm, normal((3,)), cupybn.ShapeError, r"expected at least 2D input \(got 1D input\)"),
+    (SyncBatchNorm, X[0, 0, 0], cupybn.ShapeError, r"expected at least 2D input \(got 1D input\)"),
     (
         BatchNorm2d, normal((2, 4, 5, 5)), cupybn.ShapeError,
         r"expected 3 channels on axis 1, got 4 \(input shape \(2, 4, 5, 5\)\)",

@@ -87,7 +87,7 @@ def test_forward_and_backward_agree_with_float64(backend, shape, dtype, relu, wi
 
 
 def kept_by_relu(x, weight, bias, residual, expected, y):
-    """Where the exact y is above 0; so close to 0 that rounding decides, where the computed y is."""
+    """Where the exact y is above 0, or, so close to 0 that rounding decides, the computed y."""
     exact = reference.normalized(x, expected.mean, expected.var, weight, bias, residual=residual)
     return np.where(np.abs(exact) < 1e-5, y > 0, exact > 0)
 

@@ -1,4 +1,4 @@
-"""Communicators over real MPI: private duplicates, the user's own traffic, groups, bad arguments."""
+"""Communicators over real MPI: private duplicates, the user's traffic, groups, bad arguments."""
 
 import copy
 import pickle

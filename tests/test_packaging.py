@@ -1,0 +1,78 @@
+"""The CUDA sources and the types are found however the package is installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROBE = """
+import cupybn, pathlib
+from cupybn.backends import source
+names = sorted(path.name for path in source.source_directory().iterdir() if ".cu" in path.suffix)
+print(pathlib.Path(cupybn.__file__).parent)
+print(*names)
+print((pathlib.Path(cupybn.__file__).parent / "py.typed").is_file())
+print("batch_moments" in source.paste("batch_moments.cu"))
+"""
+
+
+def run(*command, cwd):
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    process = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=110
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what git knows, so that a build leaves nothing in the repository."""
+    copy = tmp_path / "checkout"
+    for name in ("cupybn", "cuda"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+@pytest.fixture
+def python(tmp_path):
+    """The python of a fresh environment that sees this one's packages after its own."""
+    venv.create(tmp_path / "env", with_pip=False, symlinks=True)
+    site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
+    (site / "below.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return tmp_path / "env" / "bin" / "python"
+
+
+def pip(python, *arguments, cwd):
+    run(sys.executable, "-m", "pip", "--python", python, *arguments, "--no-deps",
+        "--no-build-isolation", "--no-index", cwd=cwd)  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["checkout", "install", "wheel", "sdist", "editable"])
+def test_every_way_to_install(mode, checkout, python, tmp_path):
+    where = tmp_path
+    if mode == "checkout":
+        where = checkout
+    elif mode == "install":
+        pip(python, "install", checkout, cwd=tmp_path)
+    elif mode == "editable":
+        pip(python, "install", "--editable", checkout, cwd=tmp_path)
+    else:
+        run(sys.executable, "-m", "build", "--no-isolation", f"--{mode}", cwd=checkout)
+        (archive,) = (checkout / "dist").iterdir()
+        pip(python, "install", archive, cwd=tmp_path)
+    location, names, typed, pasted = run(python, "-c", PROBE, cwd=where).splitlines()
+    expected = checkout if mode in ("checkout", "editable") else tmp_path / "env"
+    assert location.startswith(str(expected))
+    assert names.split() == sorted(p.name for p in (ROOT / "cuda").glob("*.cu*"))
+    assert (typed, pasted) == ("True", "True")
