@@ -6,6 +6,7 @@ the file named by its argument.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -16,17 +17,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from conftest import rank_environment
-from network import Conv2d, Flatten, Linear, ReLU, softmax_cross_entropy
+from network import SGD, Conv2d, Flatten, Linear, ReLU, softmax_cross_entropy
 from train_digits import build_network, load_data, train
 
 import cupybn
 from cupybn.communicators import MpiCommunicator
 from cupybn.testing import check_gradients
 
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 STEPS = 50
 BATCH = 2
 ROW = re.compile(r"^(\([abc]\)) .*?(\d+\.\d{4}) +(\d+\.\d)% +\d+\.\d$", re.MULTILINE)
@@ -35,7 +36,7 @@ ROW = re.compile(r"^(\([abc]\)) .*?(\d+\.\d{4}) +(\d+\.\d)% +\d+\.\d$", re.MULTI
 def run_example(name, *args, path=(), check=True):
     """One process of an example, with more folders to import from; its output as text."""
     env = rank_environment()
-    env["PYTHONPATH"] = ":".join([*map(str, path), env["PYTHONPATH"]])
+    env["PYTHONPATH"] = os.pathsep.join([*map(str, path), env["PYTHONPATH"]])
     process = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *map(str, args)],
         env=env,
@@ -70,7 +71,7 @@ def rows_of(output):
 def test_train_digits_three_ways(mpirun, tmp_path):
     picture = tmp_path / "curves.png"
     script = EXAMPLES / "train_digits.py"
-    output = mpirun(4, script, "--epochs", 2, "--plot", picture).stdout
+    output = mpirun(4, script, "--epochs", 1, "--plot", picture).stdout
     (a, loss_a, share_a), (b, loss_b, share_b), (c, loss_c, _) = rows_of(output)
     assert (a, b, c) == ("(a)", "(b)", "(c)")
     assert (loss_b, share_b) == (loss_a, share_a)
@@ -101,15 +102,19 @@ def test_train_digits_names_the_extra_when_a_package_is_missing(tmp_path):
     assert "tqdm is missing: pip install 'cupybn[examples]'" in process.stderr
 
 
-def test_train_digits_without_cuda_says_so():
+def reason_for_no_device():
     try:
         cupybn.distributed.local_device()
     except cupybn.DeviceError as error:
-        process = run_example("train_digits.py", "--device", "cuda", check=False)
-        assert process.returncode == 1
-        assert f"DeviceError: {error}" in process.stderr
-    else:
-        pytest.skip("this machine has a CUDA device")
+        return str(error)
+    return ""
+
+
+@pytest.mark.skipif(not reason_for_no_device(), reason="this machine has a CUDA device")
+def test_train_digits_without_cuda_says_so():
+    process = run_example("train_digits.py", "--device", "cuda", check=False)
+    assert process.returncode == 1
+    assert f"DeviceError: {reason_for_no_device()}" in process.stderr
 
 
 def trajectory(data, comm, *, batch, sync):
@@ -212,6 +217,16 @@ def test_layers_keep_the_dtype_take_empty_batches_and_add_to_gradients(dtype):
         np.testing.assert_array_equal(with_empty[name], once[name])
         np.testing.assert_array_equal(twice[name], 2 * once[name])
     assert np.abs(once["0.weight"]).max() > 0
+
+
+def test_sgd_with_momentum():
+    layer = cupybn.BatchNorm1d(2, dtype="float64")
+    layer.grads["bias"][...] = [1.0, -2.0]
+    optimizer = SGD(layer, rate=0.1, momentum=0.5)
+    optimizer.step()
+    optimizer.step()
+    np.testing.assert_allclose(layer.bias, [-0.1 * (1 + 1.5), 0.2 * (1 + 1.5)], rtol=1e-15)
+    np.testing.assert_array_equal(layer.weight, [1, 1])
 
 
 class Loss(cupybn.Layer):

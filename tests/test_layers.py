@@ -370,6 +370,22 @@ def test_layers_of_ones_own():
         Layer().forward(np.ones(3))
 
 
+def test_a_layer_that_needs_no_context():
+    class Negate(Layer):
+        def compute_forward(self, x):
+            return -x, None
+
+        def compute_backward(self, dy, context):
+            return -dy
+
+    layer = Negate()
+    check_gradients(layer, normal((2, 3), np.float64))
+    layer(X)
+    np.testing.assert_array_equal(layer.backward(X), -X)
+    with pytest.raises(RuntimeError, match="backward without a saved forward"):
+        layer.backward(X)
+
+
 def test_trees_paths_and_shared_layers():
     shared = Scale()
     net = Sequential({"a": Scale(BatchNorm2d(3)), "b": shared, "c": shared})

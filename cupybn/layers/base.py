@@ -144,7 +144,7 @@ class Layer:
         save = self.training if save_for_backward is None else save_for_backward
         y, context = self.run_forward(x, save, *args, **options)
         if save:
-            self.saved = context
+            self.saved = () if context is None else context  # None is: no forward went before
         return y
 
     def __call__(self, *args: Any, **options: Any) -> Array:

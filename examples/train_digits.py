@@ -1,0 +1,248 @@
+"""Trains a small convolutional network on scikit-learn's digits, with two images on each rank.
+
+    mpiexec -n 4 python -m mpi4py examples/train_digits.py
+
+Three ways, from the same parameters and with the same images in every step: (a) one process with
+the whole batch, (b) all ranks with a share each, batch norm synchronised, (c) the same without
+synchronisation. (a) and (b) are the same computation; in (c) each rank normalises with the
+statistics of its own few images. The network is far too small for more ranks to make it faster.
+``--help`` lists the options.
+"""
+
+from __future__ import annotations
+
+import os
+
+if __name__ == "__main__":
+    # Before NumPy is imported: threads of several ranks only get in each other's way.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import argparse
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from network import (
+    SGD,
+    Array,
+    Conv2d,
+    Flatten,
+    Linear,
+    ReLU,
+    array_namespace,
+    softmax_cross_entropy,
+)
+from report import Course, plot, table
+
+import cupybn
+from cupybn.communicators import Communicator, MpiCommunicator
+from cupybn.distributed import allreduce_gradients, broadcast_parameters, local_device, verify_sync
+
+TRAINING_IMAGES = 900  # of 1797
+RATE = 0.02
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images (N, 1, 8, 8) from -1 to 1 and labels (N,), as NumPy arrays."""
+
+    images: Array
+    labels: Array
+    test_images: Array
+    test_labels: Array
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to train; `batch` is the number of images on each rank of `comm`."""
+
+    title: str
+    comm: Communicator
+    batch: int
+    sync: bool
+
+
+def load_data(dtype: str) -> Data:
+    """The digits in an order that is always the same, half of them for training."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(images))
+    images = (images[order] / 8 - 1).reshape(-1, 1, 8, 8).astype(dtype)
+    labels = labels[order]
+    end = TRAINING_IMAGES
+    return Data(images[:end], labels[:end], images[end:], labels[end:])
+
+
+def build_network(seed: int, dtype: str) -> cupybn.Sequential:
+    """(N, 1, 8, 8) images to (N, 10) logits; the same parameters for the same seed."""
+    rng = np.random.default_rng(seed)
+    layers: list[cupybn.Layer] = []
+    for channels, channels_out, stride in ((1, 16, 2), (16, 32, 2), (32, 64, 1)):
+        layers += [
+            Conv2d(channels, channels_out, stride=stride, bias=False, rng=rng, dtype=dtype),
+            cupybn.BatchNorm2d(channels_out, dtype=dtype),
+            ReLU(),
+        ]
+    return cupybn.Sequential(*layers, Flatten(), Linear(64 * 2 * 2, 10, rng=rng, dtype=dtype))
+
+
+def train(
+    network: cupybn.Layer, data: Data, comm: Communicator, *, batch: int, epochs: int, seed: int
+) -> Iterator[float]:
+    """Trains in place; yields this rank's part of the loss after each step.
+
+    A step takes ``batch * comm.size`` images, shared out among the ranks. All ranks make the same
+    number of steps: in the last one of an epoch some may have fewer images, or none.
+    """
+    broadcast_parameters(network, comm)
+    network.train()
+    optimizer = SGD(network, RATE)
+    asarray = namespace_of(network).asarray
+    rng = np.random.default_rng(seed)
+    for _ in range(epochs):
+        order = rng.permutation(len(data.images))
+        for start in range(0, len(order), batch * comm.size):
+            chosen = order[start : start + batch * comm.size]
+            mine = np.array_split(chosen, comm.size)[comm.rank]
+            logits = network(asarray(data.images[mine]))
+            labels = asarray(data.labels[mine])
+            # Divided by the count of all ranks: losses and gradients are then summed, not averaged.
+            loss, dlogits = softmax_cross_entropy(logits, labels, count=len(chosen))
+            network.zero_grad()
+            network.backward(dlogits)
+            allreduce_gradients(network, comm, op="sum")
+            optimizer.step()
+            yield float(loss)
+
+
+def accuracy(network: cupybn.Layer, data: Data) -> float:
+    """The share of the test images that are recognised, with this rank's running statistics."""
+    asarray = namespace_of(network).asarray
+    network.eval()
+    logits = network(asarray(data.test_images))
+    network.train()
+    return float((logits.argmax(axis=1) == asarray(data.test_labels)).mean())
+
+
+def namespace_of(network: cupybn.Layer) -> Any:
+    """The module that the network's arrays come from."""
+    return array_namespace(next(network.named_parameters())[1])
+
+
+def run(way: Way, data: Data, args: argparse.Namespace) -> Course:
+    """Trains a new network in one way; all ranks of ``way.comm`` call it, rank 0 takes notes."""
+    device = local_device() if args.device == "cuda" else args.device
+    network: cupybn.Layer = build_network(args.seed, args.dtype).to(device)
+    if way.sync:
+        network = cupybn.convert_sync_batchnorm(network, way.comm)
+    per_epoch = -(-len(data.images) // (way.batch * way.comm.size))
+    steps: Iterable[float] = train(
+        network, data, way.comm, batch=way.batch, epochs=args.epochs, seed=args.seed
+    )
+    if way.comm.rank == 0:
+        from tqdm import tqdm
+
+        steps = tqdm(steps, desc=way.title, total=per_epoch * args.epochs, leave=False)
+    course = Course(way.title)
+    begin = time.perf_counter()
+    total = 0.0
+    for step, loss in enumerate(steps, start=1):
+        total += loss
+        if step % per_epoch == 0:
+            pooled = way.comm.allreduce(np.array([total]), "loss")
+            total = 0.0
+            if way.comm.rank == 0:
+                course.losses.append(float(pooled[0]) / per_epoch)
+                course.accuracies.append(accuracy(network, data))
+    course.seconds = time.perf_counter() - begin
+    if way.sync:
+        verify_sync(network, way.comm)
+    return course
+
+
+def chosen_ways(args: argparse.Namespace, comm: Communicator) -> list[Way]:
+    """All three ways, or the one that ``--sync`` or ``--no-sync`` asks for."""
+    ranks = f"{comm.size} rank" + ("s" if comm.size > 1 else "")
+    whole = args.batch * comm.size
+    ways = [
+        Way(f"(a) one process, batch {whole}", cupybn.SelfCommunicator(), whole, sync=False),
+        Way(f"(b) {ranks}, synchronised", comm, args.batch, sync=True),
+        Way(f"(c) {ranks}, not synchronised", comm, args.batch, sync=False),
+    ]
+    return ways if args.sync is None else [ways[1 if args.sync else 2]]
+
+
+def positive(text: str) -> int:
+    """An argument that must be a positive integer."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Trains on digits with a few images on each rank: in one process, with "
+        "synchronised batch norm, and without."
+    )
+    add = parser.add_argument
+    add("--sync", action=argparse.BooleanOptionalAction, help="only this way, not all three")
+    add("--epochs", type=positive, default=8, help="default %(default)s")
+    add("--batch", type=positive, default=2, help="images on each rank, default %(default)s")
+    add("--seed", type=int, default=0, help="of parameters and order, default %(default)s")
+    add(
+        "--dtype",
+        choices=("float32", "float64"),
+        default="float64",
+        help="default %(default)s; in float32, rounding drives (a) and (b) apart in the end",
+    )
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
+    add("--plot", type=Path, default=Path("digits.png"), metavar="FILE", help="picture to write")
+    return parser.parse_args()
+
+
+def check_extras() -> None:
+    """Ends the program with advice if a package that only the example needs is missing."""
+    try:
+        import matplotlib  # noqa: F401
+        import sklearn  # noqa: F401
+        import tqdm  # noqa: F401
+    except ImportError as error:
+        raise SystemExit(f"{error.name} is missing: pip install 'cupybn[examples]'") from error
+
+
+def wait_asleep(world: Any) -> None:
+    """A barrier; ranks that wait leave the cores to those at work, as ``Barrier()`` does not."""
+    request = world.Ibarrier()
+    while not request.Test():
+        time.sleep(0.01)
+
+
+def main() -> None:
+    from mpi4py import MPI
+
+    args = parse_arguments()
+    world = MPI.COMM_WORLD
+    first = world.rank == 0
+    if first:
+        check_extras()
+    data = world.bcast(load_data(args.dtype) if first else None)
+    courses = []
+    for way in chosen_ways(args, MpiCommunicator(world)):
+        if world.rank < way.comm.size:
+            courses.append(run(way, data, args))
+        wait_asleep(world)
+    if first:
+        print(table(courses))
+        if args.sync is not True and world.size > 1:
+            print("(c) is tested with the running statistics of rank 0: each rank has its own.")
+        plot(courses, args.plot)
+        print(f"Curves: {args.plot}")
+
+
+if __name__ == "__main__":
+    main()
