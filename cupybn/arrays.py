@@ -117,6 +117,14 @@ def copy_to_host(x: Array) -> np.ndarray[Any, Any]:
     return np.array(host, order="C", copy=True)
 
 
+def write_host_values(target: Array, values: np.ndarray[Any, Any]) -> None:
+    """Copies NumPy values into a contiguous array of the same shape and dtype, on its device."""
+    if is_cupy(target):
+        target.set(values)
+    else:
+        target[...] = values
+
+
 @dataclass(frozen=True)
 class Layout:
     """How an array of `shape` is seen as a C-contiguous (N, C, L) array.

@@ -57,11 +57,11 @@ def allreduce_gradients(layer: Layer, comm: Any = None, op: str = "mean") -> Non
     with joint(communicator, "allreduce_gradients", length, dtype) as call:
         if op not in ("mean", "sum"):
             raise ValueError(f"op must be 'mean' or 'sum', got {op!r}")
-        bucket = _concatenated([copy_to_host(grad).reshape(-1) for grad in grads], dtype)
         call.agree(f"op={op}, {_outline(layer, 'named_gradients')}")
         if communicator.size == 1:
             return
-        _, total = call.pool(0, bucket)
+        bucket = [copy_to_host(grad).reshape(-1) for grad in grads]
+        total = _pool(call, _concatenated(bucket, dtype))
     if op == "mean":
         total /= communicator.size
     _scatter(total, grads)
@@ -92,7 +92,7 @@ def broadcast_parameters(layer: Layer, comm: Any = None, root: int = 0) -> None:
         call.agree(f"root={root}, {_outline(layer, 'named_parameters', 'named_buffers')}")
         if communicator.size == 1:
             return
-        _, bits = call.pool(0, bits)
+        bits = _pool(call, bits)
     begin = 0
     for array in arrays:
         end = begin - (-array.nbytes // 4)
@@ -121,7 +121,7 @@ def verify_sync(layer: Layer, comm: Any = None) -> None:
         call.agree(_outline(layer, "named_parameters", "named_buffers"))
         if communicator.size == 1:
             return
-        _, sums = call.pool(0, np.concatenate([pieces, pieces * pieces]))
+        sums = _pool(call, np.concatenate([pieces, pieces * pieces]))
     total, squares = np.split(sums, 2)
     differs = (communicator.size * squares != total * total).reshape(-1, _PIECES).any(axis=1)
     names = [name for (name, _), differ in zip(named, differs, strict=True) if differ]
@@ -185,6 +185,13 @@ def local_device() -> str:
     if devices == 0:
         raise DeviceError("CuPy sees no CUDA device on this machine")
     return f"cuda:{local_rank() % devices}"
+
+
+def _pool(call: joint, values: Array) -> Array:
+    payload = call.payload(values, values.size)
+    assert payload is not None, "with one rank nothing is pooled"
+    payload[...] = values
+    return call.pool(0, values.size)[1]
 
 
 def _state_arrays(layer: Layer) -> list[tuple[str, Array]]:

@@ -53,6 +53,7 @@ __all__ = [
     "batch_norm_inference",
     "finalize_moments",
     "normalize",
+    "recentre_moments",
     "update_running",
 ]
 
@@ -71,6 +72,7 @@ def _dispatched(primitive: _Primitive) -> _Primitive:
 
 
 batch_moments = _dispatched(reference.batch_moments)
+recentre_moments = _dispatched(reference.recentre_moments)
 finalize_moments = _dispatched(reference.finalize_moments)
 normalize = _dispatched(reference.normalize)
 backward_reduce = _dispatched(reference.backward_reduce)

@@ -15,16 +15,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .arrays import Array
+from .arrays import Array, copy_to_host, write_host_values
 from .communicators import Communicator
 from .communicators.base import check_usable, refuse
 from .errors import CollectiveMismatchError, PeerError
 from .statistics import (
     HEADER,
     Header,
-    pack_message,
-    pack_poison,
+    header,
     pack_texts,
+    poison,
     read_header,
     unpack_texts,
 )
@@ -50,6 +50,7 @@ class joint:
         self.dtype = dtype
         self._fingerprint = what
         self._owed = 1
+        self._message: Array = None
 
     def __enter__(self: _Self) -> _Self:
         if self.ranks > 1:
@@ -61,24 +62,31 @@ class joint:
         self._fingerprint = f"{self.what}: {settings}"
         self._owed = messages
 
-    def pool(self, count: int, payload: Array) -> tuple[int, Array]:
-        """Sums count and payload over the ranks: one allreduce.
+    def payload(self, like: Array, size: int) -> Array | None:
+        """Where to write `size` numbers of the next message, beside `like`; None with one rank."""
+        if self.ranks == 1:
+            return None
+        self._message = np.zeros_like(like, shape=self.length, dtype=self.dtype)
+        return self._message[HEADER : HEADER + size]
+
+    def pool(self, count: int, size: int) -> tuple[int, Array]:
+        """Sums count and payload over the ranks: one allreduce. Returns both.
 
         Raises:
             PeerError: another rank failed.
             CollectiveMismatchError: the ranks do not agree; the communicator is closed.
         """
+        write_host_values(self._message[:HEADER], header(self.dtype, self._fingerprint, count))
         self._owed -= 1
-        message = pack_message(self.length, self._fingerprint, count, payload)
-        total = self.comm.allreduce(message, self.what)
-        header = read_header(total, self.ranks)
-        if header.failed:
+        total = self.comm.allreduce(self._message, self.what)
+        summed = read_header(copy_to_host(total[:HEADER]), self.ranks)
+        if summed.failed:
             self._owed = 0
-            raise PeerError(self._blame(header))
-        if not header.agree:
+            raise PeerError(self._blame(summed))
+        if not summed.agree:
             self._owed = 0
             raise CollectiveMismatchError(self._compare())
-        return header.count, total[HEADER : HEADER + payload.size]
+        return summed.count, total[HEADER : HEADER + size]
 
     def __exit__(
         self,
@@ -89,14 +97,15 @@ class joint:
         # Not for KeyboardInterrupt and SystemExit: then the peers may be gone, and this rank wants
         # to end, not to wait for them.
         if isinstance(error, Exception) and self.ranks > 1 and self._owed:
-            poison = pack_poison(self.length, self.comm.rank, self.dtype)
+            message = np.zeros(self.length, self.dtype)
+            message[:HEADER] = poison(self.dtype, self.comm.rank)
             with suppress(Exception):  # the rank's own exception says more than a failed farewell
-                self.comm.allreduce(poison, f"{self.what}, after {type(error).__name__}")
+                self.comm.allreduce(message, f"{self.what}, after {type(error).__name__}")
 
-    def _blame(self, header: Header) -> str:
-        who = f"{header.failed} of {self.ranks} ranks"
-        if header.failed_rank is not None:
-            who = f"rank {header.failed_rank}"
+    def _blame(self, summed: Header) -> str:
+        who = f"{summed.failed} of {self.ranks} ranks"
+        if summed.failed_rank is not None:
+            who = f"rank {summed.failed_rank}"
         return (
             f"{self.what}: {who} failed, and raised the exception that says why; "
             "nothing was changed on this rank"

@@ -33,7 +33,7 @@ from .checks import (
 from .communicators import Communicator, SelfCommunicator
 from .errors import ShapeError
 from .joint import joint
-from .statistics import Moments, message_length, pool_moments, pool_sums
+from .statistics import BackwardSums, Moments, message_length
 
 ALONE = SelfCommunicator()
 
@@ -81,6 +81,27 @@ def joint_pass(comm: Communicator, direction: str, name: str | None, channels: i
     return joint(comm, what, message_length(channels))
 
 
+def _pooled_moments(call: joint, backend: Any, x3: Array, exact: bool) -> tuple[Moments, str]:
+    """The moments of all ranks' values, and the form in which ``finalize_moments`` gets them.
+
+    With one rank the local moments are handed on untouched. With several, one message; two where
+    `exact` (float64 data), the second with deviations from the mean of all.
+    """
+    c = x3.shape[1]
+    size = c if exact else 2 * c
+    payload = call.payload(x3, size)
+    local = backend.batch_moments(x3, payload=payload)
+    if payload is None:
+        return local, "local"
+    count, total = call.pool(local.count, size)
+    if not exact:
+        return Moments(count, *np.split(total, 2)), "pooled"
+    payload = call.payload(x3, c)
+    backend.recentre_moments(local, total, count, payload)
+    _, m2 = call.pool(local.count, c)
+    return Moments(count, total, m2), "recentred"
+
+
 class _Inputs(NamedTuple):
     x3: Array
     layout: Layout
@@ -124,8 +145,7 @@ def forward_pass(
     exact = x.dtype == np.float64
     call.agree(settings, messages=2 if exact else 1)
 
-    local = backend.batch_moments(x3)
-    moments = pool_moments(local, call.pool, call.ranks, exact)
+    moments, form = _pooled_moments(call, backend, x3, exact)
     if moments.count == 1:
         everywhere = "" if call.ranks == 1 else f" on this rank, 1 value on all {call.ranks} ranks"
         raise ShapeError(
@@ -135,7 +155,9 @@ def forward_pass(
     if check_finite:
         _check_finite(moments)
     state, factor = (None, 0.0) if running is None else (running[:2], running[2])
-    mean, var, invstd = backend.finalize_moments(moments, eps, running=state, factor=factor)
+    mean, var, invstd = backend.finalize_moments(
+        moments, eps, running=state, factor=factor, form=form
+    )
     saved = Saved(
         mean, var, invstd, moments.count, call.comm, x3, layout, weight, bias, activation,
         settings, name, residual is not None, mask,
@@ -204,8 +226,13 @@ def backward_pass(
     dresidual3 = np.empty_like(x3) if fused_residual else None
     call.agree(saved.settings)
 
-    local = backend.backward_reduce(dy3, x3, *saved.transform, **saved.options)
-    pooled = None if saved.constant else pool_sums(local, call.pool, call.ranks)
+    size = 2 * layout.channels
+    payload = call.payload(x3, size)
+    local = backend.backward_reduce(dy3, x3, *saved.transform, **saved.options, payload=payload)
+    pooled = None if saved.constant else local
+    if payload is not None:
+        _, total = call.pool(0, size)
+        pooled = BackwardSums(*np.split(total, 2))
     backend.backward_input(
         dy3, x3, *saved.transform, **saved.options,
         sums=pooled, count=saved.count, out3=dx3, dresidual3=dresidual3,

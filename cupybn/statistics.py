@@ -1,4 +1,4 @@
-"""Counts, means and second moments: merging two of them, pooling them over ranks, and the message.
+"""Counts, means and second moments: merging them, and the message that pools them over ranks.
 
 All numbers here are float64, whatever the data. Formulas: Chan, Golub and LeVeque, "Updating
 formulae and a pairwise algorithm for computing sample variances" (1979), for ``merge``; the pooled
@@ -13,7 +13,6 @@ apart by the header instead of ending the job.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -25,9 +24,6 @@ from .arrays import Array
 HEADER = 16
 _MIN_LENGTH = 256
 _FAILED, _FAILED_RANKS, _COUNT, _FINGERPRINT = 0, 1, 2, 3
-
-Pool = Callable[[int, Array], tuple[int, Array]]
-"""Sums (count, payload) over all ranks: one allreduce."""
 
 
 @dataclass(frozen=True)
@@ -83,31 +79,6 @@ class BackwardSums(NamedTuple):
     sum_dy_xmu: Array
 
 
-def pool_moments(local: Moments, pool: Pool, ranks: int, exact: bool) -> Moments:
-    """The moments of all ranks' values together.
-
-    One message; two where `exact` (float64 data), the second with deviations from the global mean.
-    With one rank the local moments are handed on untouched.
-    """
-    if ranks == 1:
-        return local
-    if not exact:
-        return Moments.unpack(*pool(local.count, local.pack()))
-    count, weighted = pool(local.count, local.mean * local.count)
-    mean = weighted / count if count else weighted
-    shift = local.mean - mean
-    _, m2 = pool(local.count, local.m2 + local.count * shift * shift)
-    return Moments(count, mean, m2)
-
-
-def pool_sums(local: BackwardSums, pool: Pool, ranks: int) -> BackwardSums:
-    """The sums over all ranks, in one message; with one rank `local` itself."""
-    if ranks == 1:
-        return local
-    _, payload = pool(0, np.concatenate(local))
-    return BackwardSums(*np.split(payload, 2))
-
-
 def message_length(num_features: int) -> int:
     """Numbers in a forward or backward message of a layer with that many channels."""
     return padded_length(2 * num_features)
@@ -128,24 +99,23 @@ def _pieces(text: str, dtype: str) -> tuple[int, ...]:
     return tuple(number >> (bits * i) & ((1 << bits) - 1) for i in range(pairs))
 
 
-def pack_message(length: int, fingerprint: str, count: int, payload: np.ndarray[Any, Any]) -> Any:
-    """A host message of `length` numbers in the dtype of the payload."""
-    message = np.zeros(length, payload.dtype)
-    message[_COUNT] = count
-    pieces = np.array(_pieces(fingerprint, payload.dtype.name), np.int64)
-    pairs = message[_FINGERPRINT : _FINGERPRINT + 2 * len(pieces)]
+def header(dtype: Any, fingerprint: str, count: int) -> np.ndarray[Any, Any]:
+    """The 16 words before the payload of a rank that did not fail."""
+    words = np.zeros(HEADER, dtype)
+    words[_COUNT] = count
+    pieces = np.array(_pieces(fingerprint, words.dtype.name), np.int64)
+    pairs = words[_FINGERPRINT : _FINGERPRINT + 2 * len(pieces)]
     pairs[0::2] = pieces
     pairs[1::2] = pieces * pieces
-    message[HEADER : HEADER + payload.size] = payload
-    return message
+    return words
 
 
-def pack_poison(length: int, rank: int, dtype: Any) -> Any:
-    """The message of a rank that failed: it joins the collective and tells the others."""
-    message = np.zeros(length, dtype)
-    message[_FAILED] = 1
-    message[_FAILED_RANKS] = rank + 1
-    return message
+def poison(dtype: Any, rank: int) -> np.ndarray[Any, Any]:
+    """The 16 words of a rank that failed: it joins the collective and tells the others."""
+    words = np.zeros(HEADER, dtype)
+    words[_FAILED] = 1
+    words[_FAILED_RANKS] = rank + 1
+    return words
 
 
 @dataclass(frozen=True)
@@ -165,13 +135,13 @@ class Header:
     agree: bool
 
 
-def read_header(message: np.ndarray[Any, Any], ranks: int) -> Header:
-    """The header of a summed message, in exact integers.
+def read_header(summed: np.ndarray[Any, Any], ranks: int) -> Header:
+    """What the sum of all ranks' headers says, in exact integers.
 
     All fingerprints f are equal exactly when ``ranks * sum(f**2) == sum(f)**2`` (the equality case
     of the Cauchy-Schwarz inequality), for each piece.
     """
-    words = [int(word) for word in message[:HEADER].tolist()]
+    words = [int(word) for word in summed.tolist()]
     failed = words[_FAILED]
     pairs = zip(words[_FINGERPRINT::2], words[_FINGERPRINT + 1 :: 2], strict=False)
     agree = all(ranks * squares == total * total for total, squares in pairs)

@@ -95,8 +95,11 @@ class _Affine(NamedTuple):
 
 
 @_quiet
-def batch_moments(x3: Data) -> Moments:
+def batch_moments(x3: Data, *, payload: PerChannel | None = None) -> Moments:
     """Count, mean and m2 of each channel of an (N, C, L) array.
+
+    `payload` takes this rank's part of the first message: (2C,) for ``count * mean`` and
+    ``m2 + count * mean**2``, or (C,) for the first of them alone.
 
     Every block has its own pivot, its mean in low precision, about which the sums are taken;
     blocks are merged in float64. Constants give an m2 of exactly 0, because deviations are first
@@ -117,7 +120,18 @@ def batch_moments(x3: Data) -> Moments:
         mean = _channel_sums(deviation) / count
         m2 = _channel_sums(deviation, deviation) - count * mean * mean
         moments = moments.merge(Moments(count, pivot + mean, m2))
+    if payload is not None:
+        payload[...] = moments.pack()[: payload.size]
     return moments
+
+
+def recentre_moments(local: Moments, weighted: PerChannel, count: int, payload: PerChannel) -> None:
+    """Writes ``m2 + local.count * (mean - weighted / count)**2`` into `payload`, (C,) float64.
+
+    The second message of float64 data; `weighted` and `count` are what came back of the first.
+    """
+    shift = local.mean - weighted / max(count, 1)
+    payload[...] = local.m2 + local.count * shift * shift
 
 
 @_quiet
@@ -127,13 +141,22 @@ def finalize_moments(
     *,
     running: tuple[Data, Data] | None = None,
     factor: float = 0.0,
+    form: str = "local",
 ) -> tuple[PerChannel, PerChannel, PerChannel]:
     """(mean, biased variance, invstd), (C,) float64 each, of local or pooled moments.
 
     With `running`, its mean and variance are updated in place by `factor`; a count of 0 leaves
     them alone. This is the one place where a variance is clamped at 0.
+
+    `form` says what `moments.mean` and `moments.m2` hold: themselves (``"local"``); the sums over
+    the ranks of both halves of the message (``"pooled"``); the pooled first half, and the pooled
+    result of :func:`recentre_moments` (``"recentred"``).
     """
     count = moments.count
+    if form == "pooled":
+        moments = Moments.unpack(count, np.concatenate([moments.mean, moments.m2]))
+    elif form == "recentred":
+        moments = Moments(count, moments.mean / max(count, 1), moments.m2)
     var = np.maximum(moments.m2, 0.0) / max(count, 1)
     invstd = 1.0 / np.sqrt(var + eps)
     if running is not None and count > 0:
@@ -212,10 +235,12 @@ def backward_reduce(
     *,
     activation: str | None = None,
     mask: Data | None = None,
+    payload: PerChannel | None = None,
 ) -> BackwardSums:
     """The sums of dy and of dy * (x - mean), after the activation's backward, per channel.
 
-    Where y passed a ReLU is read from `mask` if given, else computed again from x.
+    Where y passed a ReLU is read from `mask` if given, else computed again from x. `payload`,
+    (2C,), takes a copy of both for the message.
     """
     affine = _Affine.of(x3, mean, invstd, weight, bias)
     kept3 = _kept(mask, x3.shape)
@@ -227,7 +252,10 @@ def backward_reduce(
         sum_dy += _channel_sums(dy)
         sum_dy_xmu += _channel_sums(dy, block - affine.high)
     sum_dy_xmu -= affine.low * sum_dy
-    return BackwardSums(sum_dy, sum_dy_xmu)
+    sums = BackwardSums(sum_dy, sum_dy_xmu)
+    if payload is not None:
+        np.concatenate(sums, out=payload)
+    return sums
 
 
 @_quiet
