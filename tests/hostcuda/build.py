@@ -73,6 +73,8 @@ class _Launch(ctypes.Structure):
         ("block", ctypes.c_uint * 3),
         ("dynamic_shared", ctypes.c_uint),
         ("seed", ctypes.c_uint),
+        ("ranges", ctypes.c_void_p),
+        ("arguments", ctypes.c_int),
     )
 
 
@@ -124,16 +126,20 @@ class HostKernel:
             )
         values = [self._pack(i, value) for i, value in enumerate(args)]
         pointers = (ctypes.c_void_p * len(args))(*(v.ctypes.data for v in values))
+        ranges = np.array(
+            [(a.ctypes.data, a.nbytes) if isinstance(a, np.ndarray) else (0, 0) for a in args],
+            np.uint64,
+        )
         with _ONE_AT_A_TIME:
             launch = _Launch(
                 *(self.name.encode(), (ctypes.c_uint * 3)(*dims[0]), (ctypes.c_uint * 3)(*dims[1])),
-                *(shared_mem, _next_seed()),
+                *(shared_mem, _next_seed(), ranges.ctypes.data, len(args)),
             )
             error = self._call(ctypes.byref(launch), pointers)
             if error:
                 raise HostKernelError(error.decode())
             if self._variant == "count":
-                traffic.record(runtime(self._variant)[0], self.name, *dims)
+                traffic.record(runtime(self._variant)[0], self.name, *dims, args)
 
     def _pack(self, i: int, value: Any) -> np.ndarray[Any, Any]:
         """The argument's bytes, as an array that owns them."""

@@ -1,6 +1,6 @@
 // Global memory traffic, as the coalescing hardware sees it: the accesses that the lanes of one
-// warp make at one call site, the same time round, are one instruction. A call site here is an
-// array, a width and a direction: the helpers of cuda/memory.cuh call on every lane alike.
+// warp make at one call site, the same time round, are one instruction. Since every lane calls the
+// helpers of cuda/memory.cuh alike, the k-th load of 16 bytes of each lane is such an instruction.
 #include "count.h"
 
 #include <algorithm>
@@ -10,8 +10,8 @@
 namespace hostcuda {
 #ifdef HOSTCUDA_COUNT
 
-static constexpr int ARRAYS = 16, WIDTHS = 5;  // 1 to 16 bytes
-static constexpr int SITES = ARRAYS * WIDTHS * 2;
+static constexpr int WIDTHS = 5;  // 1 to 16 bytes
+static constexpr int SITES = WIDTHS * 2;
 static constexpr int SECTOR = 32;
 
 struct Instruction {
@@ -27,15 +27,16 @@ struct Totals {
 };
 
 static std::vector<Warp> warps;
-static Totals totals[ARRAYS * 2];                 // loads and stores of each array
-static std::vector<uint64_t> touched[ARRAYS * 2];  // sectors, by this block
+static const uint64_t* ranges;  // (address, bytes) of each argument
+static int arguments;
+static std::vector<Totals> totals;                  // loads of each argument, then stores
+static std::vector<std::vector<uint64_t>> touched;  // sectors, by this block; the same order
 
-void count_access(int array, const void* address, int bytes, bool active, bool write) {
+void count_access(const void* address, int bytes, bool store, bool active) {
     Warp& warp = warps[current->warp];
     int width = __builtin_ctz(bytes);
-    if ((unsigned)array >= ARRAYS || 1 << width != bytes || width >= WIDTHS)
-        fail("an access that the traffic count has no place for");
-    int site = (array * 2 + write) * WIDTHS + width;
+    if (1 << width != bytes || width >= WIDTHS) fail("an access of no width that a GPU has");
+    int site = store * WIDTHS + width;
     uint32_t occurrence = warp.occurrences[site][current->lane]++;
     if (!active) return;
     auto& list = warp.sites[site];
@@ -44,8 +45,17 @@ void count_access(int array, const void* address, int bytes, bool active, bool w
     one.address[one.lanes++] = (uint64_t)address;
 }
 
-void count_start() {
-    std::memset(totals, 0, sizeof totals);
+static int argument_of(uint64_t address) {
+    for (int i = 0; i < arguments; i++)
+        if (address - ranges[2 * i] < ranges[2 * i + 1]) return i;
+    return arguments;
+}
+
+void count_start(const Launch& launch) {
+    ranges = launch.ranges;
+    arguments = launch.arguments;
+    totals.assign(2 * (arguments + 1), Totals{});
+    touched.assign(totals.size(), {});
     warps.resize((thread_count + WARP - 1) / WARP);
     for (Warp& warp : warps) {
         for (auto& list : warp.sites) list.clear();
@@ -53,7 +63,8 @@ void count_start() {
     }
 }
 
-static void add(int which, int bytes, const Instruction& one) {
+static void add(int bytes, bool store, const Instruction& one) {
+    int which = argument_of(one.address[0]) + store * (arguments + 1);
     std::vector<uint64_t>& block = touched[which];
     size_t first = block.size();
     for (int i = 0; i < one.lanes; i++) {
@@ -77,10 +88,11 @@ static const char* check(const Warp& warp) {
     for (int site = 0; site < SITES; site++)
         for (int lane = 1; lane < lanes; lane++)
             if (warp.occurrences[site][lane] != warp.occurrences[site][0]) {
-                static char text[120];
-                std::snprintf(text, sizeof text, "array %d, %s of %d bytes: lanes of a warp differ"
-                              " in how often they call cupybn_host_access", site / WIDTHS / 2,
-                              site / WIDTHS % 2 ? "stores" : "loads", 1 << site % WIDTHS);
+                static char text[200];
+                std::snprintf(text, sizeof text, "lanes of a warp differ in how often they call"
+                              " the helpers to %s %d bytes: %u and %u times",
+                              site / WIDTHS ? "store" : "load", 1 << site % WIDTHS,
+                              warp.occurrences[site][0], warp.occurrences[site][lane]);
                 return text;
             }
     return nullptr;
@@ -91,12 +103,12 @@ const char* count_block() {
         if (const char* wrong = check(warp)) return wrong;
         for (int site = 0; site < SITES; site++) {
             for (const Instruction& one : warp.sites[site])
-                if (one.lanes) add(site / WIDTHS, 1 << site % WIDTHS, one);
+                if (one.lanes) add(1 << site % WIDTHS, site / WIDTHS, one);
             warp.sites[site].clear();
         }
         std::memset(warp.occurrences, 0, sizeof warp.occurrences);
     }
-    for (int i = 0; i < ARRAYS * 2; i++) {
+    for (size_t i = 0; i < touched.size(); i++) {
         std::sort(touched[i].begin(), touched[i].end());
         totals[i].block_sectors +=
             std::unique(touched[i].begin(), touched[i].end()) - touched[i].begin();
@@ -105,9 +117,9 @@ const char* count_block() {
     return nullptr;
 }
 
-extern "C" void hostcuda_totals(Totals* out) { std::memcpy(out, totals, sizeof totals); }
+extern "C" void hostcuda_totals(Totals* out) { std::copy(totals.begin(), totals.end(), out); }
 
 #else
-void count_access(int, const void*, int, bool, bool) {}
+void count_access(const void*, int, bool, bool) {}
 #endif
 }  // namespace hostcuda

@@ -4,10 +4,10 @@
 
 namespace hostcuda {
 #ifdef HOSTCUDA_COUNT
-void count_start();
+void count_start(const Launch&);
 const char* count_block();  // null, or what is wrong with the calls
 #else
-inline void count_start() {}
+inline void count_start(const Launch&) {}
 inline const char* count_block() { return nullptr; }
 #endif
 }  // namespace hostcuda

@@ -40,6 +40,8 @@ struct Launch {
     dim3 grid, block;
     unsigned dynamic_shared;  // bytes
     unsigned seed;            // of the order of fibres and blocks, where that is shuffled
+    const uint64_t* ranges;   // (address, bytes) of each argument, for the traffic count
+    int arguments;
 };
 
 extern Thread* current;
@@ -55,7 +57,7 @@ void wait(State state, const char* operation, const char* file, int line);
 void fail(const char* what);  // ends the launch with a message
 const char* run(const Launch&, void (*body)(void*), void* closure);  // null, or what went wrong
 void poison(void* shared, size_t bytes);
-void count_access(int array, const void* address, int bytes, bool active, bool write);
+void count_access(const void* address, int bytes, bool store, bool active);
 
 // Shared memory holds what another block left: NaN here, so that a read before the write shows.
 template <class T>

@@ -194,7 +194,7 @@ const char* run(const Launch& launch, void (*kernel)(void*), void* arguments) {
     dynamic_shared = (unsigned char*)std::aligned_alloc(16, (launch.dynamic_shared + 15) / 16 * 16);
     std::mt19937 random(launch.seed);
     uint64_t plane = (uint64_t)launch.grid.x * launch.grid.y, blocks = plane * launch.grid.z;
-    count_start();
+    count_start(launch);
 #ifdef HOSTCUDA_SHUFFLE
     uint64_t offset = random() % blocks;
     bool backwards = random() % 2;

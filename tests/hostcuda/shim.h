@@ -163,8 +163,8 @@ inline long long __double_as_longlong(double a) { return hostcuda_bits<long long
 inline double __longlong_as_double(long long a) { return hostcuda_bits<double>(a); }
 
 // The hook of cuda/memory.cuh: every lane of a warp calls it equally often, `active` or not.
-inline void cupybn_host_access(int array, const void* address, int bytes, bool active, bool write) {
+inline void cupybn_host_access(const void* address, int bytes, bool store, bool active) {
 #ifdef HOSTCUDA_COUNT
-    hostcuda::count_access(array, address, bytes, active, write);
+    hostcuda::count_access(address, bytes, store, active);
 #endif
 }

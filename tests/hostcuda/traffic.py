@@ -1,23 +1,19 @@
-"""The "count" variant's figures: one record a launch, totals for each array."""
+"""The "count" variant's figures: one record a launch, totals for each argument."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-# The numbers of cuda/memory.cuh; "channel" is everything per channel, "scratch" the partials.
-ARRAYS = ("x", "y", "dy", "dx", "residual", "dresidual", "mask", "channel", "scratch")
-_PLACES = 16
-
 
 class Access(NamedTuple):
-    """Loads or stores of one array.
+    """Loads or stores of one argument's memory.
 
     `instructions` counts (warp, call site, occurrence); `sectors` the 32-byte sectors of each,
     added up; `block_sectors` the different ones of each block, added up.
@@ -34,8 +30,9 @@ class Launch(NamedTuple):
     kernel: str
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
-    loads: dict[str, Access]  # of the arrays that were touched
-    stores: dict[str, Access]
+    sizes: list[int]  # bytes of each argument's array, 0 for a scalar
+    loads: list[Access]  # of each argument; one more at the end for memory of none of them
+    stores: list[Access]
 
 
 _records: list[Launch] | None = None
@@ -58,18 +55,13 @@ def _totals(library: Path) -> Any:
 
 
 def record(
-    library: Path, kernel: str, grid: tuple[int, int, int], block: tuple[int, int, int]
-) -> None:
+    library: Path, kernel: str, grid: tuple[int, int, int], block: tuple[int, int, int],
+    args: Sequence[Any],
+) -> None:  # fmt: skip
     if _records is None:
         return
-    out = np.zeros((_PLACES, 2, len(Access._fields)), np.uint64)
+    out = np.zeros((2, len(args) + 1, len(Access._fields)), np.uint64)
     _totals(library)(ctypes.c_void_p(out.ctypes.data))
-    loads, stores = (
-        {
-            name: Access(*map(int, row))
-            for name, row in zip(ARRAYS, out[:, direction], strict=False)
-            if row.any()
-        }
-        for direction in (0, 1)
-    )
-    _records.append(Launch(kernel, grid, block, loads, stores))
+    loads, stores = ([Access(*map(int, row)) for row in half] for half in out)
+    sizes = [a.nbytes if isinstance(a, np.ndarray) else 0 for a in args]
+    _records.append(Launch(kernel, grid, block, sizes, loads, stores))
