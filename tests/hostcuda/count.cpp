@@ -63,8 +63,10 @@ void count_start(const Launch& launch) {
     }
 }
 
-static void add(int bytes, bool store, const Instruction& one) {
-    int which = argument_of(one.address[0]) + store * (arguments + 1);
+static const char* add(int bytes, bool store, const Instruction& one) {
+    int argument = argument_of(one.address[0]), which = argument + store * (arguments + 1);
+    if (argument_of(one.address[one.lanes - 1]) != argument)
+        return "lanes of a warp access different arrays at once";
     std::vector<uint64_t>& block = touched[which];
     size_t first = block.size();
     for (int i = 0; i < one.lanes; i++) {
@@ -80,6 +82,7 @@ static void add(int bytes, bool store, const Instruction& one) {
     t.lanes += one.lanes;
     t.bytes += (uint64_t)one.lanes * bytes;
     t.sectors += block.size() - first;
+    return nullptr;
 }
 
 // Lanes that skip a call would be matched with the wrong calls of the others ever after.
@@ -103,7 +106,9 @@ const char* count_block() {
         if (const char* wrong = check(warp)) return wrong;
         for (int site = 0; site < SITES; site++) {
             for (const Instruction& one : warp.sites[site])
-                if (one.lanes) add(1 << site % WIDTHS, site / WIDTHS, one);
+                if (one.lanes)
+                    if (const char* wrong = add(1 << site % WIDTHS, site / WIDTHS, one))
+                        return wrong;
             warp.sites[site].clear();
         }
         std::memset(warp.occurrences, 0, sizeof warp.occurrences);

@@ -30,8 +30,9 @@ struct Thread {
     int line;
     unsigned mask;   // of a warp operation
     uint64_t offer;  // what it brings to the operation ...
-    uint64_t value;  // ... and what the others read: copied when the group is let go, because
-                     // the first to go on may offer its next value before the last has read
+    uint64_t value;  // ... and what the others read, and who they are: both are settled when the
+    unsigned group;  // group is let go, because the first to go on may come to its next
+                     // operation, or end, before the last has read
     void* asan_stack;
 };
 
@@ -84,10 +85,8 @@ inline void warp_operation(unsigned mask, uint64_t offer, const char* name, cons
 
 // The value of a lane; all bits set where the lane is gone or not in the mask (undefined in CUDA).
 inline uint64_t value_of(int lane) {
-    int thread = current->warp * WARP + lane;
-    bool there = thread < thread_count && current->mask >> lane & 1 &&
-                 threads[thread].state != State::done;
-    return there ? threads[thread].value : ~uint64_t(0);
+    bool there = current->group >> lane & 1;
+    return there ? threads[current->warp * WARP + lane].value : ~uint64_t(0);
 }
 
 template <class T>

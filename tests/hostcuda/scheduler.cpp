@@ -86,6 +86,19 @@ static Thread* missing(const Thread& t, int first, int last) {
     return nullptr;
 }
 
+static void let_go(unsigned mask, int first, int last) {
+    unsigned group = 0;
+    for (int i = first; i < last; i++)
+        if (threads[i].state != State::done) group |= mask & 1u << threads[i].lane;
+    for (int i = first; i < last; i++) {
+        Thread& t = threads[i];
+        if (!(group >> t.lane & 1)) continue;
+        t.value = t.offer;
+        t.group = group;
+        t.state = State::running;
+    }
+}
+
 // Called when no thread of the warp can run: lets whole groups go; false: nobody waits here.
 static bool release_warp(int warp) {
     int first = warp * WARP, last = std::min(thread_count, first + WARP);
@@ -99,11 +112,7 @@ static bool release_warp(int warp) {
             stuck = &t;
             continue;
         }
-        for (int j = i; j < last; j++)
-            if (t.mask >> threads[j].lane & 1 && threads[j].state != State::done) {
-                threads[j].value = threads[j].offer;
-                threads[j].state = State::running;
-            }
+        let_go(t.mask, first, last);
         released = true;
     }
     if (stuck && !released)
@@ -140,24 +149,30 @@ static void run_in_order() {
     }
 }
 
-// Any thread of the block next: what is not ordered by a barrier happens in another order.
+// What no barrier orders happens in another order: now one warp runs far ahead of the others, now
+// they take turns, now some lanes of a warp lag behind the rest of it.
 static void run_shuffled(std::mt19937& random) {
-    std::vector<int> ready(thread_count), running((thread_count + WARP - 1) / WARP);
-    for (int i = 0; i < thread_count; i++) {
-        ready[i] = i;
-        running[i / WARP]++;
-    }
-    while (!ready.empty() && !failed) {
-        std::swap(ready[random() % ready.size()], ready.back());
-        Thread& t = threads[ready.back()];
-        ready.pop_back();
-        resume(t);
-        if (--running[t.warp] || failed || !release_warp(t.warp)) continue;
-        for (int i = t.warp * WARP; i < std::min(thread_count, (t.warp + 1) * WARP); i++)
-            if (threads[i].state == State::running) {
-                ready.push_back(i);
-                running[t.warp]++;
+    std::vector<int> warps((thread_count + WARP - 1) / WARP), lanes;
+    for (size_t i = 0; i < warps.size(); i++) warps[i] = (int)i;
+    while (!warps.empty() && !failed) {
+        int& warp = warps[random() % warps.size()];
+        int first = warp * WARP, last = std::min(thread_count, first + WARP);
+        unsigned turns = random() % 2 ? ~0u : 1 + random() % 4;
+        for (; turns && !failed; turns--) {
+            lanes.clear();
+            for (int i = first; i < last; i++)
+                if (threads[i].state == State::running) lanes.push_back(i);
+            if (lanes.empty() && release_warp(warp)) continue;
+            if (lanes.empty()) {  // all of it at a barrier or done
+                warp = warps.back();
+                warps.pop_back();
+                break;
             }
+            std::shuffle(lanes.begin(), lanes.end(), random);
+            if (random() % 4 == 0) lanes.resize(1 + random() % lanes.size());
+            for (int i : lanes)
+                if (!failed) resume(threads[i]);
+        }
     }
 }
 
