@@ -113,9 +113,9 @@ def _plan_runs(
         # of several channels' rows, these are worth it where single rows are short or ragged
         if length > 1 and not whole_bytes and vector < congruent:
             return None
-        if length > 1 and length % vector == 0 and length * itemsize >= _SHORT_ROW_BYTES:
-            return None
         unit = max(vector, BYTE) if whole_bytes else vector
+        if length > 1 and length % unit == 0 and length * itemsize >= _SHORT_ROW_BYTES:
+            return None
         found = _fit_run(shape, itemsize, vector, unit, multiprocessors)
         if found is not None:
             return found
