@@ -49,7 +49,7 @@ __device__ __forceinline__ void add_parameter_gradients(const Walk& walk, i64 ch
   }
 }
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbias,
                const scalar_t* dy, const scalar_t* x, const unsigned char* mask, const double* mean,
                const double* invstd, const param_t* weight, const param_t* bias,

@@ -8,7 +8,7 @@
 
 constexpr int UNROLL = 2;
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* message_dy_xmu,
                 double* partials, unsigned* counters, const scalar_t* dy, const scalar_t* x,
                 const unsigned char* mask, const double* mean, const double* invstd,

@@ -17,7 +17,7 @@ struct MomentArrays {
   double* about_zero;
 };
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 batch_moments(double* mean, double* m2, double* weighted, double* about_zero, double* partials,
               unsigned* counters, const scalar_t* x, i64 n, i64 c, i64 l, i64 span, i64 group,
               i64 fold) {

@@ -13,6 +13,8 @@
 
 constexpr int MAX_THREADS = 256;
 constexpr int MAX_GROUP = 256;
+// of a multiprocessor: 128 registers a thread. Without it ptxas spills to reach a higher occupancy.
+constexpr int MIN_BLOCKS = 2;
 
 struct Shape {
   i64 n, c, l;

@@ -16,7 +16,7 @@ __device__ __forceinline__ unsigned bit_of(scalar_t y) { return widen(y) > 0 ? 1
 #if FLAT
 // Where bytes of the mask and rows do not fit together: a thread owns eight values, wherever they
 // lie, and no two threads meet in a byte.
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 normalize(scalar_t* y, unsigned char* mask, const scalar_t* x, const scalar_t* residual,
           const double* mean, const double* invstd, const param_t* weight, const param_t* bias,
           i64 n, i64 c, i64 l, i64 span, i64 group, i64 fold) {
@@ -54,7 +54,7 @@ __device__ __forceinline__ void store_mask(unsigned char* mask, const slot_t& sl
   store_if(first, mask + slot.offset / 8, static_cast<unsigned char>(bits));
 }
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 normalize(scalar_t* y, unsigned char* mask, const scalar_t* x, const scalar_t* residual,
           const double* mean, const double* invstd, const param_t* weight, const param_t* bias,
           i64 n, i64 c, i64 l, i64 span, i64 group, i64 fold) {
