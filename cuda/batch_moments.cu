@@ -1,0 +1,61 @@
+// Mean and m2 of every channel, and what a message carries of them. One launch: the last slice of a
+// channel finishes it.
+#include "memory.cuh"
+#include "numeric.cuh"
+#include "geometry.cuh"
+#include "reduce.cuh"
+#include "moments.cuh"
+
+constexpr int UNROLL = 4;
+
+// Any of the four may be null. A message carries count * mean and m2 + count * mean^2, of float64
+// data the first alone.
+struct MomentArrays {
+  double* mean;
+  double* m2;
+  double* weighted;
+  double* about_zero;
+};
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
+batch_moments(double* mean, double* m2, double* weighted, double* about_zero, double* partials,
+              unsigned* counters, const scalar_t* x, i64 n, i64 c, i64 l, i64 span, i64 group,
+              i64 fold) {
+  const Shape shape{n, c, l, span, group, fold};
+  const MomentArrays out{mean, m2, weighted, about_zero};
+  Walk walk(shape, blockIdx.x, blockIdx.y, skew_of(x));
+  ThreadMoments<UNROLL> moments;
+  for (i64 rounds = walk.rounds(UNROLL); rounds > 0; --rounds) {
+    slot_t slot[UNROLL];
+    Pack<scalar_t, V> pack[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      slot[u] = walk.next();
+      pack[u] = load_slot(x, slot[u], shape.size());
+    }
+    if (!moments.started) moments.start(pack, slot);
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) moments.add(pack[u], slot[u]);
+  }
+
+  __shared__ double pivots[MAX_GROUP];
+  fill_table(pivots, walk, c, [&](bool active, i64 channel) {
+    return static_cast<double>(widen(load_if(active, x + channel * l)));
+  });
+  Pair own[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) own[j] = moments.about(pivots[walk.channel_of(j)], j);
+
+  reduce_tile(own, walk, shape, Scratch{partials, counters},
+              [&](bool active, i64 channel, Pair sums) {
+    double count = static_cast<double>(n * l);
+    double pivot = pivots[active ? channel - walk.first_channel() : 0];
+    double shift = sums.a / count;
+    double center = pivot + shift, spread = sums.b - sums.a * shift;
+    double weight = count * center;
+    if (out.mean) store_if(active, out.mean + channel, center);
+    if (out.m2) store_if(active, out.m2 + channel, spread);
+    if (out.weighted) store_if(active, out.weighted + channel, weight);
+    if (out.about_zero) store_if(active, out.about_zero + channel, fma(weight, center, spread));
+  });
+}

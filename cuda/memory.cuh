@@ -1,0 +1,76 @@
+// Every access to global memory goes through these helpers: predicated, so that each lane of a warp
+// calls them equally often, which lets the host build count bytes, widths and sectors.
+#pragma once
+
+using i64 = long long;
+
+template <typename T, int V> struct alignas(sizeof(T) * V) Pack {
+  T v[V];
+};
+
+// The widest machine word with the size of a pack: one instruction each.
+template <int BYTES> struct Word;
+template <> struct Word<2> { using type = unsigned short; };
+template <> struct Word<4> { using type = unsigned int; };
+template <> struct Word<8> { using type = uint2; };
+template <> struct Word<16> { using type = uint4; };
+
+__device__ __forceinline__ void count_access(const void* address, int bytes, bool store,
+                                             bool active) {
+#ifdef CUPYBN_HOST
+  cupybn_host_access(address, bytes, store, active);
+#endif
+}
+
+template <typename T> __device__ __forceinline__ T load_if(bool active, const T* address) {
+  count_access(address, sizeof(T), false, active);
+  T value{};
+  if (active) value = *address;
+  return value;
+}
+
+// Past the first-level cache, which does not see what other blocks of this launch wrote.
+__device__ __forceinline__ double load_shared_by_blocks_if(bool active, const double* address) {
+  count_access(address, sizeof(double), false, active);
+  double value = 0;
+#ifdef CUPYBN_HOST
+  if (active) value = *address;
+#else
+  if (active) value = __ldcg(address);
+#endif
+  return value;
+}
+
+template <typename T> __device__ __forceinline__ void store_if(bool active, T* address, T value) {
+  count_access(address, sizeof(T), true, active);
+  if (active) *address = value;
+}
+
+// The address must be a multiple of the pack's size.
+template <int V, typename T>
+__device__ __forceinline__ Pack<T, V> load_pack_if(bool active, const T* address) {
+  using word = typename Word<sizeof(T) * V>::type;
+  count_access(address, sizeof(word), false, active);
+  word bits{};
+#ifdef CUPYBN_HOST
+  if (active) memcpy(&bits, __builtin_assume_aligned(address, sizeof(word)), sizeof(word));
+#else
+  if (active) bits = *reinterpret_cast<const word*>(address);
+#endif
+  Pack<T, V> pack;
+  memcpy(&pack, &bits, sizeof(word));
+  return pack;
+}
+
+template <int V, typename T>
+__device__ __forceinline__ void store_pack_if(bool active, T* address, const Pack<T, V>& pack) {
+  using word = typename Word<sizeof(T) * V>::type;
+  count_access(address, sizeof(word), true, active);
+  word bits;
+  memcpy(&bits, &pack, sizeof(word));
+#ifdef CUPYBN_HOST
+  if (active) memcpy(__builtin_assume_aligned(address, sizeof(word)), &bits, sizeof(word));
+#else
+  if (active) *reinterpret_cast<word*>(address) = bits;
+#endif
+}

@@ -1,0 +1,63 @@
+// Storage and arithmetic types, and the per-channel coefficients. SCALAR is the storage type; the
+// arithmetic and the parameters are float, for double data double. Statistics are double.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include "memory.cuh"
+
+using scalar_t = SCALAR;
+
+template <typename T> struct Accumulate { using type = float; };
+template <> struct Accumulate<double> { using type = double; };
+using acc_t = Accumulate<scalar_t>::type;
+using param_t = acc_t;
+
+__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
+__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float widen(float v) { return v; }
+__device__ __forceinline__ double widen(double v) { return v; }
+
+__device__ __forceinline__ void narrow(float v, __half& out) { out = __float2half_rn(v); }
+__device__ __forceinline__ void narrow(float v, __nv_bfloat16& out) { out = __float2bfloat16_rn(v); }
+__device__ __forceinline__ void narrow(float v, float& out) { out = v; }
+__device__ __forceinline__ void narrow(double v, double& out) { out = v; }
+
+__device__ __forceinline__ float fused(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double fused(double a, double b, double c) { return fma(a, b, c); }
+
+// The statistics and parameters of one channel, as they lie in memory.
+struct Channel {
+  double mean, invstd, weight, bias;
+};
+
+struct ChannelArrays {
+  const double* mean;
+  const double* invstd;
+  const param_t* weight;  // or null: 1
+  const param_t* bias;    // or null: 0
+
+  __device__ __forceinline__ Channel load(bool active, i64 c) const {
+    Channel channel{load_if(active, mean + c), load_if(active, invstd + c), 1, 0};
+    if (weight) channel.weight = load_if(active, weight + c);
+    if (bias) channel.bias = load_if(active, bias + c);
+    return channel;
+  }
+};
+
+// (x - mean) * invstd * weight + bias as (x - high) * scale + shift. The mean is split into `high`,
+// its value in acc_t, and the rest, which goes into `shift` in double: no digit of it is lost.
+struct Affine {
+  acc_t high, scale, shift;
+
+  static __device__ __forceinline__ double low(double mean) {
+    return mean - static_cast<double>(static_cast<acc_t>(mean));
+  }
+
+  static __device__ __forceinline__ Affine of(const Channel& channel) {
+    double scale = channel.invstd * channel.weight;
+    return {static_cast<acc_t>(channel.mean), static_cast<acc_t>(scale),
+            static_cast<acc_t>(channel.bias - low(channel.mean) * scale)};
+  }
+
+  __device__ __forceinline__ acc_t apply(acc_t x) const { return fused(x - high, scale, shift); }
+};

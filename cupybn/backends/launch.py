@@ -1,0 +1,169 @@
+"""How a kernel covers an (N, C, L) tensor: grid, block, vector width, slices. Integers only.
+
+The terms are those of ``cuda/geometry.cuh``: rows, where a block owns one channel, and runs, where
+it owns neighbouring channels that together are a whole number of vectors; a slice is the share of
+one block in them. What one block covers is `span` vectors of a channel, or `span` lines of a run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+THREADS = 256
+MAX_GROUP = 256
+MAX_SLICES = 65535  # CUDA's limit of grid.y
+MAX_TILES = 2**31 - 1  # and of grid.x
+WARP = 32
+BYTE = 8
+
+_VECTOR_BYTES = 16
+_SHORT_ROW_BYTES = 512  # shorter rows leave a warp's access in several places of memory
+_RUN_BYTES = 256  # what a run should at least be, for the same reason
+_SLICE_BYTES = 32 << 10  # a smaller share of a channel is not worth a block
+_BLOCKS_PER_MULTIPROCESSOR = 8  # two waves of four: enough loads in flight, and an even end
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """One launch.
+
+    Attributes:
+        rows: one channel a block; else runs.
+        vector: elements of a vector.
+        ragged: vectors may lie across the ends of a row or of the tensor.
+        grid: tiles of channels, slices.
+        threads: of a block.
+        span: vectors (rows) or lines (runs) of a slice.
+        group: channels of a tile.
+        fold: samples of a line.
+        flat: one thread for eight neighbouring values, whatever their channels.
+    """
+
+    rows: bool
+    vector: int
+    ragged: bool
+    grid: tuple[int, int]
+    threads: int
+    span: int
+    group: int
+    fold: int
+    flat: bool = False
+
+    @property
+    def slices(self) -> int:
+        return self.grid[1]
+
+
+def plan_launch(
+    shape: tuple[int, int, int],
+    itemsize: int,
+    alignment: int,
+    congruence: int,
+    multiprocessors: int,
+    whole_bytes: bool = False,
+) -> LaunchPlan:
+    """The launch for a tensor of at least one element.
+
+    Args:
+        shape: (N, C, L).
+        itemsize: bytes of an element.
+        alignment: the power of two, in bytes, of which every tensor's address is a multiple.
+        congruence: the power of two by which the addresses differ in whole multiples.
+        multiprocessors: of the device.
+        whole_bytes: a thread, or neighbouring lanes of a warp, must own whole bytes of a bit mask.
+    """
+    aligned = max(1, min(alignment, _VECTOR_BYTES) // itemsize)
+    congruent = max(1, min(congruence, _VECTOR_BYTES) // itemsize)
+    found = _plan_runs(shape, itemsize, aligned, congruent, multiprocessors, whole_bytes)
+    if found is None:
+        found = _plan_rows(shape, itemsize, aligned, congruent, multiprocessors)
+        if whole_bytes and (found.ragged or shape[2] % BYTE):
+            found = _plan_flat(shape)
+    if found.grid[0] > MAX_TILES:
+        raise ValueError(f"a tensor of shape {shape} needs {found.grid[0]} blocks")
+    return found
+
+
+def _plan_rows(
+    shape: tuple[int, int, int], itemsize: int, aligned: int, congruent: int, multiprocessors: int
+) -> LaunchPlan:
+    n, c, length = shape
+    vector = min(congruent, 1 << (length.bit_length() - 1))
+    ragged = length % vector != 0 or aligned < vector
+    per_row = (length + vector - 2) // vector + 1 if ragged else length // vector
+    total = n * per_row
+    threads = min(THREADS, _round_up(_ceil(total, 2), WARP))
+    slices = _slices(c, n * length * itemsize, multiprocessors)
+    span = _round_up(_ceil(total, slices), threads)
+    return LaunchPlan(True, vector, ragged, (c, _ceil(total, span)), threads, span, 1, 1)
+
+
+def _plan_runs(
+    shape: tuple[int, int, int],
+    itemsize: int,
+    aligned: int,
+    congruent: int,
+    multiprocessors: int,
+    whole_bytes: bool,
+) -> LaunchPlan | None:
+    length = shape[2]
+    vector = aligned
+    while vector:
+        # of several channels' rows, these are worth it where single rows are short or ragged
+        if length > 1 and not whole_bytes and vector < congruent:
+            return None
+        unit = max(vector, BYTE) if whole_bytes else vector
+        if length > 1 and length % unit == 0 and length * itemsize >= _SHORT_ROW_BYTES:
+            return None
+        found = _fit_run(shape, itemsize, vector, unit, multiprocessors)
+        if found is not None:
+            return found
+        vector //= 2
+    return None
+
+
+def _fit_run(
+    shape: tuple[int, int, int], itemsize: int, vector: int, unit: int, multiprocessors: int
+) -> LaunchPlan | None:
+    """Runs of a multiple of `unit` elements, or None if there are none that fit into a block."""
+    n, c, length = shape
+    group, fold = unit // gcd(unit, length), 1
+    if c % group:
+        group, fold = c, unit // gcd(unit, c * length)
+    slots = group * fold * length // vector
+    if slots > THREADS or group > MAX_GROUP:
+        return None
+    lines = _ceil(n, fold)
+    while group < c and 2 * slots <= THREADS and 2 * group <= MAX_GROUP:
+        too_short = slots * vector * itemsize < _RUN_BYTES
+        idle = THREADS // slots > lines
+        if not (too_short or idle or _ceil(c, 2 * group) >= 2 * multiprocessors):
+            break
+        group, slots = 2 * group, 2 * slots
+    threads = _round_up(slots * min(THREADS // slots, lines), WARP)
+    lanes = threads // slots
+    tiles = _ceil(c, group)
+    slices = _slices(tiles, n * min(group, c) * length * itemsize, multiprocessors)
+    span = _round_up(_ceil(lines, slices), lanes)
+    grid = (tiles, _ceil(lines, span))
+    return LaunchPlan(False, vector, n % fold != 0, grid, threads, span, group, fold)
+
+
+def _plan_flat(shape: tuple[int, int, int]) -> LaunchPlan:
+    n, c, length = shape
+    blocks = _ceil(_ceil(n * c * length, BYTE), THREADS)
+    return LaunchPlan(False, 1, True, (blocks, 1), THREADS, 0, 0, 0, flat=True)
+
+
+def _slices(tiles: int, tile_bytes: int, multiprocessors: int) -> int:
+    wanted = _ceil(_BLOCKS_PER_MULTIPROCESSOR * multiprocessors, tiles)
+    return max(1, min(wanted, tile_bytes // _SLICE_BYTES, MAX_SLICES))
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _round_up(a: int, b: int) -> int:
+    return _ceil(a, b) * b

@@ -1,0 +1,147 @@
+"""Launch plans: every element once, within the device's limits, in words of 16 bytes where it can."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cupybn.backends.launch import MAX_GROUP, MAX_SLICES, MAX_TILES, THREADS, plan_launch
+
+ISSUE_SHAPES = [
+    *product((1, 2, 3, 8, 33), (1, 2, 3, 31, 32, 33, 65, 127, 1025),
+             (1, 2, 3, 9, 15, 49, 64, 196, 784, 3136, 10007)),
+    (2, 70000, 1), (2, 70000, 2), (880801, 1, 1), (4, 1, 81), (4, 9, 1),
+]  # fmt: skip
+RESNET = [
+    (64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28), (256, 14),
+    (1024, 14), (512, 14), (512, 7), (2048, 7),
+]  # fmt: skip
+
+
+def visits(plan, shape, skew):
+    """How often each element is owned by a thread: what ``cuda/geometry.cuh`` does, in NumPy.
+
+    `skew`: elements by which the tensor's address lies behind a vector boundary.
+    """
+    n, c, length = shape
+    size, v = n * c * length, plan.vector
+    if plan.flat:
+        return np.bincount(np.arange(plan.grid[0] * plan.threads * 8), minlength=size)[:size]
+    if plan.rows:
+        per_row = (length + v - 2) // v + 1 if plan.ragged else length // v
+        index = np.arange(plan.slices * plan.span)
+        index = index[index < n * per_row]
+        base = (index // per_row)[:, None] * c * length + np.arange(c) * length
+        k = (index % per_row)[:, None]
+        start = k * v - ((base + skew) % v if plan.ragged else np.zeros_like(base))
+        element = (start[:, :, None] + np.arange(v)).reshape(-1)
+        inside = (element >= 0) & (element < length)
+        assert plan.ragged or inside.all()
+        flat = (base[:, :, None] + start[:, :, None] + np.arange(v)).reshape(-1)[inside]
+    else:
+        lines = -(-n // plan.fold)
+        line = np.arange(plan.slices * plan.span)
+        line = line[line < lines]
+        pitch = plan.fold * c * length
+        assert plan.group * plan.fold * length % v == 0
+        assert pitch % v == 0
+        run = np.arange(plan.grid[0] * plan.group * plan.fold * length)
+        run = run[run < pitch]
+        flat = (line[:, None] * pitch + run).reshape(-1)
+        assert plan.ragged or flat.size == size
+        flat = flat[flat < size]
+    return np.bincount(flat, minlength=size)
+
+
+def check(shape, itemsize, alignment, congruence, whole_bytes=False, multiprocessors=132):
+    plan = plan_launch(shape, itemsize, alignment, congruence, multiprocessors, whole_bytes)
+    v, tiles, slices = plan.vector, *plan.grid
+    assert 1 <= tiles <= MAX_TILES
+    assert 1 <= slices <= MAX_SLICES
+    assert 32 <= plan.threads <= THREADS
+    assert plan.threads % 32 == 0
+    assert v * itemsize <= congruence
+    if not plan.flat:
+        assert plan.ragged or v * itemsize <= alignment
+        assert 1 <= plan.group <= MAX_GROUP
+        shift = 0 if alignment >= v * itemsize else alignment // itemsize
+        assert not plan.rows or not plan.ragged or not whole_bytes
+        if not plan.rows:
+            assert v * itemsize <= alignment
+            slots = plan.group * plan.fold * shape[2] // v
+            assert slots <= plan.threads
+            assert plan.fold == 1 or (plan.group == shape[1] and tiles == 1)
+    else:
+        assert whole_bytes
+        shift = 0
+    if shape[0] * shape[1] * shape[2] <= 2_000_000:
+        assert (visits(plan, shape, shift) == 1).all() or plan.flat
+    return plan
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("whole_bytes", [False, True])
+def test_every_element_of_the_listed_shapes_has_one_owner(itemsize, whole_bytes):
+    for shape in ISSUE_SHAPES:
+        if shape[0] * shape[1] * shape[2] <= 300_000:
+            check(shape, itemsize, 16, 16, whole_bytes)
+            check(shape, itemsize, itemsize, 16, whole_bytes)
+            check(shape, itemsize, itemsize, itemsize, whole_bytes)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.tuples(st.integers(1, 50), st.integers(1, 300), st.integers(1, 80)),
+    st.sampled_from([2, 4, 8]),
+    st.integers(0, 3),
+    st.integers(0, 3),
+    st.booleans(),
+    st.sampled_from([1, 16, 132]),
+)
+def test_every_element_of_any_shape_has_one_owner(
+    shape, itemsize, aligned, differ, whole, processors
+):
+    alignment = min(16, itemsize << aligned)
+    congruence = min(16, max(alignment, itemsize << differ))
+    check(shape, itemsize, alignment, congruence, whole, processors)
+
+
+@pytest.mark.parametrize("n", [1, 8, 256])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_resnet_shapes_come_in_wide_vectors(n, itemsize):
+    for c, side in RESNET:
+        for shape in ((n, c, side * side), (n * side * side, c, 1)):
+            for whole_bytes in (False, True):
+                plan = check(shape, itemsize, 16, 16, whole_bytes)
+                assert plan.vector * itemsize == 16
+                assert not plan.ragged
+                assert not plan.flat
+
+
+def test_few_channels_are_split_over_many_blocks():
+    for shape in ((64, 64, 12544), (256, 3, 50176), (800_000, 64, 1), (3_000_000, 3, 1)):
+        plan = check(shape, 2, 16, 16)
+        assert plan.grid[0] * plan.slices >= 4 * 132
+
+
+def test_a_small_channel_is_not_split():
+    assert check((32, 64, 49), 2, 16, 16).slices == 1
+    assert check((32, 2048, 1), 4, 16, 16).slices == 1
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1 << 33), (1 << 33, 1, 1), (1 << 20, 70000, 1), (1 << 16, 2, 1 << 17), (3, 1 << 24, 64)],
+)
+def test_more_than_two_to_the_31_elements_fit_the_grid(shape):
+    for itemsize, alignment, whole_bytes in product((2, 8), (2, 16), (False, True)):
+        check(shape, itemsize, max(alignment, itemsize), 16, whole_bytes)
+
+
+def test_a_tensor_beyond_the_grid_is_refused():
+    with pytest.raises(ValueError, match="blocks"):
+        plan_launch((1, 1 << 40, 1024), 4, 16, 16, 132)

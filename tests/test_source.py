@@ -1,0 +1,130 @@
+"""The CUDA sources: found, pasted, and never stale."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cuda_tools import need
+from hostcuda.build import host_module, missing
+from hostcuda.toolchain import CompileError
+
+from cupybn.backends import source
+
+KERNELS = ["batch_moments", "finalize_moments", "normalize", "backward_reduce", "backward_input"]
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """A copy of cuda/, where kernels come from during a test."""
+    directory = shutil.copytree(source.source_directory(), tmp_path / "cuda")
+    monkeypatch.setattr(source, "source_directory", lambda: directory)
+    source.clear()
+    yield directory
+    source.clear()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_header_is_pasted_once(kernel):
+    text = source.paste(f"{kernel}.cu")
+    assert '#include "' not in text
+    assert "#pragma once" not in text
+    starts = [line for line in text.splitlines() if line.startswith("#line 1 ")]
+    assert len(starts) == len(set(starts)) > 2
+
+
+def test_every_line_keeps_its_place():
+    files = {p.name: p.read_text().splitlines() for p in source.source_directory().glob("*.cu*")}
+    for kernel in KERNELS:
+        file, number, compared = "", 0, 0
+        for line in source.paste(f"{kernel}.cu").splitlines():
+            if line.startswith("#line "):
+                number, file = int(line.split()[1]), line.split('"')[1].removeprefix("cuda/")
+                continue
+            original = files[file][number - 1]
+            assert line == original or (line == "" and original.startswith(("#include", "#pragma")))
+            number, compared = number + 1, compared + 1
+        assert compared > 30
+
+
+def test_compiler_messages_name_the_true_line(copied):
+    need(missing())
+    header = copied / "reduce.cuh"
+    text = header.read_text()
+    header.write_text(text + "\nint broken = no_such_name;\n")
+    variant = next(v for v in source.variants("float32") if v.kernel == "batch_moments")
+    with pytest.raises(CompileError, match=rf"cuda/reduce.cuh:{text.count(chr(10)) + 2}\b"):
+        host_module(variant.source, variant.names)
+
+
+def test_a_changed_header_is_a_changed_kernel(copied, monkeypatch):
+    need(missing())
+    monkeypatch.setattr(source, "compile_module", lambda text, name: host_module(text, [name]))
+
+    def invstd():
+        source.clear()
+        kernel = source.get_kernel("finalize_moments", SCALAR="float", FORM=0)
+        out, one, m2 = np.zeros((3, 1)), np.ones(1), np.full(1, 4.0)
+        null = np.uint64(0)
+        numbers = (np.float64(1), np.float64(0), np.float64(0), np.int64(1))
+        kernel((1,), (32,), (out[0], out[1], out[2], null, null, one, m2, *numbers))
+        return out[2, 0]
+
+    assert invstd() == 0.5
+    header = copied / "memory.cuh"
+    text = header.read_text()
+    changed = text.replace("if (active) *address = value;", "if (active) *address = value + 1;")
+    assert changed != text
+    header.write_text(changed)
+    assert invstd() == 1.5
+
+
+def test_kernels_are_compiled_once_by_any_number_of_threads(monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    class Module:
+        def get_function(self, name):
+            return object()
+
+    compiled = []
+    monkeypatch.setattr(source, "_kernels", {})
+    monkeypatch.setattr(source, "compile_module", lambda *a: compiled.append(a) or Module())
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: source.get_kernel("normalize", VECTOR=4), range(32)))
+    assert len(set(map(id, found))) == len(compiled) == 1
+    assert source.get_kernel("normalize", VECTOR=2) is not found[0]
+    assert len(compiled) == 2
+
+
+def test_sources_are_found_in_an_installed_package(tmp_path):
+    package = tmp_path / "cupybn"
+    (package / "backends").mkdir(parents=True)
+    shutil.copy(source.__file__, package / "backends" / "source.py")
+    code = (
+        f"import sys; sys.path.insert(0, {str(package / 'backends')!r}); import source; "
+        "print(source.source_directory())"
+    )
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "FileNotFoundError" in failed.stderr
+    assert "install cupybn again" in failed.stderr
+    shutil.copytree(source.source_directory(), package / "_cuda")
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert Path(found.stdout.strip()) == package / "_cuda"
+
+
+def test_importing_the_backend_imports_no_cupy():
+    code = "import sys, cupybn.backends.cuda; assert 'cupy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_variants_are_distinct_and_named_after_their_kernel():
+    for dtype in source.SCALARS:
+        variants = list(source.variants(dtype))
+        assert len({v.label for v in variants}) == len(variants)
+        assert {v.kernel for v in variants} >= set(KERNELS)
+        assert all(f"{v.kernel}(" in v.source for v in variants)
+        assert any(v.wide for v in variants)
