@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeAlias, cast
@@ -72,20 +73,42 @@ def device_of(x: Array) -> str:
     return f"cuda:{x.device.id}" if is_cupy(x) else "cpu"
 
 
+def on_device_of(x: Array) -> Any:
+    """A context in which CuPy allocates and launches on the array's device."""
+    return x.device if is_cupy(x) else nullcontext()
+
+
 def check_device(device: str | None) -> str:
-    """The canonical name of a ``device=`` argument: ``"cpu"`` for None.
+    """The canonical name of a ``device=`` argument: ``"cpu"`` for None, else ``"cuda:<n>"``.
+
+    ``"cuda"`` is CuPy's current device. Does not touch CUDA for the CPU.
 
     Raises:
-        DeviceError: there is no such device, or this version cannot compute on it.
+        DeviceError: there is no such device, or CuPy is not installed.
     """
     if device is None or device == "cpu":
         return "cpu"
-    if isinstance(device, str) and (device == "cuda" or device.startswith("cuda:")):
-        raise DeviceError(
-            f"device {device!r}: this version of cupybn computes on the CPU only, it has no CUDA "
-            "backend yet; use device='cpu'"
-        )
-    raise DeviceError(f"device must be None or 'cpu', got {device!r}")
+    name, _, number = device.partition(":") if isinstance(device, str) else ("", "", "")
+    if name != "cuda" or not (number.isdecimal() or device == "cuda"):
+        raise DeviceError(f"device must be None, 'cpu', 'cuda' or 'cuda:<n>', got {device!r}")
+    cupy = _cupy_for(f"device={device!r}")
+    devices = cupy.cuda.runtime.getDeviceCount() if cupy.cuda.is_available() else 0
+    index = int(number) if number else cupy.cuda.Device().id if devices else 0
+    if index >= devices:
+        raise DeviceError(f"device {device!r}: CuPy sees {devices} CUDA devices on this machine")
+    return f"cuda:{index}"
+
+
+def move(x: Array, device: str) -> Array:
+    """x on the device (a canonical name): itself if it is there, else a copy."""
+    if device_of(x) == device:
+        return x
+    host = copy_to_host(x)
+    if device == "cpu":
+        return host
+    cupy = _cupy_for("the array to move")
+    with cupy.cuda.Device(int(device.removeprefix("cuda:"))):
+        return cupy.asarray(host)
 
 
 def parameter_dtype(dtype: Any) -> np.dtype[Any]:
@@ -117,12 +140,14 @@ def copy_to_host(x: Array) -> np.ndarray[Any, Any]:
     return np.array(host, order="C", copy=True)
 
 
-def write_host_values(target: Array, values: np.ndarray[Any, Any]) -> None:
-    """Copies NumPy values into a contiguous array of the same shape and dtype, on its device."""
-    if is_cupy(target):
-        target.set(values)
-    else:
-        target[...] = values
+def assign(target: Array, values: Array) -> None:
+    """Copies values into an array of the same shape, from any device to any, converting them."""
+    if is_cupy(target) and not is_cupy(values):
+        with target.device:
+            values = _cupy_for("the target").asarray(values)
+    elif is_cupy(values) and not is_cupy(target):
+        values = copy_to_host(values)
+    target[...] = values
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Array, copy_to_host
+from .arrays import Array, assign, copy_to_host
 from .communicators import MpiCommunicator, check_comm, resolve
 from .communicators.mpi import load_mpi
 from .errors import CollectiveMismatchError, DeviceError
@@ -97,7 +97,7 @@ def broadcast_parameters(layer: Layer, comm: Any = None, root: int = 0) -> None:
     for array in arrays:
         end = begin - (-array.nbytes // 4)
         data = bits[begin:end].astype(np.uint32).tobytes()[: array.nbytes]
-        array[...] = np.frombuffer(data, array.dtype).reshape(array.shape)
+        assign(array, np.frombuffer(data, array.dtype).reshape(array.shape))
         begin = end
 
 
@@ -215,7 +215,7 @@ def _scatter(bucket: Array, arrays: list[Array]) -> None:
     begin = 0
     for array in arrays:
         end = begin + array.size
-        array[...] = bucket[begin:end].reshape(array.shape)
+        assign(array, bucket[begin:end].reshape(array.shape))
         begin = end
 
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from .arrays import Array
+from .arrays import Array, as_array, on_device_of
 from .backends import backend_for
 from .backends import numpy as reference
 from .checks import check_momentum
@@ -129,20 +129,17 @@ def batch_norm_forward(
         PeerError: another rank raised one of these.
         CollectiveMismatchError: the ranks called different layers, or with different settings.
     """
+    options: dict[str, Any] = {
+        "channel_axis": channel_axis,
+        "activation": activation,
+        "residual": residual,
+        "out": out,
+    }
     channels = _channels(x, weight, channel_axis)
     with joint_pass(ALONE if comm is None else resolve(comm), "forward", name, channels) as call:
-        return forward_pass(
-            call,
-            x,
-            weight,
-            bias,
-            eps,
-            channel_axis=channel_axis,
-            activation=activation,
-            residual=residual,
-            out=out,
-            name=name or "",
-        )
+        x = as_array(x)
+        with on_device_of(x):
+            return forward_pass(call, x, weight, bias, eps, name=name or "", **options)
 
 
 def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) -> Grads:
@@ -163,7 +160,7 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
     dweight, dbias = (
         None if p is None else np.zeros_like(p, shape=(c,)) for p in (saved.weight, saved.bias)
     )
-    with joint_pass(saved.comm, "backward", saved.name, c) as call:
+    with joint_pass(saved.comm, "backward", saved.name, c) as call, on_device_of(saved.x3):
         dx, dresidual = backward_pass(call, dy, saved, out=out, dweight=dweight, dbias=dbias)
     return Grads(dx, dweight, dbias, dresidual)
 
@@ -185,18 +182,15 @@ def batch_norm_inference(
 
     `out` may be x or `residual`. Otherwise as :func:`batch_norm_forward`.
     """
-    y, _ = inference_pass(
-        x,
-        mean,
-        var,
-        weight,
-        bias,
-        eps,
-        channel_axis=channel_axis,
-        activation=activation,
-        residual=residual,
-        out=out,
-    )
+    options: dict[str, Any] = {
+        "channel_axis": channel_axis,
+        "activation": activation,
+        "residual": residual,
+        "out": out,
+    }
+    x = as_array(x)
+    with on_device_of(x):
+        y, _ = inference_pass(x, mean, var, weight, bias, eps, save=False, **options)
     return y
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .arrays import Array, copy_to_host, write_host_values
+from .arrays import Array, assign, copy_to_host
 from .communicators import Communicator
 from .communicators.base import check_usable, refuse
 from .errors import CollectiveMismatchError, PeerError
@@ -76,7 +76,7 @@ class joint:
             PeerError: another rank failed.
             CollectiveMismatchError: the ranks do not agree; the communicator is closed.
         """
-        write_host_values(self._message[:HEADER], header(self.dtype, self._fingerprint, count))
+        assign(self._message[:HEADER], header(self.dtype, self._fingerprint, count))
         self._owed -= 1
         total = self.comm.allreduce(self._message, self.what)
         summed = read_header(copy_to_host(total[:HEADER]), self.ranks)

@@ -1,8 +1,9 @@
 """The order of the primitives in one forward and one backward, and every check of their arguments.
 
 These run inside a :class:`cupybn.joint.joint` call, which the caller opens, so that whatever is
-raised here reaches the other ranks. Everything that can fail on one rank alone (checks, copies,
-allocating outputs) comes before the first message.
+raised here reaches the other ranks; and on the device of x, which the caller has made an array.
+Everything that can fail on one rank alone (checks, copies, allocating outputs) comes before the
+first message.
 """
 
 from __future__ import annotations
@@ -133,7 +134,6 @@ def forward_pass(
     `settings` is what else must agree on all ranks. Without `save` the context is not fit for a
     backward.
     """
-    x = as_array(x)
     weight = None if weight is None else as_array(weight, "weight")
     bias = None if bias is None else as_array(bias, "bias")
     inputs = _prepare(x, weight, bias, eps, channel_axis, activation, residual, out, save)
@@ -181,7 +181,6 @@ def inference_pass(
     save: bool = True,
 ) -> tuple[Array, Saved]:
     """:func:`batch_norm_inference` with a context; backward takes the statistics as constants."""
-    x = as_array(x)
     mean, var = as_array(mean, "mean"), as_array(var, "var")
     weight = None if weight is None else as_array(weight, "weight")
     bias = None if bias is None else as_array(bias, "bias")

@@ -147,7 +147,8 @@ def run(way: Way, data: Data, args: argparse.Namespace) -> Course:
     if way.comm.rank == 0:
         from tqdm import tqdm
 
-        steps = tqdm(steps, desc=way.title, total=per_epoch * args.epochs, leave=False)
+        total_steps = per_epoch * args.epochs
+        steps = tqdm(steps, desc=way.title, total=total_steps, leave=False, mininterval=1)
     course = Course(way.title)
     begin = time.perf_counter()
     total = 0.0

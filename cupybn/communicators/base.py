@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
-from ..arrays import Array
+from ..arrays import Array, assign, copy_to_host, is_cupy
 from ..errors import CollectiveMismatchError
 
 
@@ -28,6 +29,14 @@ class Communicator(Protocol):
         May work in place. `label` says what is being summed, for errors.
         """
         ...
+
+
+def sum_on_host(message: Array, summed: Callable[[Any], Any]) -> Array:
+    """A message whose values `summed` adds up in host memory; waits for the current stream."""
+    if not is_cupy(message):
+        return summed(message)
+    assign(message, summed(copy_to_host(message)))
+    return message
 
 
 class SelfCommunicator:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array
-from ..errors import DeviceError
+from ..arrays import Array, is_cupy
+from ..errors import DTypeError
+from .base import sum_on_host
 from .watchdog import watchdog
 
 _DEFAULT_TIMEOUT = 600.0
@@ -61,7 +62,9 @@ def check_timeout(value: Any, what: str = "timeout") -> float:
 
 
 class MpiCommunicator:
-    """Sums NumPy messages with ``MPI.Allreduce`` over a private duplicate of the communicator.
+    """Sums messages with ``MPI.Allreduce`` over a private duplicate of the communicator.
+
+    CuPy messages are copied to host memory and back.
 
     Args:
         mpi_comm: an mpi4py intracommunicator. It is duplicated once a process, so that its other
@@ -92,11 +95,10 @@ class MpiCommunicator:
         self._dup = self._private_dup()
 
     def allreduce(self, message: Array, label: str = "") -> Array:
-        """The sum over the ranks, in place. Raises DeviceError for other than NumPy arrays."""
-        if not isinstance(message, np.ndarray):
-            raise DeviceError(
-                f"{label or 'allreduce'}: the host transport sums NumPy arrays, got "
-                f"{type(message).__name__}"
+        """The sum over the ranks, in place. Raises DTypeError for other than arrays."""
+        if not (isinstance(message, np.ndarray) or is_cupy(message)):
+            raise DTypeError(
+                f"{label or 'allreduce'}: a message is an array, got {type(message).__name__}"
             )
         self._sequence += 1
         what = (
@@ -106,8 +108,12 @@ class MpiCommunicator:
             self._sequence,
             " of this communicator",
         )
-        self._watched(what, self._dup.Allreduce, self._in_place, message)
-        return message
+
+        def summed(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            self._watched(what, self._dup.Allreduce, self._in_place, values)
+            return values
+
+        return sum_on_host(message, summed)
 
     def _watched(self, what: tuple[object, ...], call: Any, *args: Any) -> Any:
         if not self.timeout:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-import numpy as np
-
 from ..arrays import Array
 from ..errors import CollectiveMismatchError, CollectiveTimeoutError, PeerError
+from .base import sum_on_host
 from .mpi import check_timeout, default_timeout
 
 
@@ -95,7 +94,10 @@ class ThreadCommunicator:
         """The sum over the ranks, a new array. Raises as the class says."""
         if self.size == 1:
             return message
-        return self._meeting.sum(self.rank, np.asarray(message), label or "allreduce", self.timeout)
+        label = label or "allreduce"
+        return sum_on_host(
+            message, lambda values: self._meeting.sum(self.rank, values, label, self.timeout)
+        )
 
     def leave(self, how: str = "has ended") -> None:
         """This rank takes part no longer: ranks that wait for it raise PeerError."""

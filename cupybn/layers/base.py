@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from ..arrays import Array, as_array, check_device
+from ..arrays import Array, as_array, assign, check_device, move
 from ..errors import DTypeError, ShapeError
 from .state import LoadResult, StateDict, load_state, state_of
 
@@ -30,6 +30,7 @@ class Layer:
             of ``params``. Registered names read as attributes too; assigning copies into the array.
         children: dict from name to Layer.
         training: the mode; a new layer is in training mode.
+        device: "cpu" or "cuda:<n>", set by :meth:`to`.
         saved: the context of the last saving forward, or None.
         version: of the layer's state; raise it in a subclass whose state changed, and upgrade older
             states in :meth:`upgrade_state_dict`.
@@ -44,6 +45,7 @@ class Layer:
     buffers: dict[str, Array]
     children: dict[str, Layer]
     training: bool
+    device: str
     saved: Any
 
     def __init__(self) -> None:
@@ -52,6 +54,7 @@ class Layer:
             set_plain(name, {})
         set_plain("_absent", set())
         set_plain("path", "")
+        set_plain("device", "cpu")
         set_plain("training", True)
         set_plain("saved", None)
 
@@ -109,7 +112,7 @@ class Layer:
             raise ShapeError(f"{name} has shape {target.shape}, cannot take one of {value.shape}")
         if value.dtype != target.dtype:
             raise DTypeError(f"{name} is {target.dtype}, cannot take {value.dtype}")
-        target[...] = value
+        assign(target, value)
 
     def _set_child(self, name: str, layer: Layer) -> None:
         if not name or "." in name:
@@ -209,12 +212,20 @@ class Layer:
             grad[...] = 0
 
     def to(self: _Self, device: str | None) -> _Self:
-        """Moves parameters, gradients and buffers of the tree to the device.
+        """Moves parameters, gradients and buffers of the tree to "cpu", "cuda" or "cuda:<n>".
+
+        Where arrays have to move, the layers get new ones. Buffers in ``host_buffers`` stay.
 
         Raises:
-            DeviceError: there is no such device; this version computes on "cpu" only.
+            DeviceError: there is no such device, or CuPy is not installed.
         """
-        check_device(device)
+        name = check_device(device)
+        for _, layer in self.named_layers():
+            for kind in (layer.params, layer.grads, layer.buffers):
+                for key, array in kind.items():
+                    if key not in layer.host_buffers:
+                        kind[key] = move(array, name)
+            layer.device = name
         return self
 
     def named_layers(self, prefix: str = "") -> Iterator[tuple[str, Layer]]:

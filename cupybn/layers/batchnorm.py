@@ -7,7 +7,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..arrays import Array, as_array, check_channel_axis, check_device, device_of, parameter_dtype
+from ..arrays import (
+    Array,
+    as_array,
+    check_channel_axis,
+    check_device,
+    device_of,
+    on_device_of,
+    parameter_dtype,
+)
 from ..checks import check_activation, check_eps, check_momentum
 from ..communicators import Communicator, check_comm, resolve
 from ..errors import DeviceError, DTypeError, ShapeError
@@ -34,7 +42,7 @@ _ARGUMENTS = """
             anything is written, instead of going into the running statistics.
         dtype: of parameters and statistics: float32 (default), for float16, bfloat16 and float32
             data; or float64, for float64 data.
-        device: None or "cpu".
+        device: None or "cpu", "cuda", "cuda:<n>".
 
     Parameters ``weight`` and ``bias``, buffers ``running_mean``, ``running_var`` and
     ``num_batches_tracked`` (int64, shape ()). State version 2.
@@ -98,7 +106,7 @@ class BatchNorm(Layer):
         if momentum is not None:
             check_momentum(momentum)
         check_activation(activation)
-        check_device(device)
+        device = check_device(device)
         dtype = np.dtype(np.float32 if dtype is None else dtype)
         if dtype not in (np.float32, np.float64):
             raise DTypeError(f"dtype of a layer must be float32 or float64, got {dtype}")
@@ -121,6 +129,7 @@ class BatchNorm(Layer):
         self.register_buffer("running_mean", np.zeros(shape, dtype) if tracked else None)
         self.register_buffer("running_var", np.ones(shape, dtype) if tracked else None)
         self.register_buffer("num_batches_tracked", np.zeros((), np.int64) if tracked else None)
+        self.to(device)
 
     def reset_parameters(self) -> None:
         """Weight as `weight_init` says, bias 0."""
@@ -170,22 +179,31 @@ class BatchNorm(Layer):
         with self._joint("forward", self.communicator()) as call:
             x = as_array(x)
             self._check_input(x)
-            if not self.training and self.track_running_stats:
-                mean, var = self.running_mean, self.running_var
-                return inference_pass(x, mean, var, self.weight, self.bias, self.eps, **options)
-            updates = self.training and self.track_running_stats
-            y, saved = forward_pass(
-                call,
-                x,
-                self.weight,
-                self.bias,
-                self.eps,
-                name=self.label,
-                settings=f", momentum={self.momentum!r}",
-                running=self._running() if updates else None,
-                check_finite=self.check_finite and self.training,
-                **options,
-            )
+            with on_device_of(x):
+                if not self.training and self.track_running_stats:
+                    return self._inference(x, options)
+                return self._with_batch_statistics(call, x, options)
+
+    def _inference(self, x: Array, options: dict[str, Any]) -> tuple[Array, Saved]:
+        mean, var = self.running_mean, self.running_var
+        return inference_pass(x, mean, var, self.weight, self.bias, self.eps, **options)
+
+    def _with_batch_statistics(
+        self, call: joint, x: Array, options: dict[str, Any]
+    ) -> tuple[Array, Saved]:
+        updates = self.training and self.track_running_stats
+        y, saved = forward_pass(
+            call,
+            x,
+            self.weight,
+            self.bias,
+            self.eps,
+            name=self.label,
+            settings=f", momentum={self.momentum!r}",
+            running=self._running() if updates else None,
+            check_finite=self.check_finite and self.training,
+            **options,
+        )
         if updates and saved.count:
             self.num_batches_tracked += 1
         return y, saved
@@ -204,7 +222,10 @@ class BatchNorm(Layer):
             if not known:
                 raise TypeError(f"{self.label}: saved must be a context of this layer's forward")
             dweight, dbias = self.grads.get("weight"), self.grads.get("bias")
-            dx, dresidual = backward_pass(call, dy, context, out=out, dweight=dweight, dbias=dbias)
+            with on_device_of(context.x3):
+                dx, dresidual = backward_pass(
+                    call, dy, context, out=out, dweight=dweight, dbias=dbias
+                )
         return (dx, dresidual) if context.has_residual else dx
 
     def missing_context(self) -> None:
@@ -226,8 +247,11 @@ class BatchNorm(Layer):
                 f"input is {x.dtype}, but this layer's parameters are {self.dtype}: convert the "
                 f"input, or make the layer with dtype='{parameter_dtype(x.dtype)}'"
             )
-        if device_of(x) != "cpu":
-            raise DeviceError(f"input is on {device_of(x)}, but the layer is on cpu")
+        if device_of(x) != self.device:
+            raise DeviceError(
+                f"input is on {device_of(x)}, but the layer is on {self.device}: move one of them, "
+                "layers with layer.to(device)"
+            )
 
     def upgrade_state_dict(self, state: dict[str, Any], prefix: str, version: int) -> None:
         """Version 1 had no ``num_batches_tracked``: it keeps its current value."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..arrays import Array, as_array, copy_to_host, is_floating
+from ..arrays import Array, as_array, assign, copy_to_host, is_floating
 from ..errors import CupyBNError, StateDictError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def load_state(root: Layer, state: Mapping[str, Any], strict: bool) -> LoadResul
     if errors:
         raise StateDictError("\n\t".join([title, *errors]))
     for target, value in writes:
-        target[...] = value
+        assign(target, value)
     return LoadResult(missing, unexpected)
 
 
