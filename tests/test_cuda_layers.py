@@ -1,0 +1,129 @@
+"""Layers, functional and ranks through the CUDA backend, its kernels run by the host build."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+from conftest import DTYPES, TOLERANCE
+from cuda_tools import need
+from hostcuda.build import host_module, missing
+from rank_checks import CHECKS
+from test_layers import layer_for, layouts, normal
+
+from cupybn import BatchNorm2d, SyncBatchNorm, backends
+from cupybn import functional as F
+from cupybn.backends import cuda, source
+from cupybn.testing import check_gradients, run_ranks
+
+
+class Launches:
+    """Counts the kernels that are launched."""
+
+    def __init__(self, kernel, names, name):
+        self.kernel, self.names, self.name = kernel, names, name
+
+    def __call__(self, *args, **options):
+        self.names.append(self.name)
+        return self.kernel(*args, **options)
+
+
+@pytest.fixture(autouse=True)
+def launched(monkeypatch):
+    """NumPy arrays go through the CUDA backend; the names of the kernels launched."""
+    need(missing())
+    names = []
+
+    class Module:
+        def __init__(self, text, name):
+            self.module = host_module(text, [name])
+
+        def get_function(self, name):
+            return Launches(self.module.get_function(name), names, name)
+
+    monkeypatch.setattr(backends, "numpy_backend", cuda)
+    monkeypatch.setattr(source, "compile_module", Module)
+    cuda.clear_caches()
+    yield names
+    cuda.clear_caches()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["contiguous", "channels-last", "negative strides"])
+@pytest.mark.parametrize("relu", [False, True])
+def test_training_and_evaluation(dtype, kind, relu):
+    layer = layer_for(dtype, c=5, activation="relu" if relu else None)
+    x, r, dy = (normal((3, 5, 7, 7), dtype, seed) for seed in range(3))
+    tolerance = TOLERANCE[dtype.name]
+    y = layer.forward(layouts(x)[kind], r)
+    dx, dresidual = layer.backward(dy)
+    expected = reference.forward(x, layer.weight, layer.bias, residual=r, relu=relu)
+    kept = np.asarray(y) > 0 if relu else None
+    gradient = reference.backward(dy, x, layer.weight, layer.bias, kept=kept)
+    assert reference.error(y, expected.y) < tolerance
+    assert reference.error(dx, gradient.dx) < tolerance
+    assert reference.error(dresidual, gradient.dz if relu else dy) < tolerance
+    assert reference.error(layer.grads["weight"], gradient.dweight) < 1e-5
+    assert reference.error(layer.grads["bias"], gradient.dbias) < 1e-5
+    assert reference.error(layer.running_mean, 0.1 * expected.mean) < 1e-6
+    assert reference.error(layer.running_var, 0.9 + 0.1 * expected.unbiased) < 1e-6
+    layer.eval()
+    y = layer.forward(layouts(x)[kind], save_for_backward=True)
+    dx = layer.backward(dy)
+    fixed = layer.running_mean, layer.running_var
+    exact = reference.normalized(x, *fixed, layer.weight, layer.bias, relu=relu)
+    assert reference.error(y, exact) < tolerance
+    kept = np.where(np.abs(exact) < 1e-5, y > 0, exact > 0) if relu else None
+    gradient = reference.backward(dy, x, layer.weight, layer.bias, kept=kept, fixed=fixed)
+    assert reference.error(dx, gradient.dx) < tolerance
+
+
+def test_central_differences():
+    x = normal((3, 2, 2, 3), np.float64)
+    for options in ({}, {"affine": False}, {"activation": "relu"}, {"bias": False}):
+        check_gradients(layer_for(np.float64, c=2, **options), x, residual=x**2)
+
+
+def test_launches(launched):
+    """At most 3 kernels forward and 2 backward, one rank or several; in evaluation one."""
+    layer, x = BatchNorm2d(4), normal((2, 4, 3, 3))
+    y = layer(x)
+    assert launched == ["batch_moments", "finalize_moments", "normalize"]
+    del launched[:]
+    layer.backward(y)
+    assert launched == ["backward_reduce", "backward_input"]
+    del launched[:]
+    layer.eval()(x)
+    assert launched == ["normalize"]
+
+    def rank(comm):
+        layer = SyncBatchNorm(4, comm=comm)
+        layer.backward(layer(x))
+
+    del launched[:]
+    run_ranks(2, rank)
+    once = ["backward_input", "backward_reduce", "batch_moments", "finalize_moments", "normalize"]
+    assert sorted(launched) == sorted(once * 2)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "check_four_models", "check_uneven_batches_train_alike", "check_empty_ranks",
+        "check_one_value_in_all", "check_large_means", "check_y_at_large_means", "check_constants",
+        "check_messages", "check_every_split", "check_alone_is_plain", "check_same_bits",
+    ],
+)  # fmt: skip
+def test_over_ranks(name, n):
+    results = run_ranks(n, CHECKS[name], timeout=60)
+    assert len(set(results)) == 1
+
+
+def test_the_primitives_agree_with_numpy():
+    x = normal((4, 3, 5))
+    ours = F.finalize_moments(F.batch_moments(x), 1e-5)
+    backend = backends.backend_for(x)
+    assert backend is cuda
+    for mine, exact in zip(ours, reference.forward(x)[1:3], strict=False):
+        assert reference.error(mine, exact) < 1e-6
