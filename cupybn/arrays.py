@@ -78,6 +78,11 @@ def on_device_of(x: Array) -> Any:
     return x.device if is_cupy(x) else nullcontext()
 
 
+def is_capturing(x: Array) -> bool:
+    """Whether work on x goes into a CUDA graph that is being captured."""
+    return is_cupy(x) and bool(sys.modules["cupy"].cuda.get_current_stream().is_capturing())
+
+
 def check_device(device: str | None) -> str:
     """The canonical name of a ``device=`` argument: ``"cpu"`` for None, else ``"cuda:<n>"``.
 

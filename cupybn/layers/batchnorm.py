@@ -13,6 +13,7 @@ from ..arrays import (
     check_channel_axis,
     check_device,
     device_of,
+    is_capturing,
     on_device_of,
     parameter_dtype,
 )
@@ -210,6 +211,11 @@ class BatchNorm(Layer):
 
     def _running(self) -> tuple[Array, Array, float]:
         if self.momentum is None:
+            if is_capturing(self.running_mean):
+                raise RuntimeError(
+                    f"{self.label}: momentum=None cannot go into a CUDA graph: each replay would "
+                    "average with the factor of the capture"
+                )
             factor = 1.0 / (int(self.num_batches_tracked) + 1)
         else:
             check_momentum(self.momentum)
