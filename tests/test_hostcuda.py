@@ -424,7 +424,8 @@ def test_traffic_equals_address_enumeration(step, offset):
         assert access.block_sectors == len(set(zip(block, sector, strict=True)))
     rest = [*launch.loads[:1], *launch.loads[2:], *launch.stores[1:]]
     assert not any(any(access) for access in rest)
-    assert launch.sizes == [y.nbytes, x.nbytes, 0, 0]
+    addresses = [y.ctypes.data, x.ctypes.data]
+    assert launch.memory == [*zip(addresses, [y.nbytes, x.nbytes], strict=True), (0, 0), (0, 0)]
 
 
 def test_traffic_refuses_lanes_out_of_step():
