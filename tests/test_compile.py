@@ -136,7 +136,7 @@ def compile_bundle(variants: Sequence[source.Variant], arch: str) -> list[Compil
     if arch != LOOKED_AT:
         return [Compiled(v.label, "", "", False, False) for v in variants]
     reports = _sections(log, r"Function properties for ")
-    code = _instructions(cubin) if _nvdisasm() else {}
+    code = _instructions(cubin) if _nvdisasm() and any(v.wide for v in variants) else {}
     return [
         Compiled(
             variant.label,
@@ -228,6 +228,7 @@ def test_planted_spill_and_error_are_reported():
         label: str
         source: str
         defines: tuple = ()
+        wide: bool = True
 
     text = """extern "C" __global__ void planted(float* y, int n) {
         float kept[64];
