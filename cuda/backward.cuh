@@ -6,6 +6,12 @@
 
 constexpr bool NEEDS_AFFINE = RELU && !MASK;
 
+// Of `mean` alone, but where the forward's sign is computed again.
+__device__ __forceinline__ Affine affine_of(const ChannelArrays& arrays, bool active, i64 c) {
+  if (NEEDS_AFFINE) return Affine::of(arrays.load(active, c));
+  return {static_cast<acc_t>(load_if(active, arrays.mean + c)), 0, 0};
+}
+
 // The bits of one vector, element 0 the highest of V. They may lie across two bytes.
 __device__ __forceinline__ unsigned load_mask(const unsigned char* mask, const slot_t& slot) {
   i64 begin = slot.offset + slot.first(), end = slot.offset + slot.last() - 1;

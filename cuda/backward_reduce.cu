@@ -19,7 +19,7 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
   Walk walk(shape, blockIdx.x, blockIdx.y, skew_of(x));
   __shared__ Affine table[MAX_GROUP];
   fill_table(table, walk, c, [&](bool active, i64 channel) {
-    return Affine::of(arrays.load(active, channel));
+    return affine_of(arrays, active, channel);
   });
   Affine affine[Walk::CHANNELS];
   pick(affine, table, walk);

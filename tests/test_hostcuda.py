@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -28,6 +29,18 @@ C_TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"}
 @pytest.fixture(autouse=True)
 def _tools():
     need(missing())
+
+
+def test_without_tools_tests_skip_or_fail(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert missing.__wrapped__() == "no g++"
+    monkeypatch.delenv("CUPYBN_REQUIRE_CUDA_TOOLS", raising=False)
+    with pytest.raises(pytest.skip.Exception, match=r"no g\+\+"):
+        need("no g++")
+    monkeypatch.setenv("CUPYBN_REQUIRE_CUDA_TOOLS", "1")
+    with pytest.raises(pytest.fail.Exception, match=r"no g\+\+"):
+        need("no g++")
+    need(None)
 
 
 def kernel(source: str, name: str, variant: str | None = "plain"):
@@ -296,6 +309,9 @@ extern "C" __global__ void crooked(float* y, int n) {
 extern "C" __global__ void calls_less(float* y) {
     if (threadIdx.x != 5) cupybn_host_access(y, 4, true, false);
 }
+extern "C" __global__ void misaligned(float* y) {
+    cupybn_host_access(y + threadIdx.x / 40, 16, false, true);
+}
 extern "C" __global__ void calls_crossed(float* y, const float* x) {
     cupybn_host_access(threadIdx.x % 2 ? x : y, 4, false, true);
 }
@@ -311,10 +327,12 @@ extern "C" __global__ void calls_crossed(float* y, const float* x) {
         ("branches", r"divergent barrier .* at faults.cu:\d+; .* at faults.cu:\d+"),
         ("some_lanes", r"divergent warp operation .* __shfl_xor_sync at faults.cu:\d+ for mask"),
         ("outside_mask", r"a lane outside its own mask in kernel outside_mask"),
+        ("misaligned", r"misaligned access .* block \([01],0,0\); thread \(\d+,0,0\) of warp 1"),
     ],
 )  # fmt: skip
-def test_planted_divergence_is_named(name, message, variant):
-    y = np.zeros(4, np.float32)
+def test_planted_fault_is_named(name, message, variant):
+    y = np.zeros(128, np.float32)
+    y = y[-y.ctypes.data % 256 // 4 :]
     with pytest.raises(HostKernelError, match=message):
         kernel(FAULTS, name, variant)((2,), (64,), (y,))
     out = np.full((64, 4), -1, np.int32)
@@ -424,7 +442,8 @@ def test_traffic_equals_address_enumeration(step, offset):
         assert access.block_sectors == len(set(zip(block, sector, strict=True)))
     rest = [*launch.loads[:1], *launch.loads[2:], *launch.stores[1:]]
     assert not any(any(access) for access in rest)
-    assert launch.sizes == [y.nbytes, x.nbytes, 0, 0]
+    addresses = [y.ctypes.data, x.ctypes.data]
+    assert launch.memory == [*zip(addresses, [y.nbytes, x.nbytes], strict=True), (0, 0), (0, 0)]
 
 
 def test_traffic_refuses_lanes_out_of_step():

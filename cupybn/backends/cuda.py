@@ -273,7 +273,8 @@ def clear_caches() -> None:
     """Forgets plans, kernels and this thread's scratch."""
     _launch.cache_clear()
     source.clear()
-    _kept.__dict__.clear()
+    _kept.scratch.clear()
+    _kept.outgrown.clear()
 
 
 class _Kept(threading.local):

@@ -42,11 +42,11 @@ void wait(State state, const char* operation, const char* file, int line) {
 
 static std::string where(const Thread& t) {
     char text[400];
-    const char* what = t.state == State::done ? "has ended" : t.operation;
-    int n = std::snprintf(text, sizeof text, "thread (%u,%u,%u) of warp %d, lane %d: %s",
-                          t.index.x, t.index.y, t.index.z, t.warp, t.lane, what);
-    if (t.state != State::done)
-        n += std::snprintf(text + n, sizeof text - n, " at %s:%d", t.file, t.line);
+    int n = std::snprintf(text, sizeof text, "thread (%u,%u,%u) of warp %d, lane %d", t.index.x,
+                          t.index.y, t.index.z, t.warp, t.lane);
+    if (t.state == State::running) return text;
+    if (t.state == State::done) return std::string(text) + ": has ended";
+    n += std::snprintf(text + n, sizeof text - n, ": %s at %s:%d", t.operation, t.file, t.line);
     if (t.state == State::at_warp_operation)
         std::snprintf(text + n, sizeof text - n, " for mask 0x%08x", t.mask);
     return text;

@@ -163,7 +163,9 @@ inline long long __double_as_longlong(double a) { return hostcuda_bits<long long
 inline double __longlong_as_double(long long a) { return hostcuda_bits<double>(a); }
 
 // The hook of cuda/memory.cuh: every lane of a warp calls it equally often, `active` or not.
+// What is misaligned fails here, since an x86 would do it: a GPU does not.
 inline void cupybn_host_access(const void* address, int bytes, bool store, bool active) {
+    if (active && (uintptr_t)address % bytes) hostcuda::fail("misaligned access");
 #ifdef HOSTCUDA_COUNT
     hostcuda::count_access(address, bytes, store, active);
 #endif

@@ -30,7 +30,7 @@ class Launch(NamedTuple):
     kernel: str
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
-    sizes: list[int]  # bytes of each argument's array, 0 for a scalar
+    memory: list[tuple[int, int]]  # address and bytes of each argument's array, (0, 0) for scalars
     loads: list[Access]  # of each argument; one more at the end for memory of none of them
     stores: list[Access]
 
@@ -63,5 +63,5 @@ def record(
     out = np.zeros((2, len(args) + 1, len(Access._fields)), np.uint64)
     _totals(library)(ctypes.c_void_p(out.ctypes.data))
     loads, stores = ([Access(*map(int, row)) for row in half] for half in out)
-    sizes = [a.nbytes if isinstance(a, np.ndarray) else 0 for a in args]
-    _records.append(Launch(kernel, grid, block, sizes, loads, stores))
+    memory = [(a.ctypes.data, a.nbytes) if isinstance(a, np.ndarray) else (0, 0) for a in args]
+    _records.append(Launch(kernel, grid, block, memory, loads, stores))

@@ -1,0 +1,152 @@
+"""Shapes, values and the two oracles for the kernel tests."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import combinations, product
+from types import SimpleNamespace
+
+import numpy as np
+
+NS = (1, 2, 3, 8, 33)
+CS = (1, 2, 3, 31, 32, 33, 65, 127, 1025)
+LS = (1, 2, 3, 9, 15, 49, 64, 196, 784, 3136, 10007)
+ODD_ONES = [(4, 1, 81), (4, 9, 1), (3, 8, 49), (2, 16, 3), (2, 6, 196), (65, 24, 1), (300, 3, 1)]
+SPLIT = [(4, 2, 10007), (2, 2, 31360), (40000, 3, 1), (3000, 64, 1), (700, 8, 49), (65, 3, 784)]
+LARGE = [(2, 70000, 1), (1, 70000, 3), (880801, 1, 1)]
+MODES = ["plain", "relu", "residual", "residual relu"]
+
+
+def covering(limit: int = 1_000_000) -> list[tuple[int, int, int]]:
+    """A few shapes with every pair of values that fits `limit` elements; small ones first."""
+    shapes = sorted(
+        (s for s in product(NS, CS, LS) if np.prod(s) <= limit), key=lambda s: (np.prod(s), s)
+    )
+
+    def pairs(shape):
+        return {(i, shape[i], j, shape[j]) for i, j in combinations(range(3), 2)}
+
+    missing = set().union(*map(pairs, shapes))
+    chosen = []
+    while missing:
+        best = max(shapes, key=lambda s: (len(pairs(s) & missing), -np.prod(s)))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+def parameter_dtype(dtype):
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def placed(values, dtype, offset=0):
+    """The values in a fresh 64-byte aligned array, `offset` elements behind the boundary."""
+    dtype = np.dtype(dtype)
+    memory = np.empty((values.size + offset) * dtype.itemsize + 64, np.uint8)
+    begin = -memory.ctypes.data % 64 + offset * dtype.itemsize
+    out = memory[begin : begin + values.size * dtype.itemsize].view(dtype).reshape(values.shape)
+    out[...] = values.astype(np.float32).astype(dtype) if dtype != np.float64 else values
+    return out
+
+
+def gaussian(shape, dtype, seed, mean=0.0, offset=0):
+    values = np.random.default_rng(seed).standard_normal(shape) + mean
+    return placed(values, dtype, offset)
+
+
+def parameters(c, dtype, seed=7):
+    rng = np.random.default_rng(seed)
+    weight, bias = rng.uniform(0.5, 1.5, c), rng.standard_normal(c)
+    return weight.astype(parameter_dtype(dtype)), bias.astype(parameter_dtype(dtype))
+
+
+def error(got, expected):
+    """The largest error, relative to values above 1."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape
+    if got.size == 0:
+        return 0.0
+    assert np.isfinite(got).all()
+    return float((np.abs(got - expected) / np.maximum(1, np.abs(expected))).max())
+
+
+class Case:
+    """Inputs of one forward and backward, and its results in float64 by the formulas.
+
+    `offsets`, in elements, of x, dy, the residual and the outputs from a 64-byte boundary.
+    """
+
+    eps = 1e-5
+
+    def __init__(self, shape, dtype, mode, seed=0, offsets=(0, 0, 0, 0), x=None, constant=False):
+        self.x = gaussian(shape, dtype, seed, 0.5, offsets[0]) if x is None else x
+        self.dy = gaussian(shape, dtype, seed + 1, 0.25, offsets[1])
+        self.weight, self.bias = parameters(shape[1], dtype)
+        self.activation = "relu" if "relu" in mode else None
+        self.residual = None
+        if "residual" in mode:
+            self.residual = gaussian(shape, dtype, seed + 2, 0, offsets[2])
+        self.outputs = [placed(np.zeros(shape), dtype, offsets[3]) for _ in range(3)]
+        self.constant = constant
+        self.count = shape[0] * shape[2]
+
+    @cached_property
+    def forward(self):
+        x, n = self.x.astype(np.float64), max(self.count, 1)
+        mean = x.sum(axis=(0, 2)) / n
+        mean += (x - mean[:, None]).sum(axis=(0, 2)) / n
+        centred = x - mean[:, None]
+        m2 = (centred**2).sum(axis=(0, 2))
+        invstd = 1 / np.sqrt(m2 / n + self.eps)
+        y = centred * (invstd * self.weight)[:, None] + self.bias[:, None].astype(np.float64)
+        if self.residual is not None:
+            y = y + self.residual.astype(np.float64)
+        if self.activation:
+            # Rounding decides whether these pass the ReLU: let nothing depend on it.
+            self.dy[np.abs(y) < 1e-3] = 0
+            y = np.maximum(y, 0)
+        return SimpleNamespace(mean=mean, var=m2 / n, invstd=invstd, centred=centred, y=y)
+
+    def backward(self, kept):
+        """The gradients, given where the ReLU let y through, or None."""
+        f, n = self.forward, max(self.count, 1)
+        dy = self.dy.astype(np.float64)
+        if kept is not None:
+            dy = dy * kept
+        sum_dy, sum_dy_xmu = dy.sum(axis=(0, 2)), (dy * f.centred).sum(axis=(0, 2))
+        inner = dy
+        if not self.constant:
+            slope = sum_dy_xmu * f.invstd**2 / n
+            inner = dy - (sum_dy / n)[:, None] - f.centred * slope[:, None]
+        dx = inner * (f.invstd * self.weight)[:, None]
+        terms = np.abs(dy).sum(axis=(0, 2)), np.abs(dy * f.centred).sum(axis=(0, 2)) * f.invstd
+        return SimpleNamespace(
+            dx=dx, dweight=sum_dy_xmu * f.invstd, dbias=sum_dy, dresidual=dy, terms=terms
+        )
+
+    @property
+    def needs_mask(self):
+        return self.activation is not None and self.residual is not None
+
+
+def run(backend, case):
+    """One forward and backward of a backend: everything it gives."""
+    y, dx, dresidual = case.outputs
+    x, dy = case.x, case.dy
+    moments = backend.batch_moments(x)
+    mean, var, invstd = backend.finalize_moments(moments, case.eps)
+    mask = np.full((x.size + 7) // 8, 0xAA, np.uint8) if case.needs_mask else None
+    transform = (mean, invstd, case.weight, case.bias)
+    options = {"activation": case.activation, "mask": mask}
+    backend.normalize(x, *transform, **options, residual3=case.residual, out3=y)
+    sums = backend.backward_reduce(dy, x, *transform, **options)
+    dweight, dbias = np.ones_like(case.weight), np.ones_like(case.bias)
+    backend.backward_input(
+        dy, x, *transform, **options, sums=None if case.constant else sums, count=moments.count,
+        out3=dx, dresidual3=dresidual if mask is not None else None,
+        local=sums, dweight=dweight, dbias=dbias,
+    )  # fmt: skip
+    return SimpleNamespace(
+        count=moments.count, mean=mean, var=var, invstd=invstd, y=y, mask=mask, sums=sums, dx=dx,
+        dresidual=dresidual, dweight=dweight - 1, dbias=dbias - 1,
+    )  # fmt: skip

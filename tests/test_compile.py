@@ -1,0 +1,244 @@
+"""Every kernel compiles with NVRTC for every architecture; no GPU and no driver needed.
+
+All variants for sm_90, whose registers, stack and instructions are looked at; of the other
+architectures each variant is compiled for one in turn, so that this ends in time.
+CUPYBN_COMPILE_ALL=1 compiles them all for each.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from cuda_tools import need
+
+from cupybn.backends import source
+
+pytestmark = pytest.mark.timeout(900)
+LOOKED_AT = "sm_90"
+OTHERS = ("sm_75", "sm_80", "sm_86", "sm_100", "sm_120")
+BUNDLE = 24  # kernels a compilation: parsing NVIDIA's headers costs as much as half a kernel
+LOADS_AND_STORES = {"normalize", "backward_input"}  # the others only load what is wide
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of one kernel; the last three for LOOKED_AT only."""
+
+    label: str
+    error: str
+    spills: str
+    wide_loads: bool
+    wide_stores: bool
+
+
+@cache
+def _missing() -> str | None:
+    if not importlib.util.find_spec("cupy"):
+        return "no cupy: pip install cupy-cuda13x nvidia-cuda-nvrtc nvidia-cuda-runtime"
+    try:
+        from cupy.cuda import nvrtc
+
+        nvrtc.getVersion()
+        _options()
+    except Exception as error:  # CuPy raises what its loader finds
+        return f"no NVRTC or no CUDA headers: {error}"
+    return None
+
+
+def _nvdisasm() -> str | None:
+    nvidia = importlib.util.find_spec("nvidia")
+    for base in (nvidia.submodule_search_locations or []) if nvidia else []:
+        for found in Path(base).glob("*/bin/nvdisasm"):
+            return str(found)
+    return shutil.which("nvdisasm")
+
+
+@pytest.fixture(autouse=True)
+def _tools():
+    need(_missing())
+
+
+def _options() -> list[str]:
+    """As RawModule passes them, which asks for a device to do so."""
+    import cupy
+    from cuda.pathfinder import find_nvidia_header_directory
+
+    core = Path(cupy.__file__).parent / "_core" / "include"
+    runtime = find_nvidia_header_directory("cudart")
+    if runtime is None:
+        raise FileNotFoundError("cuda_runtime.h: pip install nvidia-cuda-runtime")
+    headers = (core / "cupy" / "_cccl" / "libcudacxx", core, runtime)
+    return [
+        *source.OPTIONS,
+        *("--device-as-default-execution-space", "-ftz=true"),
+        *(f"-I{path}" for path in headers),
+    ]
+
+
+def compile_text(text: str, arch: str, *more: str) -> tuple[bytes, str]:
+    """A cubin and the compiler's log."""
+    from cupy.cuda import nvrtc
+
+    program = nvrtc.createProgram(text, "bundle.cu", [], [])
+    try:
+        nvrtc.compileProgram(program, [*_options(), f"-arch={arch}", *more])
+        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(nvrtc.getProgramLog(program)) from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def bundle(variants: Sequence[source.Variant]) -> str:
+    """One text with all of them, each in a namespace, as kernel_0, kernel_1 and so on."""
+    parts = ["#include <cuda_fp16.h>\n#include <cuda_bf16.h>"]
+    for i, variant in enumerate(variants):
+        parts.append(f"#define {variant.kernel} kernel_{i}\nnamespace variant_{i} {{")
+        parts.append(variant.source + "}")
+        parts += [f"#undef {name}" for name in (variant.kernel, *dict(variant.defines))]
+    return "\n".join(parts) + "\n"
+
+
+def _sections(text: str, heading: str) -> dict[int, str]:
+    """The text after each heading, by the number of the kernel that the heading names."""
+    pieces = re.split(heading + r"kernel_(\d+)\b", text)
+    return {int(number): body for number, body in zip(pieces[1::2], pieces[2::2], strict=True)}
+
+
+def _instructions(cubin: bytes) -> dict[int, str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin + b"\0")  # the last byte of the file, which CuPy takes off as of a string
+        file.flush()
+        command = [str(_nvdisasm()), "-c", file.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return _sections(sass, r"\.section\s+\.text\.")
+
+
+def compile_bundle(variants: Sequence[source.Variant], arch: str) -> list[Compiled]:
+    """Run in a process of its own: NVRTC takes one compilation at a time in each."""
+    try:
+        cubin, log = compile_text(bundle(variants), arch, "--ptxas-options=-v")
+    except RuntimeError as error:
+        if len(variants) == 1:
+            return [Compiled(variants[0].label, str(error), "", False, False)]
+        return [one for v in variants for one in compile_bundle([v], arch)]
+    if arch != LOOKED_AT:
+        return [Compiled(v.label, "", "", False, False) for v in variants]
+    reports = _sections(log, r"Function properties for ")
+    code = _instructions(cubin) if _nvdisasm() and any(v.wide for v in variants) else {}
+    return [
+        Compiled(
+            variant.label,
+            "",
+            re.search(r"\d+ bytes stack frame.*", reports[i]).group(),
+            bool(re.search(r"\bLDG\.E(\.\w+)*\.128\b", code.get(i, ""))),
+            bool(re.search(r"\bSTG\.E(\.\w+)*\.128\b", code.get(i, ""))),
+        )
+        for i, variant in enumerate(variants)
+    ]
+
+
+def _share(dtype: str, arch: str) -> list[source.Variant]:
+    variants = list(source.variants(dtype))
+    if arch == LOOKED_AT or os.environ.get("CUPYBN_COMPILE_ALL", "0") not in ("", "0"):
+        return variants
+    return variants[OTHERS.index(arch) :: len(OTHERS)]
+
+
+Results = dict[tuple[str, str], list["Future[list[Compiled]]"]]
+
+
+@pytest.fixture(scope="module")
+def compiled(request) -> Iterator[Results]:
+    """All compilations, under way in two processes; what the chosen tests want of them."""
+    wanted = {
+        (item.callspec.params["dtype"], item.callspec.params.get("arch", LOOKED_AT))
+        for item in request.session.items
+        if item.module is request.module and "compiled" in item.fixturenames
+    }
+    if _missing():
+        yield {}
+        return
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        futures: Results = {}
+        for dtype, arch in sorted(wanted):
+            share = _share(dtype, arch)
+            futures[dtype, arch] = [
+                pool.submit(compile_bundle, share[i : i + BUNDLE], arch)
+                for i in range(0, len(share), BUNDLE)
+            ]
+        yield futures
+        pool.shutdown(cancel_futures=True)
+
+
+def _of(compiled: Results, dtype: str, arch: str = LOOKED_AT) -> list[Compiled]:
+    return [one for future in compiled[dtype, arch] for one in future.result()]
+
+
+@pytest.mark.parametrize("arch", sorted((LOOKED_AT, *OTHERS)))
+@pytest.mark.parametrize("dtype", sorted(source.SCALARS))
+def test_every_variant_compiles(compiled, dtype, arch):
+    results = _of(compiled, dtype, arch)
+    assert results
+    assert not [(one.label, one.error) for one in results if one.error]
+
+
+@pytest.mark.parametrize("dtype", sorted(source.SCALARS))
+def test_nothing_spills(compiled, dtype):
+    clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+    results = _of(compiled, dtype)
+    assert not [(one.label, one.spills) for one in results if one.spills != clean]
+
+
+@pytest.mark.parametrize("dtype", sorted(source.SCALARS))
+def test_wide_variants_load_and_store_128_bits(compiled, dtype):
+    need(None if _nvdisasm() else "no nvdisasm: pip install nvidia-cuda-nvdisasm")
+    variants = {v.label: v for v in source.variants(dtype) if v.wide}
+    results = [one for one in _of(compiled, dtype) if one.label in variants]
+    assert len(results) == len(variants) > 20
+    assert not [one.label for one in results if not one.wide_loads]
+    stores = [one for one in results if variants[one.label].kernel in LOADS_AND_STORES]
+    assert not [one.label for one in stores if not one.wide_stores]
+
+
+@pytest.mark.parametrize("kernel", sorted({v.kernel for v in source.variants("float64")}))
+def test_text_as_cupy_gets_it(kernel):
+    """One module, one kernel, under its own name."""
+    variant = next(v for v in source.variants("float64") if v.kernel == kernel)
+    cubin, _ = compile_text(variant.source, LOOKED_AT)
+    assert f".text.{kernel}\0".encode() in cubin
+
+
+def test_planted_spill_and_error_are_reported():
+    """The checks above can fail."""
+
+    class Planted(NamedTuple):
+        kernel: str
+        label: str
+        source: str
+        defines: tuple = ()
+        wide: bool = True
+
+    text = """extern "C" __global__ void planted(float* y, int n) {
+        float kept[64];
+        for (int i = 0; i < 64; i++) kept[(i * n) % 64] = y[i];
+        for (int i = 0; i < 64; i++) y[i] = kept[(i + n) % 64];
+    }
+    """
+    bad = Planted("wrong", "wrong", '#line 7 "cuda/wrong.cu"\nno such type;\n')
+    fine, failed = compile_bundle([Planted("planted", "planted", text), bad], LOOKED_AT)
+    assert not fine.error
+    assert not fine.spills.startswith("0 bytes stack frame")
+    assert not fine.wide_stores
+    assert "cuda/wrong.cu(7)" in failed.error

@@ -1,0 +1,36 @@
+"""The figures that `make traffic` prints stay where the design wants them."""
+
+from __future__ import annotations
+
+import pytest
+from cuda_tools import need
+from hostcuda.build import missing
+from traffic import DTYPES, LAYOUTS, SHAPES, Figures, counted_kernels, measure, shortfalls
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_traffic_is_at_the_floor(layout, dtype):
+    need(missing())
+    with counted_kernels():
+        figures = [f for shape in SHAPES for f in measure(*shape, layout, dtype)]
+    assert len(figures) == 3 * len(SHAPES)
+    assert not {f[:5]: shortfalls(f) for f in figures if shortfalls(f)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "missed"),
+    [
+        ({}, []),
+        ({"bytes_over_floor": 1.05}, ["bytes"]),
+        ({"bytes_over_floor": 0.9}, ["bytes"]),
+        ({"sector_use": 0.93}, ["sector"]),
+        ({"sector_use": 0.93, "size": 7}, []),
+        ({"width": 14.0, "sector_use": 0.5}, ["sector", "width"]),
+    ],
+)
+def test_shortfalls_are_named(changed, missed):
+    figures = Figures(64, 56, "rows", "float16", "forward", 1.0, 1.0, 16.0, 1.0, 0.0)
+    found = shortfalls(figures._replace(**changed))
+    assert [text.split()[0] for text in found] == missed

@@ -1,0 +1,181 @@
+"""Global memory traffic of the kernels, counted by the host build: python tests/traffic.py.
+
+For the batch norms of ResNet-50, rows and columns: bytes of whole tensors over the floor, the use
+made of the 32-byte sectors that each warp's accesses touch, and bytes per access. Arrays of one
+value per channel, partial results and counters are listed apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from hostcuda.build import host_module
+from hostcuda.traffic import Access, Launch, counting
+
+from cupybn.backends import cuda, source
+
+SHAPES = (  # channels, height and width: the 12 distinct ones of ResNet-50's 53 batch norms
+    *((64, 112), (64, 56), (128, 56), (256, 56), (128, 28), (256, 28), (512, 28)),
+    *((256, 14), (512, 14), (1024, 14), (512, 7), (2048, 7)),
+)
+FLOOR = {"forward": 3, "backward": 5, "inference": 2}  # times the bytes of x
+LAYOUTS = ("rows", "columns")
+DTYPES = ("float16", "float32")
+_SECTOR = 32
+_ALIGNMENT = 512  # of CuPy's allocations
+
+
+class Figures(NamedTuple):
+    """One pass over one shape."""
+
+    channels: int
+    size: int  # height and width
+    layout: str
+    dtype: str
+    direction: str
+    bytes_over_floor: float
+    sector_use: float
+    width: float  # bytes per access
+    fetched_over_floor: float  # 32 bytes for every different sector that each block touches
+    other_over_floor: float  # bytes per channel, of partials and of counters
+
+
+@contextmanager
+def counted_kernels() -> Iterator[None]:
+    """The CUDA backend, on NumPy arrays, with kernels that count."""
+    real = source.compile_module
+    source.compile_module = lambda text, name: host_module(text, [name], variant="count")
+    cuda.clear_caches()
+    try:
+        yield
+    finally:
+        source.compile_module = real
+        cuda.clear_caches()
+
+
+def aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def passes(tensors: list[np.ndarray[Any, Any]]) -> dict[str, Callable[[], object]]:
+    """What each direction does with x, dy, y and dx."""
+    x, dy, y, dx = tensors
+    shape = x.shape
+    random = np.random.default_rng(0)
+    for tensor in (x, dy):
+        tensor[...] = random.standard_normal(shape, np.float32)
+    weight, bias, dweight, dbias = np.ones((4, shape[1]), np.float32)
+    mean, invstd = np.zeros(shape[1]), np.ones(shape[1])
+
+    def forward() -> None:
+        moments = cuda.batch_moments(x)
+        mean[...], _, invstd[...] = cuda.finalize_moments(moments, 1e-5)
+        cuda.normalize(x, mean, invstd, weight, bias, out3=y)
+
+    def backward() -> None:
+        sums = cuda.backward_reduce(dy, x, mean, invstd, weight, bias)
+        cuda.backward_input(
+            dy, x, mean, invstd, weight, bias, sums=sums, count=x.size // shape[1], out3=dx,
+            local=sums, dweight=dweight, dbias=dbias,
+        )  # fmt: skip
+
+    def inference() -> None:
+        cuda.normalize(x, mean, invstd, weight, bias, out3=y)
+
+    return {"forward": forward, "backward": backward, "inference": inference}
+
+
+def _split(
+    launches: list[Launch], tensors: list[np.ndarray[Any, Any]]
+) -> tuple[list[Access], list[Access]]:
+    """The accesses to whole tensors, and the others."""
+    known = {tensor.ctypes.data for tensor in tensors}
+    whole, others = [], []
+    for launch in launches:
+        for accesses in (launch.loads, launch.stores):
+            for (address, _), access in zip([*launch.memory, (0, 0)], accesses, strict=True):
+                (whole if address in known else others).append(access)
+    return whole, others
+
+
+def measure(channels: int, size: int, layout: str, dtype: str, batch: int = 8) -> list[Figures]:
+    pixels = size * size
+    shape = (batch, channels, pixels) if layout == "rows" else (batch * pixels, channels, 1)
+    tensors = [aligned(shape, dtype) for _ in range(4)]
+    figures = []
+    for direction, run in passes(tensors).items():
+        with counting() as launches:
+            run()
+        whole, others = _split(launches, tensors)
+        floor = FLOOR[direction] * tensors[0].nbytes
+        moved = sum(access.bytes for access in whole)
+        figures.append(
+            Figures(
+                *(channels, size, layout, dtype, direction),
+                bytes_over_floor=moved / floor,
+                sector_use=moved / (_SECTOR * sum(access.sectors for access in whole)),
+                width=moved / sum(access.lanes for access in whole),
+                fetched_over_floor=_SECTOR * sum(a.block_sectors for a in whole) / floor,
+                other_over_floor=sum(access.bytes for access in others) / floor,
+            )
+        )
+    return figures
+
+
+def shortfalls(figures: Figures) -> list[str]:
+    """Where the figures miss what kernels.md promises for 16-byte aligned tensors."""
+    short_rows = figures.layout == "rows" and figures.size in (7, 14)
+    wanted = 0.90 if short_rows else 0.95
+    missed = []
+    if not 0.98 <= figures.bytes_over_floor <= 1.02:
+        missed.append(f"bytes {figures.bytes_over_floor:.3f} of the floor")
+    if figures.sector_use < wanted:
+        missed.append(f"sector use {figures.sector_use:.3f} < {wanted}")
+    if figures.width < 15:
+        missed.append(f"width {figures.width:.1f} < 15")
+    return missed
+
+
+def measure_all() -> Iterator[Figures]:
+    with counted_kernels():
+        for layout in LAYOUTS:
+            for dtype in DTYPES:
+                for channels, size in SHAPES:
+                    yield from measure(channels, size, layout, dtype)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    arguments = parser.parse_args()
+    print(f"{'shape':>16} layout  dtype   pass      bytes sectors width fetched others  missed")
+    everything = []
+    for f in measure_all():
+        everything.append(f._asdict() | {"missed": shortfalls(f)})
+        print(
+            f"8,{f.channels},{f.size},{f.size}".rjust(16),
+            f"{f.layout:7} {f.dtype:7} {f.direction:9} {f.bytes_over_floor:.3f} "
+            f"{f.sector_use:7.3f} {f.width:5.2f} {f.fetched_over_floor:7.3f} "
+            f"{f.other_over_floor:6.4f}  {'; '.join(shortfalls(f))}",
+            flush=True,
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(everything, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
