@@ -93,6 +93,12 @@ def test_bad_arguments():
         F.batch_norm_forward(x, [1.0, 1.0, 1.0])
     with pytest.raises(ShapeError, match=r"mean has shape \(2,\)"):
         F.batch_norm_inference(x, np.ones(2, np.float32), np.ones(3, np.float32))
+    with pytest.raises(ShapeError, match=r"var has shape \(2,\)"):
+        F.batch_norm_inference(x, np.ones(3, np.float32), np.ones(2, np.float32))
+    buffer = np.zeros(x.size + 1, np.float32)
+    out, residual = buffer[1:].reshape(x.shape), buffer[:-1].reshape(x.shape)
+    with pytest.raises(ValueError, match="out overlaps residual; pass residual itself"):
+        F.batch_norm_forward(x, residual=residual, out=out)
     with pytest.raises(ValueError, match="out overlaps x in|out overlaps x;"):
         F.batch_norm_inference(x[1:], np.ones(3, np.float32), np.ones(3, np.float32), out=x[:-1])
     with pytest.raises(TypeError, match="comm must be"):

@@ -156,6 +156,15 @@ def test_constants_have_variance_zero(backend, value, shape, dtype):
         assert (y == 0).all()
 
 
+def test_rounding_below_zero_is_clamped(backend):
+    """What ranks with equal values can come to: a pooled m2 a rounding error below 0."""
+    below = Moments(4, np.array([1e4, 0.0]), np.array([-1e-7, 2.0]))
+    for eps in (1e-5, 1e-30):
+        _, var, invstd = backend.finalize_moments(below, eps)
+        np.testing.assert_array_equal(var, [0.0, 0.5])
+        assert np.isfinite(invstd).all()
+
+
 def test_tiny_variance_gives_no_nan(backend):
     x = (1.0 + 1e-5 * np.random.default_rng(0).standard_normal((64, 2, 9))).astype(np.float32)
     for eps in (1e-5, 1e-30):
