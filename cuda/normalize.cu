@@ -29,8 +29,9 @@ normalize(scalar_t* y, unsigned char* mask, const scalar_t* x, const scalar_t* r
     bool active = i < size;
     Affine affine = Affine::of(arrays.load(active, i / l % c));
     acc_t value = affine.apply(widen(load_if(active, x + i)));
+    if (RESIDUAL) value += widen(load_if(active, residual + i));
     scalar_t out;
-    narrow(activate(value + widen(load_if(active, residual + i))), out);
+    narrow(activate(value), out);
     store_if(active, y + i, out);
     bits = bits << 1 | (active ? bit_of(out) : 0u);
   }

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import combinations, product
 from types import SimpleNamespace
 
 import numpy as np
+from hostcuda.build import host_module, host_modules
+
+from cupybn.backends import cuda, device, source
 
 NS = (1, 2, 3, 8, 33)
 CS = (1, 2, 3, 31, 32, 33, 65, 127, 1025)
@@ -150,3 +155,39 @@ def run(backend, case):
         count=moments.count, mean=mean, var=var, invstd=invstd, y=y, mask=mask, sums=sums, dx=dx,
         dresidual=dresidual, dweight=dweight - 1, dbias=dbias - 1,
     )  # fmt: skip
+
+
+@contextmanager
+def host_kernels(compile_module=None):
+    """The CUDA backend with the host build of its kernels, or with those of `compile_module`."""
+    original = source.compile_module
+    source.compile_module = compile_module or (lambda text, name: host_module(text, [name]))
+    device.clear_caches()
+    try:
+        yield
+    finally:
+        source.compile_module = original
+        device.clear_caches()
+
+
+class _Collector:
+    """In the place of a module and its kernels: notes what would be compiled."""
+
+    def __init__(self):
+        self.texts = []
+
+    def __call__(self, text, name):
+        self.texts.append((text, [name]))
+        return self
+
+    def get_function(self, name):
+        return lambda grid, block, arguments: None
+
+
+def compile_ahead(cases: Iterable[Case]) -> None:
+    """Compiles what the cases need, on all cores."""
+    collector = _Collector()
+    with host_kernels(collector):
+        for case in cases:
+            run(cuda, case)
+    host_modules(collector.texts)

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 from hostcuda.build import host_module
 from hostcuda.traffic import Access, Launch, counting
 
-from cupybn.backends import cuda, source
+from cupybn.backends import cuda, device, source
 
 SHAPES = (  # channels, height and width: the 12 distinct ones of ResNet-50's 53 batch norms
     *((64, 112), (64, 56), (128, 56), (256, 56), (128, 28), (256, 28), (512, 28)),
@@ -56,12 +56,12 @@ def counted_kernels() -> Iterator[None]:
     """The CUDA backend, on NumPy arrays, with kernels that count."""
     real = source.compile_module
     source.compile_module = lambda text, name: host_module(text, [name], variant="count")
-    cuda.clear_caches()
+    device.clear_caches()
     try:
         yield
     finally:
         source.compile_module = real
-        cuda.clear_caches()
+        device.clear_caches()
 
 
 def aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
