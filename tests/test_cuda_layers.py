@@ -8,12 +8,13 @@ import reference
 from conftest import DTYPES, TOLERANCE
 from cuda_tools import need
 from hostcuda.build import host_module, missing
+from kernel_cases import host_kernels
 from rank_checks import CHECKS
 from test_layers import layer_for, layouts, normal
 
 from cupybn import BatchNorm2d, SyncBatchNorm, backends
 from cupybn import functional as F
-from cupybn.backends import cuda, source
+from cupybn.backends import cuda
 from cupybn.testing import check_gradients, run_ranks
 
 
@@ -42,10 +43,8 @@ def launched(monkeypatch):
             return Launches(self.module.get_function(name), names, name)
 
     monkeypatch.setattr(backends, "numpy_backend", cuda)
-    monkeypatch.setattr(source, "compile_module", Module)
-    cuda.clear_caches()
-    yield names
-    cuda.clear_caches()
+    with host_kernels(Module):
+        yield names
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
