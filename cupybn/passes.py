@@ -145,6 +145,11 @@ def forward_pass(
     exact = x.dtype == np.float64
     call.agree(settings, messages=2 if exact else 1)
 
+    state, factor = (None, 0.0) if running is None else (running[:2], running[2])
+    backend.prepare_forward(
+        x3, y3, residual3=residual3, mask=mask, activation=activation,
+        running_dtype=None if state is None else state[0].dtype.name, ranks=call.ranks,
+    )  # fmt: skip
     moments, form = _pooled_moments(call, backend, x3, exact)
     if moments.count == 1:
         everywhere = "" if call.ranks == 1 else f" on this rank, 1 value on all {call.ranks} ranks"
@@ -154,7 +159,6 @@ def forward_pass(
         )
     if check_finite:
         _check_finite(moments)
-    state, factor = (None, 0.0) if running is None else (running[:2], running[2])
     mean, var, invstd = backend.finalize_moments(
         moments, eps, running=state, factor=factor, form=form
     )
@@ -224,6 +228,9 @@ def backward_pass(
     dx3 = _output3(layout, x3, out)
     dresidual3 = np.empty_like(x3) if fused_residual else None
     call.agree(saved.settings)
+    backend.prepare_backward(
+        dy3, x3, dx3, dresidual3=dresidual3, constant=saved.constant, **saved.options
+    )
 
     size = 2 * layout.channels
     payload = call.payload(x3, size)

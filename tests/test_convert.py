@@ -53,6 +53,7 @@ def test_the_root_itself():
     assert sync.comm is ALONE
     assert arrays(sync) == arrays(layer)
     assert not sync.training
+    assert sync.params is not layer.params  # the arrays are shared, the dicts are not
     assert repr(sync).replace("SyncBatchNorm", "BatchNorm3d").startswith(repr(layer)[:-1])
     back = revert_sync_batchnorm(sync)
     assert type(back) is BatchNorm3d

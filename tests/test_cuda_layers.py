@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import reference
@@ -9,12 +11,13 @@ from conftest import DTYPES, TOLERANCE
 from cuda_tools import need
 from hostcuda.build import host_module, missing
 from kernel_cases import host_kernels
-from rank_checks import CHECKS
+from rank_checks import CHECKS, Spy, bits
 from test_layers import layer_for, layouts, normal
 
 from cupybn import BatchNorm2d, SyncBatchNorm, backends
 from cupybn import functional as F
-from cupybn.backends import cuda
+from cupybn.backends import cuda, source
+from cupybn.backends import numpy as numpy_backend
 from cupybn.testing import check_gradients, run_ranks
 
 
@@ -117,6 +120,50 @@ def test_launches(launched):
 def test_over_ranks(name, n):
     results = run_ranks(n, CHECKS[name], timeout=60)
     assert len(set(results)) == 1
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_kernel_that_does_not_compile_changes_nothing(monkeypatch, direction, n):
+    """The last kernel of a pass is compiled before the first message, and before any write."""
+    last = {"forward": "normalize", "backward": "backward_input"}[direction]
+    compile_module = source.compile_module
+
+    def failing(text, name):
+        if name == last:
+            raise RuntimeError("no compiler")
+        return compile_module(text, name)
+
+    monkeypatch.setattr(source, "compile_module", failing)
+
+    def rank(comm):
+        spy = Spy(comm)
+        layer = SyncBatchNorm(4, comm=spy)
+        x = normal((2, 4, 3, 3))
+        if direction == "backward":
+            layer.forward(x)
+        before, sent = bits(layer), len(spy.sent)
+        with pytest.raises(RuntimeError, match="no compiler"):
+            getattr(layer, direction)(x)
+        assert bits(layer) == before
+        return len(spy.sent) - sent
+
+    assert run_ranks(n, rank) == [int(n > 1)] * n  # the poison
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "batch_moments", "recentre_moments", "finalize_moments", "normalize", "backward_reduce",
+        "backward_input", "prepare_forward", "prepare_backward",
+    ],
+)  # fmt: skip
+def test_the_backends_have_the_same_signatures(name):
+    def shape(module):
+        parameters = inspect.signature(getattr(module, name)).parameters.values()
+        return [(p.name, p.kind, p.default) for p in parameters]
+
+    assert shape(cuda) == shape(numpy_backend)
 
 
 def test_the_primitives_agree_with_numpy():

@@ -155,3 +155,22 @@ def test_another_momentum_is_seen():
         return outcome(layer, np.ones((2, 3), np.float32))
 
     assert run_ranks(2, rank) == ["CollectiveMismatchError"] * 2
+
+
+def test_ranks_must_pool_gradients_in_the_same_way():
+    def rank(comm):
+        layer = SyncBatchNorm(3, comm=comm)
+        return outcome(distributed.allreduce_gradients, layer, comm, op=["sum", "mean"][comm.rank])
+
+    assert run_ranks(2, rank) == ["CollectiveMismatchError"] * 2
+
+
+def test_a_context_of_evaluation_needs_no_other_rank():
+    def rank(comm):
+        if comm.rank == 0:
+            layer = SyncBatchNorm(3, comm=comm).eval()
+            x = normal((4, 3), np.float32)
+            layer.forward(x, save_for_backward=True)
+            layer.train().backward(x)
+
+    run_ranks(2, rank)

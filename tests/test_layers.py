@@ -282,7 +282,12 @@ def test_gradients_accumulate_and_contexts_are_reentrant():
     for x, context in zip(reversed(xs), reversed(contexts), strict=True):
         dx = layer.backward(x**2, context)
         np.testing.assert_allclose(dx, reference.backward(x**2, x, layer.weight).dx, atol=1e-12)
-    total = sum(reference.backward(x**2, x).dweight for x in xs)
+    layer.forward(xs[0])
+    mine = layer.saved
+    layer.backward(xs[1] ** 2, contexts[1])  # somebody else's context: ours stays
+    assert layer.saved is mine
+    layer.backward(xs[0] ** 2)
+    total = sum(reference.backward(x**2, x).dweight for x in [*xs, xs[0], xs[1]])
     np.testing.assert_allclose(layer.grads["weight"], total, rtol=1e-12)
     assert layer.saved is None
     layer.zero_grad()
@@ -604,6 +609,17 @@ def test_check_finite():
         guarded(x)
     assert snapshot(guarded) == before
     guarded(X)
+    untracked = BatchNorm2d(3, check_finite=True, track_running_stats=False).eval()
+    assert np.isnan(untracked(x)[:, 1]).all()  # evaluation lets through what it is given
+
+
+def test_relu_lets_no_gradient_through_at_zero():
+    for residual in (None, np.zeros_like(X)):
+        layer = BatchNorm2d(3, activation="relu")
+        x = np.full_like(X, 2.0)
+        assert not layer.forward(x, residual).any()
+        layer.backward(np.ones_like(X))
+        assert not layer.grads["bias"].any()
 
 
 def test_more_than_65504_half_values():

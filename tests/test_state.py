@@ -180,6 +180,16 @@ def test_other_precisions_are_converted(dtype):
     assert layer.weight.dtype == np.float32
 
 
+def test_a_state_may_hold_the_layers_own_arrays():
+    net = Sequential({"a": trained(seed=1), "b": trained(seed=2)})
+    swapped = {f"{there}.{name}": net.children[here].weight for here, there, name in (
+        ("a", "b", "weight"), ("b", "a", "weight"))}  # fmt: skip
+    a, b = net.a.weight.copy(), net.b.weight.copy()
+    net.load_state_dict(swapped, strict=False)
+    np.testing.assert_array_equal(net.a.weight, b)
+    np.testing.assert_array_equal(net.b.weight, a)
+
+
 def test_a_shared_layer_has_both_names():
     layer = trained()
     net = Sequential({"a": layer, "b": layer})

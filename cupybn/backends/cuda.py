@@ -7,12 +7,14 @@ the data and kernels come from ``source.py``, so that the tests run this module 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ..arrays import Array
 from ..statistics import BackwardSums, Moments
 from . import source
-from .device import NULL, namespace, on_its_device, prepare, scratch_for
+from .device import NULL, Launch, namespace, on_its_device, prepare, scratch_for
 
 _THREADS_PER_CHANNEL_BLOCK = 128
 
@@ -62,7 +64,7 @@ def finalize_moments(
     mean = outputs[2] if number else moments.mean
     dtype = "float64" if running is None else running[0].dtype.name
     states = [_dense(state) for state in running or ()]
-    kernel = source.get_kernel("finalize_moments", SCALAR=source.SCALARS[dtype], FORM=number)
+    kernel = _finalize_kernel(dtype, number)
     arguments = (
         mean, outputs[0], outputs[1], *(states or (NULL, NULL)), first, second,
         np.float64(moments.count), np.float64(eps), np.float64(factor), np.int64(c),
@@ -81,7 +83,7 @@ def recentre_moments(local: Moments, weighted: Array, count: int, payload: Array
     The second message of float64 data; `weighted` and `count` are what came back of the first.
     """
     c = local.mean.size
-    kernel = source.get_kernel("recentre_moments", SCALAR="double", FORM=0)
+    kernel = _recentre_kernel()
     totals = (np.float64(local.count), np.float64(count), np.int64(c))
     kernel(*_channel_grid(c), (payload, local.mean, local.m2, weighted, *totals))
 
@@ -106,14 +108,7 @@ def normalize(
     y3 = namespace(x3).empty_like(x3) if out3 is None else out3
     if x3.size == 0:
         return y3
-    flags = (
-        ("FLAT", 0),
-        ("MASK", int(mask is not None)),
-        ("RELU", int(activation == "relu")),
-        ("RESIDUAL", int(residual3 is not None)),
-    )
-    tensors = (x3, y3) if residual3 is None else (x3, y3, residual3)
-    launch = prepare("normalize", flags, x3, tensors, whole_bytes=mask is not None)
+    launch = _normalize_launch(x3, y3, residual3, mask, activation)
     launch(y3, mask, x3, residual3, *_channels(mean, invstd, weight, bias))
     return y3
 
@@ -176,18 +171,12 @@ def backward_input(
     dx3 = namespace(x3).empty_like(x3) if out3 is None else out3
     if x3.size == 0:  # then the local sums are 0 and add nothing
         return dx3
-    flags = (
-        *_activation_flags(activation, mask),
-        ("CONSTANT", int(sums is None)),
-        ("RESIDUAL", int(dresidual3 is not None)),
-    )
-    tensors = (dy3, x3, dx3) if dresidual3 is None else (dy3, x3, dx3, dresidual3)
     gradients = [None if local is None else g for g in (dweight, dbias)]
     dense = [_dense(g) for g in gradients]
     pooled = (None, None) if sums is None else map(_dense, sums)
     own = (None, None) if local is None else local
     channels = _channels(mean, invstd, weight, bias)
-    launch = prepare("backward_input", flags, x3, tensors)
+    launch = _backward_input_launch(dy3, x3, dx3, dresidual3, mask, activation, sums is None)
     launch(
         dx3, dresidual3, *dense, dy3, x3, mask, *channels, *pooled, *own,
         np.float64(max(count, 1)),
@@ -196,6 +185,81 @@ def backward_input(
         if written is not gradient:
             gradient[...] = written  # type: ignore[index]
     return dx3
+
+
+@on_its_device
+def prepare_forward(
+    x3: Array,
+    y3: Array,
+    *,
+    residual3: Array | None = None,
+    mask: Array | None = None,
+    activation: str | None = None,
+    running_dtype: str | None = None,
+    ranks: int = 1,
+) -> None:
+    """Compiles what comes after the first message of a forward, to fail before it, if at all."""
+    exact = x3.dtype == np.float64
+    _finalize_kernel(running_dtype or "float64", 0 if ranks == 1 else 2 if exact else 1)
+    if exact and ranks > 1:
+        _recentre_kernel()
+    if x3.size:
+        _normalize_launch(x3, y3, residual3, mask, activation)
+
+
+@on_its_device
+def prepare_backward(
+    dy3: Array,
+    x3: Array,
+    dx3: Array,
+    *,
+    dresidual3: Array | None = None,
+    mask: Array | None = None,
+    activation: str | None = None,
+    constant: bool = False,
+) -> None:
+    """Compiles what comes after the message of a backward, to fail before it, if at all."""
+    if x3.size:
+        _backward_input_launch(dy3, x3, dx3, dresidual3, mask, activation, constant)
+
+
+def _normalize_launch(
+    x3: Array, y3: Array, residual3: Array | None, mask: Array | None, activation: str | None
+) -> Launch:
+    flags = (
+        ("FLAT", 0),
+        ("MASK", int(mask is not None)),
+        ("RELU", int(activation == "relu")),
+        ("RESIDUAL", int(residual3 is not None)),
+    )
+    tensors = (x3, y3) if residual3 is None else (x3, y3, residual3)
+    return prepare("normalize", flags, x3, tensors, whole_bytes=mask is not None)
+
+
+def _backward_input_launch(
+    dy3: Array,
+    x3: Array,
+    dx3: Array,
+    dresidual3: Array | None,
+    mask: Array | None,
+    activation: str | None,
+    constant: bool,
+) -> Launch:
+    flags = (
+        *_activation_flags(activation, mask),
+        ("CONSTANT", int(constant)),
+        ("RESIDUAL", int(dresidual3 is not None)),
+    )
+    tensors = (dy3, x3, dx3) if dresidual3 is None else (dy3, x3, dx3, dresidual3)
+    return prepare("backward_input", flags, x3, tensors)
+
+
+def _finalize_kernel(dtype: str, form: int) -> Any:
+    return source.get_kernel("finalize_moments", SCALAR=source.SCALARS[dtype], FORM=form)
+
+
+def _recentre_kernel() -> Any:
+    return source.get_kernel("recentre_moments", SCALAR="double", FORM=0)
 
 
 def _activation_flags(activation: str | None, mask: Array | None) -> tuple[tuple[str, int], ...]:

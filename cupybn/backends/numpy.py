@@ -164,6 +164,32 @@ def finalize_moments(
     return moments.mean, var, invstd
 
 
+def prepare_forward(
+    x3: Data,
+    y3: Data,
+    *,
+    residual3: Data | None = None,
+    mask: Data | None = None,
+    activation: str | None = None,
+    running_dtype: str | None = None,
+    ranks: int = 1,
+) -> None:
+    """A backend that compiles does so here, before the first message; NumPy has nothing to do."""
+
+
+def prepare_backward(
+    dy3: Data,
+    x3: Data,
+    dx3: Data,
+    *,
+    dresidual3: Data | None = None,
+    mask: Data | None = None,
+    activation: str | None = None,
+    constant: bool = False,
+) -> None:
+    """As :func:`prepare_forward`, for a backward."""
+
+
 def update_running(
     running_mean: Data,
     running_var: Data,

@@ -10,6 +10,7 @@ import cupybn
 from cupybn import SyncBatchNorm, distributed
 from cupybn.communicators import MpiCommunicator, resolve
 from cupybn.communicators.mpi import kept_with
+from cupybn.communicators.watchdog import watchdog
 
 world = MPI.COMM_WORLD
 rank, size = world.rank, world.size
@@ -84,6 +85,13 @@ for _ in range(3000):
     comm = world.Dup()
     resolve(comm)
     comm.Free()
+
+# no timeout, no watchdog
+patient = MpiCommunicator(world, timeout=0)
+assert patient.timeout == 0
+begin, watchdog.begin = watchdog.begin, None
+assert patient.allreduce(np.ones(1))[0] == size
+watchdog.begin = begin
 
 # bad arguments
 raises(ValueError, "COMM_NULL", SyncBatchNorm, 3, comm=MPI.COMM_NULL)
