@@ -63,6 +63,15 @@ def test_a_thread_that_waits_too_long_raises():
         run_ranks(2, rank, timeout=0.2)
 
 
+def test_without_a_timeout_threads_wait():
+    def rank(comm):
+        if comm.rank == 1:
+            time.sleep(0.3)
+        return comm.allreduce(np.ones(1))[0]
+
+    assert run_ranks(2, rank, timeout=0) == [2, 2]
+
+
 def test_threads_refuse_messages_of_different_length():
     def rank(comm):
         comm.allreduce(np.ones(1 + comm.rank))

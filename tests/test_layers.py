@@ -245,6 +245,10 @@ def test_out():
         mine = dy.copy()
         assert layer.backward(mine, out=mine) is mine
         np.testing.assert_array_equal(mine, plain.backward(dy))
+    woven = np.zeros((*x.shape[:3], 12), np.float32)
+    woven[..., ::2] = x
+    layer.forward(woven[..., ::2], out=woven[..., 1::2])  # in one buffer, but no value in common
+    np.testing.assert_array_equal(woven[..., 1::2], plain.forward(x))
     before = snapshot(layer)
     with pytest.raises(ValueError, match="out overlaps x, which backward needs"):
         layer.forward(x, out=x)

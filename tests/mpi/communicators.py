@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import time
 
 import numpy as np
 from mpi4py import MPI
@@ -92,6 +93,12 @@ assert patient.timeout == 0
 begin, watchdog.begin = watchdog.begin, None
 assert patient.allreduce(np.ones(1))[0] == size
 watchdog.begin = begin
+
+# a call that returned is no longer watched: what follows may take as long as it likes
+hasty = MpiCommunicator(world, timeout=0.5)
+hasty.allreduce(np.ones(1))
+time.sleep(1.2)
+hasty.allreduce(np.ones(1))
 
 # bad arguments
 raises(ValueError, "COMM_NULL", SyncBatchNorm, 3, comm=MPI.COMM_NULL)
