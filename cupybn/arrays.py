@@ -147,12 +147,12 @@ def copy_to_host(x: Array) -> np.ndarray[Any, Any]:
 
 def assign(target: Array, values: Array) -> None:
     """Copies values into an array of the same shape, from any device to any, converting them."""
-    if is_cupy(target) and not is_cupy(values):
-        with target.device:
-            values = _cupy_for("the target").asarray(values)
-    elif is_cupy(values) and not is_cupy(target):
+    if is_cupy(values) and device_of(values) != device_of(target):
         values = copy_to_host(values)
-    target[...] = values
+    with on_device_of(target):
+        if is_cupy(target) and not is_cupy(values):
+            values = _cupy_for("the target").asarray(values)
+        target[...] = values
 
 
 @dataclass(frozen=True)

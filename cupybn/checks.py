@@ -53,6 +53,8 @@ def check_like(what: str, array: Array, x: Array, layout: Layout) -> None:
 
 def check_out(out: Array, x: Array, layout: Layout) -> None:
     """Raises unless out can take a result like x."""
+    if device_of(out) != device_of(x):
+        raise DeviceError(f"out is on {device_of(out)}, but the input is on {device_of(x)}")
     if not isinstance(out, type(x)):
         raise DTypeError(f"out must be a {type(x).__name__}, got {type(out).__name__}")
     check_like("out", out, x, layout)

@@ -157,10 +157,10 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
         As :func:`batch_norm_forward`.
     """
     c = saved.layout.channels
-    dweight, dbias = (
-        None if p is None else np.zeros_like(p, shape=(c,)) for p in (saved.weight, saved.bias)
-    )
     with joint_pass(saved.comm, "backward", saved.name, c) as call, on_device_of(saved.x3):
+        dweight, dbias = (
+            None if p is None else np.zeros_like(p, shape=(c,)) for p in (saved.weight, saved.bias)
+        )
         dx, dresidual = backward_pass(call, dy, saved, out=out, dweight=dweight, dbias=dbias)
     return Grads(dx, dweight, dbias, dresidual)
 

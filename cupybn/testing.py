@@ -69,7 +69,7 @@ def check_gradients(
     all parameters, and dresidual where `options` has a ``residual``. `layer` is not changed.
 
     Args:
-        layer: of dtype float64, in the mode to check.
+        layer: of dtype float64, on the CPU, in the mode to check.
         x: float64; any shape the layer takes. With ranks, every rank passes its own.
         comm: of the ranks that check together; None is this process alone.
         eps: the step.

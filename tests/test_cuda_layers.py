@@ -155,7 +155,7 @@ def test_a_kernel_that_does_not_compile_changes_nothing(monkeypatch, direction, 
     "name",
     [
         "batch_moments", "recentre_moments", "finalize_moments", "normalize", "backward_reduce",
-        "backward_input", "prepare_forward", "prepare_backward",
+        "backward_input", "prepare_forward", "prepare_backward", "update_running",
     ],
 )  # fmt: skip
 def test_the_backends_have_the_same_signatures(name):

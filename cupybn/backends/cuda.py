@@ -13,6 +13,7 @@ import numpy as np
 
 from ..arrays import Array
 from ..statistics import BackwardSums, Moments
+from . import numpy as reference
 from . import source
 from .device import NULL, Launch, namespace, on_its_device, prepare, scratch_for
 
@@ -74,6 +75,9 @@ def finalize_moments(
         if dense is not state:
             state[...] = dense
     return mean, outputs[0], outputs[1]
+
+
+update_running = on_its_device(reference.update_running)
 
 
 @on_its_device

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from ..arrays import Array, as_array, assign, check_device, move
+from ..arrays import Array, as_array, assign, check_device, move, on_device_of
 from ..errors import DTypeError, ShapeError
 from .state import LoadResult, StateDict, load_state, state_of
 
@@ -209,7 +209,8 @@ class Layer:
     def zero_grad(self) -> None:
         """Sets all gradients of the tree to zero, in place."""
         for _, grad in self.named_gradients():
-            grad[...] = 0
+            with on_device_of(grad):
+                grad[...] = 0
 
     def to(self: _Self, device: str | None) -> _Self:
         """Moves parameters, gradients and buffers of the tree to "cpu", "cuda" or "cuda:<n>".

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..arrays import Array, as_array, assign, copy_to_host, is_floating
+from ..arrays import Array, as_array, assign, copy_to_host, is_floating, on_device_of
 from ..errors import CupyBNError, StateDictError
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def state_of(root: Layer) -> StateDict:
     for path, layer in root._walk(""):
         state.metadata[path] = {"version": layer.version}
         for name, array in (layer.params | layer.buffers).items():
-            state[_prefix(path) + name] = array.copy()
+            with on_device_of(array):
+                state[_prefix(path) + name] = array.copy()
     return state
 
 
