@@ -3,7 +3,7 @@
 Importing this imports NumPy only; mpi4py is imported when a communicator is first needed.
 """
 
-from . import communicators, distributed, functional
+from . import communicators, distributed, functional, testing
 from .communicators import SelfCommunicator
 from .errors import (
     CheckpointError,
@@ -55,4 +55,5 @@ __all__ = [
     "distributed",
     "functional",
     "revert_sync_batchnorm",
+    "testing",
 ]

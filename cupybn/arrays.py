@@ -45,7 +45,10 @@ def as_array(x: object, what: str = "input") -> Array:
         return x
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         if x.__dlpack_device__()[0] in _CPU_DEVICES:
-            return np.from_dlpack(x)
+            try:
+                return np.from_dlpack(x)
+            except (BufferError, RuntimeError, TypeError) as error:
+                raise DTypeError(f"{what}: NumPy cannot take this array over: {error}") from error
         return _cupy_for(what).from_dlpack(x)
     if hasattr(x, "__cuda_array_interface__"):
         return _cupy_for(what).asarray(x)

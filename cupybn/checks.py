@@ -10,7 +10,7 @@ from .errors import DeviceError, DTypeError, ShapeError
 
 def check_momentum(momentum: float) -> None:
     """Raises ValueError unless momentum is a number from 0 to 1."""
-    if not 0 <= momentum <= 1:
+    if not isinstance(momentum, int | float | np.number) or not 0 <= momentum <= 1:
         raise ValueError(f"momentum must lie in [0, 1], got {momentum!r}")
 
 

@@ -2,7 +2,8 @@
 
 All of these are collective: every rank calls them, in the same order. Each takes one message. A
 rank that fails makes the others raise ``PeerError``; ranks whose trees differ all raise
-``CollectiveMismatchError``.
+``CollectiveMismatchError``, or, where the trees differ so much that their messages have different
+lengths (a power of two of numbers) or dtypes, the job ends.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ def split_comm(comm: Any, group_size: int) -> Any:
     mpi_comm = comm.mpi_comm if isinstance(comm, MpiCommunicator) else comm
     if mpi_comm is None:
         mpi_comm = load_mpi().COMM_WORLD
-    if not isinstance(group_size, int) or group_size < 1:
+    if not isinstance(group_size, int | np.integer) or group_size < 1:
         raise ValueError(f"group_size must be an integer of at least 1, got {group_size!r}")
     if not hasattr(mpi_comm, "Split"):
         raise TypeError(f"comm must be an MPI communicator, got {type(mpi_comm).__name__}")

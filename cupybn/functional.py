@@ -15,7 +15,8 @@ of any rank from 2, with the channels on axis 1 or -1. ``comm=None`` is this pro
 communicator every rank calls the same functions in the same order, ranks without samples too.
 
 The five primitives work on (N, C, L) views and are for frameworks that own the collective:
-``batch_moments``, ``finalize_moments``, ``normalize``, ``backward_reduce``, ``backward_input``.
+``batch_moments``, ``finalize_moments``, ``normalize``, ``backward_reduce``, ``backward_input``; and
+``recentre_moments``, for a second message with float64 data.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .backends import backend_for
 from .backends import numpy as reference
 from .checks import check_momentum
 from .communicators import resolve
+from .errors import ShapeError
 from .passes import (
     ALONE,
     Saved,
@@ -120,6 +122,9 @@ def batch_norm_forward(
         residual: like x, added before the activation.
         out: like x, takes the result; may be `residual`, must not overlap x.
 
+    With a communicator and without a weight, an x that has no shape on one rank only cannot be told
+    to the others if they have more than 120 channels: then the job ends.
+
     Returns:
         (y, saved): y like x, in the layout of x where x is contiguous or channels-last.
 
@@ -198,8 +203,15 @@ def update_running(running_mean: Array, running_var: Array, saved: Saved, moment
     """``running = (1 - momentum) * running + momentum * new`` in place, with the unbiased variance.
 
     A batch without values on any rank changes nothing.
+
+    Raises:
+        ShapeError: the arrays are not (C,); nothing is written.
+        ValueError: momentum is not in [0, 1].
     """
     check_momentum(momentum)
+    for what, array in (("running_mean", running_mean), ("running_var", running_var)):
+        if array.shape != saved.mean.shape:
+            raise ShapeError(f"{what} has shape {array.shape}, expected {saved.mean.shape}")
     if saved.count:
         backend_for(saved.mean).update_running(
             running_mean, running_var, saved.mean, saved.var, saved.count, momentum
@@ -207,10 +219,9 @@ def update_running(running_mean: Array, running_var: Array, saved: Saved, moment
 
 
 def _channels(x: Any, weight: Any, channel_axis: Any) -> int:
-    # Before any check, only for the length of a message that may have to carry poison.
-    shape: tuple[int, ...] = getattr(weight, "shape", ())
-    if len(shape) == 1:
-        return int(shape[0])
-    shape = getattr(x, "shape", ())
-    axis = channel_axis if channel_axis in (1, -1) else 1
-    return int(shape[axis]) if len(shape) > 1 else 0
+    # Before any check, only for the length of a message that may have to carry poison: whatever the
+    # arguments are, this must not raise, or the other ranks would wait.
+    try:
+        return int(x.shape[channel_axis]) if weight is None else int(weight.shape[0])
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return 0

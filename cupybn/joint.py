@@ -18,7 +18,7 @@ import numpy as np
 from .arrays import Array, assign, copy_to_host
 from .communicators import Communicator
 from .communicators.base import check_usable, refuse
-from .errors import CollectiveMismatchError, PeerError
+from .errors import CollectiveMismatchError, CupyBNError, PeerError
 from .statistics import (
     HEADER,
     Header,
@@ -78,7 +78,11 @@ class joint:
         """
         assign(self._message[:HEADER], header(self.dtype, self._fingerprint, count))
         self._owed -= 1
-        total = self.comm.allreduce(self._message, self.what)
+        try:
+            total = self.comm.allreduce(self._message, self.what)
+        except CupyBNError:  # of ranks that are threads: the others know, or wait no longer
+            self._owed = 0
+            raise
         summed = read_header(copy_to_host(total[:HEADER]), self.ranks)
         if summed.failed:
             self._owed = 0

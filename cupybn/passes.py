@@ -8,6 +8,8 @@ first message.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -159,15 +161,31 @@ def forward_pass(
         )
     if check_finite:
         _check_finite(moments)
-    mean, var, invstd = backend.finalize_moments(
-        moments, eps, running=state, factor=factor, form=form
-    )
-    saved = Saved(
-        mean, var, invstd, moments.count, call.comm, x3, layout, weight, bias, activation,
-        settings, name, residual is not None, mask,
-    )  # fmt: skip
-    _normalize(saved, residual3, y3)
-    return _finish(layout, y3, out), saved
+    with _restored_on_error(state):
+        mean, var, invstd = backend.finalize_moments(
+            moments, eps, running=state, factor=factor, form=form
+        )
+        saved = Saved(
+            mean, var, invstd, moments.count, call.comm, x3, layout, weight, bias, activation,
+            settings, name, residual is not None, mask,
+        )  # fmt: skip
+        _normalize(saved, residual3, y3)
+        return _finish(layout, y3, out), saved
+
+
+@contextmanager
+def _restored_on_error(state: tuple[Array, Array] | None) -> Iterator[None]:
+    """Puts running statistics back if memory runs out after they were updated.
+
+    On the CPU only: on a device nothing is allocated, compiled or checked from then on.
+    """
+    before = [array.copy() for array in state or () if isinstance(array, np.ndarray)]
+    try:
+        yield
+    except BaseException:
+        for array, values in zip(state or (), before, strict=False):
+            array[...] = values
+        raise
 
 
 def inference_pass(
@@ -300,7 +318,7 @@ def _check_finite(moments: Moments) -> None:
     bad = np.flatnonzero(~np.isfinite(moments.mean + moments.m2)).tolist()
     if bad:
         shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
-        raise FloatingPointError(f"NaN or Inf in the batch, in channel {shown}")
+        raise FloatingPointError(f"NaN or Inf in the statistics of the batch, in channel {shown}")
 
 
 def _output3(layout: Layout, x3: Array, out: Array | None) -> Array:

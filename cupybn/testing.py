@@ -133,5 +133,5 @@ def check_gradients(
         gradient = total(gradients[name].reshape(-1)).reshape(parameter.shape)
         for index in np.ndindex(parameter.shape):
             compare(f"gradient of {name}", index, gradient[index], slope(parameter, index))
-    worst = max(failures, default=(0.0, ""))
-    assert not failures, f"{len(failures)} gradients differ; the worst: {worst[1]}"
+    if failures:
+        raise AssertionError(f"{len(failures)} gradients differ; the worst: {max(failures)[1]}")

@@ -174,3 +174,64 @@ def test_a_context_of_evaluation_needs_no_other_rank():
             layer.train().backward(x)
 
     run_ranks(2, rank)
+
+
+def test_a_sequence_without_a_forward_tells_the_ranks_that_have_one():
+    def rank(comm):
+        net = cupybn.Sequential(SyncBatchNorm(3, comm=comm), SyncBatchNorm(3, comm=comm), Negate())
+        x = normal((4, 3), np.float32, seed=comm.rank)
+        if comm.rank == 0:
+            net.forward(x)
+        else:
+            net.forward(x)
+            net.saved = None
+        return outcome(net.backward, x)
+
+    assert run_ranks(2, rank) == ["PeerError", "RuntimeError"]
+
+
+class Negate(cupybn.Layer):
+    def compute_forward(self, x):
+        return -x, None
+
+    def compute_backward(self, dy, context):
+        assert context is None
+        return -dy
+
+
+def test_a_communicator_need_not_be_hashable():
+    class Unhashable(Spy):
+        __slots__ = ()
+        __hash__ = None
+
+    def rank(comm):
+        spy = Unhashable(comm)
+        layer = SyncBatchNorm(3, comm=spy, name=str(comm.rank))
+        x = np.ones((2, 3), np.float32)
+        return outcome(layer, x), outcome(layer, x)
+
+    assert run_ranks(2, rank) == [("CollectiveMismatchError",) * 2] * 2
+
+
+@pytest.mark.parametrize("where", ["batches", "check_finite", "track_running_stats"])
+def test_what_the_layers_must_agree_on(where):
+    def rank(comm):
+        odd = comm.rank == 1
+        options = {where: not odd} if where != "batches" else {"momentum": None}
+        layer = SyncBatchNorm(3, comm=comm, **options)
+        if where == "batches" and odd:
+            layer.num_batches_tracked = 5
+        return outcome(layer, normal((4, 3), np.float32))
+
+    assert run_ranks(2, rank) == ["CollectiveMismatchError"] * 2
+
+
+def test_an_x_without_a_shape_is_this_ranks_own_error():
+    class Strange:
+        shape = None
+
+    def rank(comm):
+        x = normal((4, 3), np.float32) if comm.rank else Strange()
+        return outcome(F.batch_norm_forward, x, comm=comm)
+
+    assert run_ranks(2, rank) == ["DTypeError", "PeerError"]

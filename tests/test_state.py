@@ -190,6 +190,23 @@ def test_a_state_may_hold_the_layers_own_arrays():
     np.testing.assert_array_equal(net.b.weight, a)
 
 
+def test_values_too_large_become_inf_without_breaking_the_load():
+    layer, state = trained(), trained(seed=3).state_dict()
+    state["running_var"] = np.full(4, 1e300)
+    with np.errstate(all="raise"):
+        layer.load_state_dict(state)
+    assert np.isinf(layer.running_var).all()
+
+
+def test_a_read_only_array_is_refused_before_anything_is_written():
+    layer = trained()
+    layer.running_var.flags.writeable = False
+    before = bits(layer)
+    with pytest.raises(cupybn.StateDictError, match="running_var is read-only"):
+        layer.load_state_dict(trained(seed=3).state_dict())
+    assert bits(layer) == before
+
+
 def test_a_shared_layer_has_both_names():
     layer = trained()
     net = Sequential({"a": layer, "b": layer})

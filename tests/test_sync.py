@@ -27,7 +27,7 @@ def test_over_mpi(mpirun, n):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_two_runs_have_the_same_bits(mpirun, n):
     runs = {mpirun(n, MPI / "run_checks.py", "check_same_bits").stdout for _ in range(2)}
     assert len(runs) == 1

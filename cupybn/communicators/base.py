@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
-from weakref import WeakKeyDictionary
 
 from ..arrays import Array, assign, copy_to_host, is_cupy
 from ..errors import CollectiveMismatchError
@@ -53,18 +52,19 @@ class SelfCommunicator:
         return "SelfCommunicator()"
 
 
-_refused: WeakKeyDictionary[Communicator, str] = WeakKeyDictionary()
+# By identity: a communicator need not be hashable. Kept alive, so that no other gets its id.
+_refused: dict[int, tuple[Communicator, str]] = {}
 
 
 def refuse(comm: Communicator, reason: str) -> None:
     """After a mismatch: nobody knows which rank has which message next, so there is no next one."""
-    _refused[comm] = reason
+    _refused[id(comm)] = (comm, reason)
 
 
 def check_usable(comm: Communicator) -> None:
     """Raises CollectiveMismatchError, without communicating, if an earlier mismatch closed comm."""
-    if comm in _refused:
+    if id(comm) in _refused:
         raise CollectiveMismatchError(
             "this communicator is closed, because the ranks were found out of step earlier:\n"
-            + _refused[comm]
+            + _refused[id(comm)][1]
         )

@@ -60,6 +60,16 @@ class Watchdog:
 
 
 def _give_up(what: str, waited: float, timeout: float, abort: Callable[[int], object]) -> None:
+    try:
+        _tell(what, waited, timeout)
+    finally:  # also where nobody reads what this rank has to say
+        last_resort = threading.Timer(_GRACE, os._exit, (EXIT_CODE,))
+        last_resort.daemon = True
+        last_resort.start()
+        abort(EXIT_CODE)
+
+
+def _tell(what: str, waited: float, timeout: float) -> None:
     print(
         f"cupybn: {what}: waited {waited:.1f} s for the other ranks (the limit is {timeout:g} s, "
         "CUPYBN_TIMEOUT); a rank has stopped, or calls other layers than this one. Ending the job. "
@@ -69,10 +79,6 @@ def _give_up(what: str, waited: float, timeout: float, abort: Callable[[int], ob
     )
     faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
     time.sleep(0.5)
-    last_resort = threading.Timer(_GRACE, os._exit, (EXIT_CODE,))
-    last_resort.daemon = True
-    last_resort.start()
-    abort(EXIT_CODE)
 
 
 watchdog = Watchdog()

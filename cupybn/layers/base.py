@@ -15,6 +15,9 @@ from .state import LoadResult, StateDict, load_state, state_of
 _Self = TypeVar("_Self", bound="Layer")
 
 
+_EMPTY: Any = object()  # the saved context of a layer that needs none: None means no forward
+
+
 class Layer:
     """Base class of layers that keep their own arrays.
 
@@ -44,6 +47,7 @@ class Layer:
     grads: dict[str, Array]
     buffers: dict[str, Array]
     children: dict[str, Layer]
+    _path: str
     training: bool
     device: str
     saved: Any
@@ -53,7 +57,7 @@ class Layer:
         for name in ("params", "grads", "buffers", "children"):
             set_plain(name, {})
         set_plain("_absent", set())
-        set_plain("path", "")
+        set_plain("_path", "")
         set_plain("device", "cpu")
         set_plain("training", True)
         set_plain("saved", None)
@@ -117,16 +121,22 @@ class Layer:
     def _set_child(self, name: str, layer: Layer) -> None:
         if not name or "." in name:
             raise ValueError(f"a child's name must not be empty or contain a dot, got {name!r}")
-        if any(name in names for names in (self.params, self.buffers, self._absent)):
-            raise ValueError(f"{type(self).__name__} already has an array {name!r}")
+        taken = (self.params, self.buffers, self._absent)
+        if any(name in names for names in taken) or hasattr(type(self), name):
+            raise ValueError(f"{type(self).__name__} already has an attribute {name!r}")
         if any(self is inner for _, inner in layer.named_layers()):
             raise ValueError(f"{name!r} contains this very layer: a tree cannot hold itself")
         self.__dict__.pop(name, None)
         self.children[name] = layer
         layer._set_path(f"{self.path}.{name}" if self.path else name)
 
+    @property
+    def path(self) -> str:
+        """Where this layer was last attached: its names from the root, joined by dots."""
+        return self._path
+
     def _set_path(self, path: str) -> None:
-        object.__setattr__(self, "path", path)
+        object.__setattr__(self, "_path", path)
         for name, child in self.children.items():
             child._set_path(f"{path}.{name}")
 
@@ -147,7 +157,7 @@ class Layer:
         save = self.training if save_for_backward is None else save_for_backward
         y, context = self.run_forward(x, save, *args, **options)
         if save:
-            self.saved = () if context is None else context  # None is: no forward went before
+            self.saved = _EMPTY if context is None else context
         return y
 
     def __call__(self, *args: Any, **options: Any) -> Array:
@@ -177,17 +187,24 @@ class Layer:
         context = self.saved if saved is None else saved
         if context is None:
             self.missing_context()
-        dx = self.compute_backward(dy, context, **options)
+        given = None if context is _EMPTY else context
+        dx = self.compute_backward(dy, given, **options)
         if self.saved is context:
             self.saved = None
         return dx
 
     def missing_context(self) -> None:
-        """Raises the error of a backward that no forward went before."""
-        raise RuntimeError(
+        """Raises the error of a backward that no forward went before, and tells other ranks."""
+        error = RuntimeError(
             f"{self.label}: backward without a saved forward. Call forward first, in training mode "
             "or with save_for_backward=True; each backward uses up its forward"
         )
+        self.leave_backward(error)
+        raise error
+
+    def leave_backward(self, error: Exception) -> bool:
+        """Tells the ranks that wait in this tree's backward of the error; False if none would."""
+        return any(child.leave_backward(error) for child in reversed(self.children.values()))
 
     @property
     def label(self) -> str:

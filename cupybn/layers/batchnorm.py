@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import numpy as np
@@ -200,7 +201,7 @@ class BatchNorm(Layer):
             self.bias,
             self.eps,
             name=self.label,
-            settings=f", momentum={self.momentum!r}",
+            settings=self._settings(),
             running=self._running() if updates else None,
             check_finite=self.check_finite and self.training,
             **options,
@@ -208,6 +209,15 @@ class BatchNorm(Layer):
         if updates and saved.count:
             self.num_batches_tracked += 1
         return y, saved
+
+    def _settings(self) -> str:
+        batch = ""
+        if self.momentum is None and self.track_running_stats:
+            batch = f" (batch {int(self.num_batches_tracked) + 1})"
+        return (
+            f", momentum={self.momentum!r}{batch}, "
+            f"track_running_stats={self.track_running_stats}, check_finite={self.check_finite}"
+        )
 
     def _running(self) -> tuple[Array, Array, float]:
         if self.momentum is None:
@@ -234,9 +244,11 @@ class BatchNorm(Layer):
                 )
         return (dx, dresidual) if context.has_residual else dx
 
-    def missing_context(self) -> None:
-        with self._joint("backward", self.communicator()):
-            super().missing_context()
+    def leave_backward(self, error: Exception) -> bool:
+        comm = self.communicator()
+        with suppress(type(error)), self._joint("backward", comm):
+            raise error
+        return comm.size > 1
 
     def _check_input(self, x: Array) -> None:
         if self._ranks_of_input and x.ndim not in self._ranks_of_input:

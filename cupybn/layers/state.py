@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from ..arrays import Array, as_array, assign, copy_to_host, is_floating, on_device_of
 from ..errors import CupyBNError, StateDictError
 
@@ -119,7 +121,11 @@ def _fitting(key: str, value: Any, target: Array, errors: list[str]) -> Array | 
     if kind not in ("f" if is_floating(target.dtype) else "iu"):
         errors.append(f"dtype mismatch for {key}: {array.dtype} does not fit {target.dtype}.")
         return None
-    return copy_to_host(array)
+    if not getattr(target.flags, "writeable", True):
+        errors.append(f"{key} is read-only in this model.")
+        return None
+    with np.errstate(all="ignore"):  # a value too large for the target becomes Inf
+        return copy_to_host(array).astype(target.dtype, copy=False)
 
 
 def _quoted(keys: list[str]) -> str:
