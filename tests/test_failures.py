@@ -89,6 +89,13 @@ def test_the_watchdog_ends_the_job_and_says_where_it_waited(mpirun, n, case):
     assert "failures.py" in process.stderr  # the Python stack
 
 
+def test_the_watchdog_ends_the_job_even_if_it_cannot_say_why(mpirun):
+    """Standard error is closed: writing to it raises in the watchdog's thread."""
+    options = {"env": {"CUPYBN_TIMEOUT": "3"}, "check": False, "aborting": False}
+    process = mpirun(2, PROGRAM, "sleeps, nobody listens", timeout=20, **options)
+    assert process.returncode != 0
+
+
 @pytest.mark.parametrize("case", ["user code raises", "killed"])
 def test_the_launcher_ends_the_job(mpirun, case):
     """Under ``python -m mpi4py`` an exception ends the job at once; so does a killed rank."""

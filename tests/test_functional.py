@@ -79,8 +79,12 @@ def test_update_running():
     before = mean.tobytes()
     F.update_running(mean, var, empty, 0.25)
     assert mean.tobytes() == before
-    with pytest.raises(ValueError, match="momentum must lie in"):
-        F.update_running(mean, var, saved, 2)
+    for momentum in (2, None):
+        with pytest.raises(ValueError, match="momentum must lie in"):
+            F.update_running(mean, var, saved, momentum)
+    with pytest.raises(ShapeError, match=r"running_var has shape \(2,\), expected \(3,\)"):
+        F.update_running(mean, var[:2], saved, 0.5)
+    assert mean.tobytes() == before
 
 
 def test_bad_arguments():

@@ -112,6 +112,8 @@ def killed():
 
 
 def sleeps():
+    if case == "sleeps, nobody listens":
+        sys.__stderr__.close()
     if culprit:
         time.sleep(60)
     net.second.forward(x)
@@ -131,6 +133,7 @@ actions = {
     "exits": exits,
     "killed": killed,
     "sleeps": sleeps,
+    "sleeps, nobody listens": sleeps,
 }
 before = bits()
 try:
