@@ -11,12 +11,14 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "cupybn"
 FLOORS = [
-    {"errors", "arrays"},
+    {"errors", "arrays", "__version__"},
     {"statistics", "checks", "communicators"},
     {"backends", "joint"},
     {"passes", "functional"},
     {"layers"},
     {"distributed", "testing"},
+    {"cli"},
+    {"__main__"},
 ]
 MAY_IMPORT_BESIDE = {("arrays", "errors"), ("functional", "passes")}
 
