@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeAlias, cast
@@ -16,6 +17,7 @@ Array: TypeAlias = Any
 """A ``numpy.ndarray`` or a ``cupy.ndarray``."""
 
 _CPU_DEVICES = (1, 3)  # DLPack's kDLCPU and kDLCUDAHost
+_GPU_DEVICES = (2, 10, 13)  # kDLCUDA, kDLROCM and kDLCUDAManaged: what CuPy takes
 _PARAMETER_DTYPES = {
     "float16": "float32",
     "bfloat16": "float32",
@@ -31,33 +33,98 @@ def is_cupy(x: object) -> bool:
 
 
 def as_array(x: object, what: str = "input") -> Array:
-    """x as a NumPy or CuPy array, without a copy.
+    """x as a NumPy or CuPy array over the same memory, on the same device; it may be read-only.
 
-    Takes NumPy and CuPy arrays, DLPack, ``__cuda_array_interface__`` and ``__array__``.
+    Takes NumPy and CuPy arrays, memoryviews, and what offers DLPack, ``__cuda_array_interface__``,
+    ``__array__`` or ``__array_interface__``: PyTorch tensors, JAX arrays, Numba's device arrays.
+    bfloat16 comes as ``ml_dtypes.bfloat16``. What has only ``__array__`` may make a copy there, as
+    does a PyTorch tensor with a pending negation; nothing else is copied.
 
     Raises:
-        DTypeError: x is none of these (a list, a number, ...).
-        DeviceError: x lives on a device that needs CuPy, and CuPy is not installed.
+        DTypeError: x is none of these (a list, a number, ...), has no form as an array, or is a
+            PyTorch tensor that requires grad, whose graph would end here without a word.
+        DeviceError: x is on a device that needs CuPy, and CuPy is not installed; or on one that is
+            neither the CPU nor a GPU.
     """
     if isinstance(x, np.ndarray):
         return np.asarray(x)
     if is_cupy(x):
         return x
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, cast(type, torch.Tensor)):
+        return _of_tensor(x, what, torch)
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
-        if x.__dlpack_device__()[0] in _CPU_DEVICES:
-            try:
-                return np.from_dlpack(x)
-            except (BufferError, RuntimeError, TypeError) as error:
-                raise DTypeError(f"{what}: NumPy cannot take this array over: {error}") from error
-        return _cupy_for(what).from_dlpack(x)
+        return _of_dlpack(x, what)
     if hasattr(x, "__cuda_array_interface__"):
         return _cupy_for(what).asarray(x)
-    if hasattr(x, "__array__"):
-        return np.asarray(x)
+    if isinstance(x, memoryview) or hasattr(x, "__array__") or hasattr(x, "__array_interface__"):
+        with _errors_of(what):
+            return np.asarray(x)
     raise DTypeError(
         f"{what} must be a NumPy or CuPy array, or offer DLPack, __cuda_array_interface__ or "
         f"__array__; got {type(x).__name__}"
     )
+
+
+def _of_tensor(x: Any, what: str, torch: Any) -> Array:
+    if x.requires_grad:
+        raise DTypeError(
+            f"{what} is a PyTorch tensor that requires grad, and its graph would end here: pass "
+            "its .detach(), or use the modules of cupybn.interop.torch, which autograd knows"
+        )
+    if x.is_neg():  # DLPack hands over the memory, and leaves out that its sign is to be turned
+        x = x.resolve_neg()
+    if x.dtype != torch.bfloat16:
+        return _of_dlpack(x, what)
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError as error:
+        raise DTypeError(
+            f"{what} is bfloat16, which needs ml_dtypes: pip install 'cupybn[bfloat16]'"
+        ) from error
+    return _of_dlpack(x.view(torch.int16), what).view(bfloat16)  # NumPy's DLPack has no bfloat16
+
+
+def _of_dlpack(x: Any, what: str) -> Array:
+    with _errors_of(what):
+        device = int(x.__dlpack_device__()[0])
+    if device in _GPU_DEVICES:
+        return _cupy_for(what).from_dlpack(x)
+    if device not in _CPU_DEVICES:
+        raise DeviceError(f"{what} is neither on the CPU nor on a GPU, but on DLPack's {device}")
+    with _errors_of(what):
+        try:
+            return np.from_dlpack(x)
+        except (BufferError, RuntimeError):
+            if not hasattr(x, "__array__"):
+                raise
+        return np.asarray(x)  # JAX's bfloat16
+
+
+@contextmanager
+def _errors_of(what: str) -> Iterator[None]:
+    """Where another library's array is taken over."""
+    try:
+        yield
+    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise DTypeError(f"{what}: NumPy cannot take this array over: {error}") from error
+
+
+def as_written(x: object, what: str) -> Array:
+    """:func:`as_array` for an argument that is written to.
+
+    Raises:
+        DTypeError: what is written could not be seen in x, because there is no array over its
+            memory.
+        ValueError: x is read-only.
+    """
+    array = as_array(x, what)
+    shares = ("__dlpack__", "__cuda_array_interface__", "__array_interface__")
+    if not (isinstance(x, memoryview) or any(hasattr(x, name) for name in shares)):
+        raise DTypeError(f"{what}: a {type(x).__name__} may give a copy of itself to write to")
+    if not getattr(array.flags, "writeable", True):
+        raise ValueError(f"{what} is read-only")
+    return array
 
 
 def _cupy_for(what: str) -> Any:

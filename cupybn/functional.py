@@ -11,8 +11,10 @@ Backward, with the sums over all n values a channel has on all ranks::
     dweight = sum(dy * (x - mean)) * invstd,  dbias = sum(dy)        (over this rank's values)
 
 Data are float16, bfloat16, float32 (with float32 weight and bias) or float64 (with float64 ones),
-of any rank from 2, with the channels on axis 1 or -1. ``comm=None`` is this process alone. With a
-communicator every rank calls the same functions in the same order, ranks without samples too.
+of any rank from 2, with the channels on axis 1 or -1: NumPy or CuPy arrays, or other libraries'
+that can be seen as such without a copy (PyTorch, JAX, Numba, memoryviews). What comes back is NumPy
+or CuPy. ``comm=None`` is this process alone. With a communicator every rank calls the same
+functions in the same order, ranks without samples too.
 
 The five primitives work on (N, C, L) views and are for frameworks that own the collective:
 ``batch_moments``, ``finalize_moments``, ``normalize``, ``backward_reduce``, ``backward_input``; and
@@ -21,17 +23,18 @@ The five primitives work on (N, C, L) views and are for frameworks that own the 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from .arrays import Array, as_array, on_device_of
+from .arrays import Array, as_array, as_written, on_device_of
 from .backends import backend_for
 from .backends import numpy as reference
 from .checks import check_momentum
 from .communicators import resolve
-from .errors import ShapeError
+from .errors import CupyBNError, ShapeError
 from .passes import (
     ALONE,
     Saved,
@@ -67,10 +70,26 @@ def _dispatched(primitive: _Primitive) -> _Primitive:
 
     @wraps(primitive)
     def on_its_backend(first: Any, *args: Any, **kwargs: Any) -> Any:
+        first, *args = (_array(argument, name) for argument in (first, *args))  # type: ignore[assignment]
+        kwargs = {key: _array(argument, key) for key, argument in kwargs.items()}
         array = first.mean if isinstance(first, Moments) else first
         return getattr(backend_for(array), name)(first, *args, **kwargs)
 
     return cast(_Primitive, on_its_backend)
+
+
+_NO_ARRAYS = (np.ndarray, np.generic, Moments, tuple, int, float, str, type(None))
+
+
+def _array(argument: Any, what: str) -> Any:
+    return argument if isinstance(argument, _NO_ARRAYS) else as_array(argument, what)
+
+
+def _array_if_possible(argument: Any) -> Any:
+    # What is wrong with it, if anything, is for a check that the other ranks hear of.
+    with suppress(CupyBNError):
+        return _array(argument, "argument")
+    return argument
 
 
 batch_moments = _dispatched(reference.batch_moments)
@@ -140,6 +159,7 @@ def batch_norm_forward(
         "residual": residual,
         "out": out,
     }
+    x, weight = _array_if_possible(x), _array_if_possible(weight)
     channels = _channels(x, weight, channel_axis)
     with joint_pass(ALONE if comm is None else resolve(comm), "forward", name, channels) as call:
         x = as_array(x)
@@ -206,9 +226,11 @@ def update_running(running_mean: Array, running_var: Array, saved: Saved, moment
 
     Raises:
         ShapeError: the arrays are not (C,); nothing is written.
-        ValueError: momentum is not in [0, 1].
+        ValueError: momentum is not in [0, 1], or an array is read-only.
     """
     check_momentum(momentum)
+    running_mean = as_written(running_mean, "running_mean")
+    running_var = as_written(running_var, "running_var")
     for what, array in (("running_mean", running_mean), ("running_var", running_var)):
         if array.shape != saved.mean.shape:
             raise ShapeError(f"{what} has shape {array.shape}, expected {saved.mean.shape}")
