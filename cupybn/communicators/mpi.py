@@ -12,7 +12,7 @@ import numpy as np
 from ..arrays import Array, is_cupy
 from ..errors import DTypeError
 from .base import sum_on_host
-from .watchdog import watchdog
+from .watchdog import Watch, watchdog
 
 _DEFAULT_TIMEOUT = 600.0
 _keyval: int | None = None
@@ -87,11 +87,12 @@ class MpiCommunicator:
         self.mpi_comm = mpi_comm
         self.rank = int(mpi_comm.rank)
         self.size = int(mpi_comm.size)
-        self._where = f"rank {self.rank} of {self.size}, "
-        self._sequence = 0
         mpi = load_mpi()
-        self._abort = mpi.COMM_WORLD.Abort
         self._in_place = mpi.IN_PLACE
+        where = f"rank {self.rank} of {self.size}"
+        self._watch = Watch(where, self.timeout, mpi.COMM_WORLD.Abort)
+        if self.timeout:
+            watchdog.add(self._watch)
         self._dup = self._private_dup()
 
     def allreduce(self, message: Array, label: str = "") -> Array:
@@ -100,35 +101,26 @@ class MpiCommunicator:
             raise DTypeError(
                 f"{label or 'allreduce'}: a message is an array, got {type(message).__name__}"
             )
-        self._sequence += 1
-        what = (
-            self._where,
-            label or "allreduce",
-            ", message ",
-            self._sequence,
-            " of this communicator",
-        )
-
-        def summed(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-            self._watched(what, self._dup.Allreduce, self._in_place, values)
-            return values
-
-        return sum_on_host(message, summed)
-
-    def _watched(self, what: tuple[object, ...], call: Any, *args: Any) -> Any:
-        if not self.timeout:
-            return call(*args)
-        watchdog.begin(self.timeout, what, self._abort)
+        watch = self._watch
+        watch.sequence += 1
+        watch.label = label or "allreduce"
         try:
-            return call(*args)
+            return sum_on_host(message, self._summed)
         finally:
-            watchdog.end()
+            watch.label = None
+
+    def _summed(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        self._dup.Allreduce(self._in_place, values)
+        return values
 
     def _private_dup(self) -> Any:
         kept = kept_with(self.mpi_comm)
         if "dup" not in kept:
-            what = (self._where, "duplicating the communicator for its first use")
-            kept["dup"] = self._watched(what, self.mpi_comm.Dup)
+            self._watch.label = "duplicating the communicator for its first use"
+            try:
+                kept["dup"] = self.mpi_comm.Dup()
+            finally:
+                self._watch.label = None
         return kept["dup"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MpiCommunicator:

@@ -1,8 +1,9 @@
 """Ends a job whose ranks wait for a message that never comes.
 
 A blocking MPI call cannot be interrupted from Python, and no error of another rank makes it
-return. So one daemon thread a process looks at what the callers are waiting for; past the limit it
-says who waits for what, and aborts.
+return. So one daemon thread a process looks at what the communicators are waiting for; past the
+limit it says who waits for what, and aborts. The caller only writes down that it waits: two
+attributes. How long, the thread finds out by looking again.
 """
 
 from __future__ import annotations
@@ -13,67 +14,93 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from weakref import WeakSet
 
 EXIT_CODE = 124
 _POLL = 0.25  # seconds
-_GRACE = 5.0  # seconds for the abort to work before this process ends by itself
+_GRACE = 3.0  # seconds for the abort to work before this process ends by itself
 
-Wait = tuple[float, float, tuple[object, ...], Callable[[int], object]]
-"""(began, timeout, what, abort): monotonic seconds, seconds, what to say in pieces, how to end."""
+
+class Watch:
+    """One communicator under the watchdog's eyes. The caller writes, before a blocking call::
+
+        watch.sequence += 1
+        watch.label = "what it waits for"
+
+    and sets ``label`` to None when the call is over, whatever its outcome.
+    """
+
+    __slots__ = ("__weakref__", "abort", "label", "seen", "sequence", "since", "timeout", "where")
+
+    def __init__(self, where: str, timeout: float, abort: Callable[[int], object]) -> None:
+        self.where = where
+        self.timeout = timeout
+        self.abort = abort
+        self.sequence = 0
+        self.label: str | None = None
+        self.seen = -1  # what the watchdog saw last, and since when
+        self.since = 0.0
+
+    def waited(self, now: float) -> float:
+        """Seconds for which the present call has been seen waiting; 0 between calls."""
+        sequence, label = self.sequence, self.label
+        if label is None or sequence != self.seen:
+            self.seen, self.since = sequence, now
+        return now - self.since
+
+    def __str__(self) -> str:
+        message = f", message {self.sequence} of this communicator" if self.sequence else ""
+        return f"{self.where}, {self.label}{message}"
 
 
 class Watchdog:
-    """The waits in progress, by thread, and the thread that looks at them, started when needed."""
+    """The watches with a timeout, and the thread that looks at them, started with the first."""
 
     def __init__(self) -> None:
-        self._waits: dict[int, Wait] = {}
+        self._watches: WeakSet[Watch] = WeakSet()
         self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
+        self._lock = threading.Lock()
 
-    def begin(
-        self, timeout: float, what: tuple[object, ...], abort: Callable[[int], object]
-    ) -> None:
-        """This thread is about to make a call that must return within `timeout` seconds."""
-        if self._thread is None:
-            self._start()
-        self._waits[threading.get_ident()] = (time.monotonic(), timeout, what, abort)
-
-    def end(self) -> None:
-        """This thread's call returned."""
-        del self._waits[threading.get_ident()]
-
-    def _start(self) -> None:
-        with self._starting:
+    def add(self, watch: Watch) -> None:
+        """From now on the job ends if a call of this watch does not return in time."""
+        with self._lock:
+            self._watches.add(watch)
             if self._thread is None:
                 self._thread = threading.Thread(
-                    target=self._watch, name="cupybn-watchdog", daemon=True
+                    target=self._look, name="cupybn-watchdog", daemon=True
                 )
                 self._thread.start()
 
-    def _watch(self) -> None:
+    def __contains__(self, watch: Watch) -> bool:
+        return watch in self._watches
+
+    def _look(self) -> None:
         while True:
             time.sleep(_POLL)
+            with self._lock:
+                watches = list(self._watches)
             now = time.monotonic()
-            for began, timeout, what, abort in list(self._waits.values()):
-                if now - began > timeout:
-                    _give_up("".join(map(str, what)), now - began, timeout, abort)
+            for watch in watches:
+                waited = watch.waited(now)
+                if waited > watch.timeout:
+                    _give_up(watch, waited)
 
 
-def _give_up(what: str, waited: float, timeout: float, abort: Callable[[int], object]) -> None:
+def _give_up(watch: Watch, waited: float) -> None:
     try:
-        _tell(what, waited, timeout)
+        _tell(watch, waited)
     finally:  # also where nobody reads what this rank has to say
         last_resort = threading.Timer(_GRACE, os._exit, (EXIT_CODE,))
         last_resort.daemon = True
         last_resort.start()
-        abort(EXIT_CODE)
+        watch.abort(EXIT_CODE)
 
 
-def _tell(what: str, waited: float, timeout: float) -> None:
+def _tell(watch: Watch, waited: float) -> None:
     print(
-        f"cupybn: {what}: waited {waited:.1f} s for the other ranks (the limit is {timeout:g} s, "
-        "CUPYBN_TIMEOUT); a rank has stopped, or calls other layers than this one. Ending the job. "
-        "This rank stands at:",
+        f"cupybn: {watch}: waited {waited:.1f} s for the other ranks (the limit is "
+        f"{watch.timeout:g} s, CUPYBN_TIMEOUT); a rank has stopped, or calls other layers than "
+        "this one. Ending the job. This rank stands at:",
         file=sys.__stderr__,
         flush=True,
     )
