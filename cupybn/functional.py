@@ -34,6 +34,7 @@ from .backends import backend_for
 from .backends import numpy as reference
 from .checks import check_momentum
 from .communicators import resolve
+from .double_backward import DoubleGrads, double_backward_call, double_backward_pass
 from .errors import CupyBNError, ShapeError
 from .passes import (
     ALONE,
@@ -47,6 +48,7 @@ from .statistics import BackwardSums, Moments
 
 __all__ = [
     "BackwardSums",
+    "DoubleGrads",
     "Grads",
     "Moments",
     "Saved",
@@ -54,6 +56,7 @@ __all__ = [
     "backward_reduce",
     "batch_moments",
     "batch_norm_backward",
+    "batch_norm_double_backward",
     "batch_norm_forward",
     "batch_norm_inference",
     "finalize_moments",
@@ -188,6 +191,41 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
         )
         dx, dresidual = backward_pass(call, dy, saved, out=out, dweight=dweight, dbias=dbias)
     return Grads(dx, dweight, dbias, dresidual)
+
+
+def batch_norm_double_backward(
+    ddx: Array | None,
+    ddweight: Array | None,
+    ddbias: Array | None,
+    saved: Saved,
+    dy: Array,
+    *,
+    ddresidual: Array | None = None,
+) -> DoubleGrads:
+    """Gradients of :func:`batch_norm_backward`, over the ranks of its communicator.
+
+    They are those of ``sum(ddx * dx) + sum(ddweight * dweight) + sum(ddbias * dbias)``, summed over
+    the ranks, with dx, dweight and dbias of ``batch_norm_backward(dy, saved)``: dweight and dbias
+    are each rank's own sums, and ddweight and ddbias may differ from rank to rank. One message of
+    7C sums. The formulas and where they come from stand in ``cupybn/double_backward.py``. A ReLU
+    counts as straight on either side of 0. By array expressions on the CPU and on devices.
+
+    Args:
+        ddx: like x, or None for zeros.
+        ddweight, ddbias: (C,) like the weight and bias of the forward, or None for zeros.
+        saved: from :func:`batch_norm_forward`; a backward does not use it up.
+        dy: what the backward was given.
+        ddresidual: like x, the same for dresidual, after a forward with a residual.
+
+    Returns:
+        DoubleGrads: ddy and dx account for all ranks; dweight is this rank's sums.
+
+    Raises:
+        ValueError: ddweight, ddbias or ddresidual for what the forward did not have.
+        Otherwise as :func:`batch_norm_forward`.
+    """
+    with double_backward_call(saved) as call, on_device_of(saved.x3):
+        return double_backward_pass(call, ddx, ddweight, ddbias, saved, dy, ddresidual)
 
 
 def batch_norm_inference(

@@ -13,6 +13,7 @@ import reference
 
 import cupybn
 from cupybn import BatchNorm2d, SelfCommunicator, Sequential, SyncBatchNorm, distributed
+from cupybn import functional as F
 from cupybn.statistics import message_length
 from cupybn.testing import check_gradients
 
@@ -281,6 +282,86 @@ def check_central_differences(comm):
         check_gradients(layer, x, comm=comm)
         check_gradients(layer, x, comm=comm, residual=r)
         check_gradients(layer.eval(), x, comm=comm)
+
+
+def double_backward_case(comm, affine, relu, residual, some_empty):
+    """The inputs of a scalar that has a double backward, by name; float64, uneven batches."""
+    sizes = [(rank * 2) % 3 for rank in range(comm.size)] if some_empty else [2, 3, 1, 2]
+    shape = (3 if comm.size == 1 else sizes[comm.rank], 2, 2)
+    data = ("x", "dy", "ddx") + (("r", "ddr") if residual else ())
+    seeds = {name: 100 * i + comm.rank for i, name in enumerate(data)}
+    case = {name: normal(shape, seed=seed) for name, seed in seeds.items()}
+    if affine:
+        case["weight"], case["bias"] = normal(2, seed=7), normal(2, seed=8, std=0.5)
+        case["ddweight"], case["ddbias"] = (normal(2, seed=s + comm.rank) for s in (900, 950))
+    return case, {"activation": "relu"} if relu else {}
+
+
+def penalty(comm, case, options):
+    """This rank's part of the scalar that batch_norm_double_backward differentiates."""
+    _, saved = F.batch_norm_forward(
+        case["x"],
+        case.get("weight"),
+        case.get("bias"),
+        comm=comm,
+        residual=case.get("r"),
+        **options,
+    )
+    grads = F.batch_norm_backward(case["dy"], saved)
+    value = np.vdot(case["ddx"], grads.dx)
+    if "weight" in case:
+        value += case["ddweight"] @ grads.dweight + case["ddbias"] @ grads.dbias
+    if "r" in case:
+        value += np.vdot(case["ddr"], grads.dresidual)
+    return value, saved
+
+
+def check_double_backward(comm):
+    """Against central differences of batch_norm_backward: uneven and empty ranks, one message."""
+    for affine, relu, residual, some_empty in [
+        (True, False, False, True),
+        (False, False, False, False),
+        (True, True, False, False),
+        (True, True, True, True),
+        (True, False, True, False),
+    ]:
+        case, options = double_backward_case(comm, affine, relu, residual, some_empty)
+        spy = Spy(comm)
+        _, saved = penalty(spy, case, options)
+        del spy.sent[:]
+        result = F.batch_norm_double_backward(
+            case["ddx"], case.get("ddweight"), case.get("ddbias"), saved, case["dy"],
+            ddresidual=case.get("ddr"),
+        )  # fmt: skip
+        sent = [("double backward of a batch norm", 256)] if comm.size > 1 else []
+        assert spy.sent == sent
+        expected = {"dy": result.ddy, "x": result.dx}
+        if affine:
+            expected["weight"] = comm.allreduce(result.dweight.copy(), "dweight")
+        compare_with_differences(comm, case, options, expected)
+
+
+def compare_with_differences(comm, case, options, expected, step=1e-5):
+    def slope(array, index):
+        values = []
+        for sign in (1, -1):
+            if index is not None:
+                before = array[index]
+                array[index] = before + sign * step
+            values.append(comm.allreduce(np.array([penalty(comm, case, options)[0]]), "penalty")[0])
+            if index is not None:
+                array[index] = before
+        return (values[0] - values[1]) / (2 * step)
+
+    for name, gradient in expected.items():
+        array = case[name]
+        for rank in range(1 if name == "weight" else comm.size):
+            mine = rank == comm.rank or name == "weight"
+            size = int(comm.allreduce(np.array([array.size * (comm.rank == rank)]), "size")[0])
+            numeric = [slope(array, np.unravel_index(i, array.shape) if mine else None)
+                       for i in range(size)]  # fmt: skip
+            if mine:
+                assert reference.error(gradient.reshape(-1), numeric) < 1e-7, (name, numeric)
 
 
 def check_alone_is_plain(comm):

@@ -14,13 +14,18 @@ FLOORS = [
     {"errors", "arrays", "__version__"},
     {"statistics", "checks", "communicators"},
     {"backends", "joint"},
-    {"passes", "functional"},
+    {"passes", "double_backward", "functional"},
     {"layers"},
     {"distributed", "testing"},
     {"cli"},
     {"__main__"},
 ]
-MAY_IMPORT_BESIDE = {("arrays", "errors"), ("functional", "passes")}
+MAY_IMPORT_BESIDE = {
+    ("arrays", "errors"),
+    ("functional", "passes"),
+    ("functional", "double_backward"),
+    ("double_backward", "passes"),
+}
 
 
 def room_of(path):
