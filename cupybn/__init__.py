@@ -4,6 +4,7 @@ Importing this imports NumPy only; mpi4py is imported when a communicator is fir
 """
 
 from . import communicators, distributed, functional, testing
+from .checkpoint import StateDict, load, save
 from .communicators import SelfCommunicator
 from .errors import (
     CheckpointError,
@@ -23,7 +24,6 @@ from .layers import (
     Layer,
     LoadResult,
     Sequential,
-    StateDict,
     SyncBatchNorm,
     convert_sync_batchnorm,
     revert_sync_batchnorm,
@@ -54,6 +54,8 @@ __all__ = [
     "convert_sync_batchnorm",
     "distributed",
     "functional",
+    "load",
     "revert_sync_batchnorm",
+    "save",
     "testing",
 ]

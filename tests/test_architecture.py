@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "cupybn"
 FLOORS = [
     {"errors", "arrays", "__version__"},
-    {"statistics", "checks", "communicators"},
+    {"statistics", "checks", "checkpoint", "communicators"},
     {"backends", "joint"},
     {"passes", "double_backward", "functional"},
     {"layers"},
@@ -55,7 +55,8 @@ def test_imports_go_to_lower_floors_only(path):
 def test_importing_is_light():
     code = (
         "import sys, cupybn, cupybn.testing;"
-        "print([m for m in ('cupy', 'mpi4py', 'numba', 'torch') if m in sys.modules])"
+        "heavy = ('cupy', 'mpi4py', 'numba', 'torch', 'safetensors', 'ml_dtypes');"
+        "print([m for m in heavy if m in sys.modules])"
     )
     process = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": str(PACKAGE.parent)},

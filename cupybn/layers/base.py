@@ -9,8 +9,9 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from ..arrays import Array, as_array, assign, check_device, move, on_device_of
+from ..checkpoint import StateDict
 from ..errors import DTypeError, ShapeError
-from .state import LoadResult, StateDict, load_state, state_of
+from .state import LoadResult, load_state, state_of
 
 _Self = TypeVar("_Self", bound="Layer")
 

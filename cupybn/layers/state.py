@@ -8,20 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..arrays import Array, as_array, assign, copy_to_host, is_floating, on_device_of
+from ..checkpoint import StateDict
 from ..errors import CupyBNError, StateDictError
 
 if TYPE_CHECKING:
     from .base import Layer
-
-
-class StateDict(dict[str, Any]):
-    """Arrays by path, with ``metadata``: for each layer's path, its ``{"version": ...}``."""
-
-    metadata: dict[str, dict[str, Any]]
-
-    def __init__(self, *args: Any, metadata: Mapping[str, Any] | None = None) -> None:
-        super().__init__(*args)
-        self.metadata = {path: dict(entry) for path, entry in (metadata or {}).items()}
 
 
 class LoadResult(NamedTuple):

@@ -1,0 +1,228 @@
+"""What a checkpoint says, whatever the file's format: arrays, metadata, header, digest.
+
+The header is JSON: ``format``, ``library``, ``arrays`` (name, dtype, shape of each, in order),
+``metadata``, and ``sha256`` over all of that and the bytes of the arrays. Files hold C-ordered
+little-endian arrays; ``arrays`` has the dtypes that they came with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from hashlib import sha256
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..arrays import as_array, is_cupy
+from ..errors import CheckpointError, DTypeError
+
+FORMAT = 1
+HEADER_LIMIT = 100_000_000  # bytes; also the limit of the safetensors library
+
+SAFETENSORS_NAMES = {
+    "|b1": "BOOL", "|i1": "I8", "|u1": "U8", "<i2": "I16", "<u2": "U16", "<i4": "I32", "<u4": "U32",
+    "<i8": "I64", "<u8": "U64", "<f2": "F16", "<f4": "F32", "<f8": "F64", "bfloat16": "BF16",
+}  # fmt: skip
+"""The dtypes that files hold, by ``dtype.str`` (but bfloat16, which NumPy calls "<V2")."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_DRIVE = re.compile(r"[A-Za-z]:")
+
+
+class StateDict(dict[str, Any]):
+    """Arrays by path, with ``metadata``: for each layer's path, its ``{"version": ...}``."""
+
+    metadata: dict[str, dict[str, Any]]
+
+    def __init__(self, *args: Any, metadata: Mapping[str, Any] | None = None) -> None:
+        super().__init__(*args)
+        self.metadata = {path: dict(entry) for path, entry in (metadata or {}).items()}
+
+
+class Description(NamedTuple):
+    """An array as the header has it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def stored(self) -> np.dtype[Any]:
+        """The dtype in the file; bfloat16 is there as its bits."""
+        return np.dtype("<u2" if self.dtype == "bfloat16" else self.dtype.replace(">", "<"))
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.stored.itemsize
+
+
+class Content(NamedTuple):
+    """A header as text and the arrays that it describes, as they are stored."""
+
+    header: str
+    arrays: dict[str, tuple[Description, np.ndarray[Any, Any]]]
+
+
+class Header(NamedTuple):
+    """A header that was read: JSON, and what it describes."""
+
+    fields: dict[str, Any]
+    arrays: list[Description]
+
+
+def pack(state: Mapping[str, Any]) -> Content:
+    """The content of a file for this state; see ``save`` for what it raises."""
+    arrays = {}
+    for name, value in state.items():
+        reason = name_fault(name)
+        if reason:
+            raise ValueError(f"cannot save an array under the name {name!r}: {reason}")
+        array = as_array(value, name)
+        array = array.get() if is_cupy(array) else array
+        described = Description(name, _dtype_name(array.dtype, name), array.shape)
+        if described.dtype == "bfloat16":
+            array = np.asarray(array, order="C").view(np.uint16)
+        arrays[name] = described, array.astype(described.stored, order="C", copy=False)
+    metadata = getattr(state, "metadata", None)
+    fields = {
+        "format": FORMAT,
+        "library": library(),
+        "arrays": [list(described) for described, _ in arrays.values()],
+        "metadata": _as_json(getattr(state, "_metadata", {}) if metadata is None else metadata),
+    }
+    fields["sha256"] = digest(fields, [array for _, array in arrays.values()])
+    return Content(json.dumps(fields), arrays)
+
+
+def library() -> str:
+    """This library's name and version."""
+    from .. import __version__
+
+    return f"cupybn {__version__}"
+
+
+def name_fault(name: Any) -> str:
+    """Why an array cannot have this name in a file; "" if it can.
+
+    Names are members of a zip archive, which other tools may unpack: none leads out of a folder.
+    """
+    if not isinstance(name, str) or not name:
+        return "names are strings, and not empty"
+    if _CONTROL.search(name) or "\\" in name:
+        return "it has a control character or a backslash"
+    if name.startswith("/") or _DRIVE.match(name) or ".." in name.split("/"):
+        return "it is a path that leads out of its folder"
+    if name == "__metadata__":
+        return "it is what safetensors calls the metadata"
+    try:
+        return "it is longer than 1000 bytes" if len(name.encode()) > 1000 else ""
+    except UnicodeEncodeError:
+        return "it is not Unicode text"
+
+
+def _dtype_name(dtype: np.dtype[Any], what: str) -> str:
+    name = "bfloat16" if dtype.name == "bfloat16" else dtype.str
+    if name.replace(">", "<") not in SAFETENSORS_NAMES:
+        raise DTypeError(
+            f"{what} is {dtype}; files hold booleans, integers, float16, float32, float64, bfloat16"
+        )
+    return name
+
+
+def _as_json(metadata: Any) -> Any:
+    """The metadata as JSON gives it back."""
+    try:
+        again = json.loads(json.dumps(metadata, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"the metadata must be what JSON can express: {error}") from error
+    if again != metadata or not all(isinstance(entry, dict) for entry in again.values()):
+        raise TypeError(
+            "the metadata must be a dict of dicts, of what JSON can express (lists for tuples, "
+            f"strings as keys); got {metadata!r:.200}"
+        )
+    return again
+
+
+def digest(fields: Mapping[str, Any], arrays: list[np.ndarray[Any, Any]]) -> str:
+    """SHA-256 over the header without itself, then the bytes of each array."""
+    rest = {key: value for key, value in fields.items() if key != "sha256"}
+    total = sha256(json.dumps(rest, sort_keys=True).encode())
+    for array in arrays:
+        total.update(array.reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
+
+
+def parse_header(text: bytes | str) -> Header:
+    """The header, checked except for its digest.
+
+    Raises:
+        CheckpointError: a newer format, or not a header.
+    """
+    fields = json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=unique)
+    version = fields.get("format") if isinstance(fields, dict) else None
+    if type(version) is not int or version < 1:
+        raise CheckpointError("altered: its header names no format")
+    if version > FORMAT:
+        raise CheckpointError(
+            f"format {version} is newer than {FORMAT}, the newest that {library()} knows"
+        )
+    arrays = [_described(*entry) for entry in fields["arrays"]]
+    if len({described.name for described in arrays}) < len(arrays):
+        raise CheckpointError("two arrays have the same name")
+    metadata = fields["metadata"]
+    if not isinstance(metadata, dict) or not all(isinstance(e, dict) for e in metadata.values()):
+        raise CheckpointError("altered: its metadata is no dict of dicts")
+    return Header(fields, arrays)
+
+
+def _described(name: Any, dtype: Any, shape: Any) -> Description:
+    reason = name_fault(name)
+    if reason:
+        raise CheckpointError(f"the name {name!r:.200} is refused: {reason}")
+    if not isinstance(dtype, str) or dtype.replace(">", "<") not in SAFETENSORS_NAMES:
+        raise CheckpointError(f"{name} has the dtype {dtype!r:.200}, which files do not hold")
+    if not all(type(length) is int and length >= 0 for length in shape):
+        raise CheckpointError(f"{name} has the shape {shape!r:.200}")
+    return Description(name, dtype, tuple(shape))
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict; of two equal keys JSON readers choose as they like."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise CheckpointError("a name is there twice")
+    return result
+
+
+def unpack(header: Header, arrays: Mapping[str, np.ndarray[Any, Any]]) -> StateDict:
+    """The state of arrays as they are stored, which must be those of the header.
+
+    Raises:
+        CheckpointError: header or arrays are not what was saved.
+        ImportError: bfloat16 without ml_dtypes.
+    """
+    in_order = [arrays[described.name] for described in header.arrays]
+    if digest(header.fields, in_order) != header.fields["sha256"]:
+        raise CheckpointError("altered: its content does not have the SHA-256 that it had")
+    return StateDict(
+        {
+            described.name: _restored(described, array)
+            for described, array in zip(header.arrays, in_order, strict=True)
+        },
+        metadata=header.fields["metadata"],
+    )
+
+
+def _restored(described: Description, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if described.dtype != "bfloat16":
+        return array.astype(described.dtype, copy=False)
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise ImportError(
+            f"{described.name} is bfloat16, which needs ml_dtypes: pip install 'cupybn[bfloat16]'"
+        ) from error
+    return array.astype(np.uint16, copy=False).view(ml_dtypes.bfloat16)
