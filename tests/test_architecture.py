@@ -16,7 +16,7 @@ FLOORS = [
     {"backends", "joint"},
     {"passes", "double_backward", "functional"},
     {"layers"},
-    {"distributed", "testing"},
+    {"distributed", "testing", "interop"},
     {"cli"},
     {"__main__"},
 ]

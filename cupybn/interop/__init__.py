@@ -1,0 +1,1 @@
+"""Bridges to other frameworks. Modules are imported one by one: ``cupybn.interop.names``, ..."""
