@@ -46,9 +46,11 @@ test-hostcuda: $(VENV)/test.stamp
 traffic: $(VENV)/test.stamp
 	$(BIN)/python tests/traffic.py --json traffic.json
 
-# Needs PyTorch in the environment for the comparison: $(BIN)/pip install torch
+# Where the library stands here: some minutes; docs/performance.md has a run. PyTorch is compared
+# with where it is installed: $(BIN)/pip install torch
 bench: $(VENV)/test.stamp
-	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python -m cupybn bench --json bench.json --plot bench.png
+	$(BIN)/python -m cupybn bench --comm --ranks 1,2,4 --json bench-comm.json --plot bench-comm.png
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

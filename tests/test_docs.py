@@ -33,7 +33,7 @@ def test_python_blocks_run(path, mpirun, tmp_path):
 def test_links_and_paths_exist(path):
     text = path.read_text()
     links = re.findall(r"\]\(([^)#:]+)\)", text)
-    files = re.findall(r"`((?:tests|examples|docs|benchmarks|cuda)/[\w./]+)`", text)
+    files = re.findall(r"`((?:tests|examples|docs|cupybn|cuda)/[\w./]+)`", text)
     for name in links:
         assert (path.parent / name).exists(), name
     for name in files:

@@ -12,6 +12,7 @@ from importlib import import_module
 from .. import __version__
 
 COMMANDS = {
+    "bench": "how fast it is here, beside PyTorch, a copy and a bare Allreduce",
     "info": "what this installation consists of: versions, GPUs, the MPI library",
 }
 
