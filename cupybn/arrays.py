@@ -56,7 +56,7 @@ def as_array(x: object, what: str = "input") -> Array:
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         return _of_dlpack(x, what)
     if hasattr(x, "__cuda_array_interface__"):
-        return _cupy_for(what).asarray(x)
+        return cupy_for(what).asarray(x)
     if isinstance(x, memoryview) or hasattr(x, "__array__") or hasattr(x, "__array_interface__"):
         with _errors_of(what):
             return np.asarray(x)
@@ -89,7 +89,7 @@ def _of_dlpack(x: Any, what: str) -> Array:
     with _errors_of(what):
         device = int(x.__dlpack_device__()[0])
     if device in _GPU_DEVICES:
-        return _cupy_for(what).from_dlpack(x)
+        return cupy_for(what).from_dlpack(x)
     if device not in _CPU_DEVICES:
         raise DeviceError(f"{what} is neither on the CPU nor on a GPU, but on DLPack's {device}")
     with _errors_of(what):
@@ -127,7 +127,8 @@ def as_written(x: object, what: str) -> Array:
     return array
 
 
-def _cupy_for(what: str) -> Any:
+def cupy_for(what: str) -> Any:
+    """CuPy, or DeviceError where it is not installed."""
     try:
         import cupy  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
@@ -166,7 +167,7 @@ def check_device(device: str | None) -> str:
     name, _, number = device.partition(":") if isinstance(device, str) else ("", "", "")
     if name != "cuda" or not (number.isdecimal() or device == "cuda"):
         raise DeviceError(f"device must be None, 'cpu', 'cuda' or 'cuda:<n>', got {device!r}")
-    cupy = _cupy_for(f"device={device!r}")
+    cupy = cupy_for(f"device={device!r}")
     devices = cupy.cuda.runtime.getDeviceCount() if cupy.cuda.is_available() else 0
     index = int(number) if number else cupy.cuda.Device().id if devices else 0
     if index >= devices:
@@ -181,7 +182,7 @@ def move(x: Array, device: str) -> Array:
     host = copy_to_host(x)
     if device == "cpu":
         return host
-    cupy = _cupy_for("the array to move")
+    cupy = cupy_for("the array to move")
     with cupy.cuda.Device(int(device.removeprefix("cuda:"))):
         return cupy.asarray(host)
 
@@ -221,7 +222,7 @@ def assign(target: Array, values: Array) -> None:
         values = copy_to_host(values)
     with on_device_of(target):
         if is_cupy(target) and not is_cupy(values):
-            values = _cupy_for("the target").asarray(values)
+            values = cupy_for("the target").asarray(values)
         target[...] = values
 
 

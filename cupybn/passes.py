@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -186,6 +186,19 @@ def _restored_on_error(state: tuple[Array, Array] | None) -> Iterator[None]:
         for array, values in zip(state or (), before, strict=False):
             array[...] = values
         raise
+
+
+def repeated_pass(
+    x: Array, saved: Saved, weight: Array | None, bias: Array | None, eps: float, *, out: Array
+) -> None:
+    """Writes the y of an earlier forward into `out` once more, from that forward's statistics.
+
+    The same bits for the same x; no communication, no update. For forwards without a residual.
+    """
+    inputs = _prepare(x, weight, bias, eps, 1, saved.activation, None, out, save=False)
+    again = replace(saved, x3=inputs.x3, layout=inputs.layout, weight=weight, bias=bias)
+    _normalize(again, None, inputs.y3)
+    _finish(inputs.layout, inputs.y3, out)
 
 
 def inference_pass(

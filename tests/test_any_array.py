@@ -187,7 +187,7 @@ def test_nothing_on_a_gpu_is_fetched_through_array(device):
 
 
 def test_the_other_ranks_hear_of_an_input_without_a_shape():
-    x = normal((2, 200, 3), np.float64)
+    x = normal((2, 300, 3), np.float64)
 
     def forward(comm):
         mine = OnlyArray(x[comm.rank :][:1])

@@ -16,7 +16,8 @@ FLOORS = [
     {"backends", "joint"},
     {"passes", "double_backward", "functional"},
     {"layers"},
-    {"distributed", "testing", "interop"},
+    {"distributed", "testing"},
+    {"interop"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,1 +1,4 @@
-"""Bridges to other frameworks. Modules are imported one by one: ``cupybn.interop.names``, ..."""
+"""Meeting other frameworks. Nothing here is imported by ``import cupybn``.
+
+``cupybn.interop.torch``: synchronised batch norm for PyTorch modules, on autograd.
+"""

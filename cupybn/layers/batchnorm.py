@@ -312,7 +312,7 @@ class BatchNorm3d(BatchNorm):
     _expected = "5D"
 
 
-class _CommReference:
+class CommReference:
     """How a layer holds its communicator: shared by deepcopy, left behind by pickle."""
 
     def __init__(self, comm: Any, detached: bool = False) -> None:
@@ -320,11 +320,22 @@ class _CommReference:
         self.detached = detached
         self.resolved: Communicator | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _CommReference:
+    def resolve(self, label: str) -> Communicator:
+        """The communicator, looked up once; `label` is the layer's, for the error if it is gone."""
+        if self.resolved is None:
+            if self.detached:
+                raise RuntimeError(
+                    f"{label}: this layer was unpickled, which leaves its communicator "
+                    "behind: set layer.comm before training"
+                )
+            self.resolved = resolve(self.comm)
+        return self.resolved
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CommReference:
         return self
 
     def __reduce__(self) -> Any:
-        return _CommReference, (None, self.comm is not None or self.detached)
+        return CommReference, (None, self.comm is not None or self.detached)
 
 
 class SyncBatchNorm(BatchNorm):
@@ -363,7 +374,7 @@ class SyncBatchNorm(BatchNorm):
         check_comm(comm)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **keywords)
         self.name = name
-        self._comm = _CommReference(comm)
+        self._comm = CommReference(comm)
         self._converted_from: type[BatchNorm] | None = None
 
     @property
@@ -374,24 +385,14 @@ class SyncBatchNorm(BatchNorm):
     @comm.setter
     def comm(self, comm: Any) -> None:
         check_comm(comm)
-        self._comm = _CommReference(comm)
+        self._comm = CommReference(comm)
 
     @property
     def label(self) -> str:
         return self.name or super().label
 
     def communicator(self) -> Communicator:
-        if not self.training:
-            return ALONE
-        reference = self._comm
-        if reference.resolved is None:
-            if reference.detached:
-                raise RuntimeError(
-                    f"{self.label}: this layer was unpickled, which leaves its communicator "
-                    "behind: set layer.comm before training"
-                )
-            reference.resolved = resolve(reference.comm)
-        return reference.resolved
+        return self._comm.resolve(self.label) if self.training else ALONE
 
     @staticmethod
     def convert_sync_batchnorm(layer: Layer, comm: Any = None, *, skip: Any = ()) -> Layer:

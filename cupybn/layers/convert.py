@@ -12,8 +12,8 @@ from .batchnorm import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
+    CommReference,
     SyncBatchNorm,
-    _CommReference,
 )
 
 _PLAIN = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
@@ -43,7 +43,7 @@ def convert_sync_batchnorm(layer: Layer, comm: Any = None, *, skip: Iterable[str
             old.comm = comm
             return old
         return _recast(
-            old, SyncBatchNorm, name=None, _comm=_CommReference(comm), _converted_from=type(old)
+            old, SyncBatchNorm, name=None, _comm=CommReference(comm), _converted_from=type(old)
         )
 
     return _replace(layer, converted, skip)

@@ -1,0 +1,114 @@
+"""Activation checkpointing: what the first forward of a batch norm leaves for its recomputation."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...passes import Saved
+
+
+@dataclass(frozen=True)
+class _Record:
+    label: str
+    shape: tuple[int, ...]
+    saved: Saved
+
+
+class _Active(threading.local):
+    """The contexts this thread is in, the innermost last."""
+
+    def __init__(self) -> None:
+        self.contexts: list[_Recording | _Recomputation] = []
+
+
+_active = _Active()
+
+
+class _Entered:
+    def __enter__(self) -> None:
+        _active.contexts.append(self)  # type: ignore[arg-type]
+
+    def __exit__(self, *error: object) -> None:
+        _active.contexts.remove(self)  # type: ignore[arg-type]
+
+
+class _Recording(_Entered):
+    """Writes down the statistics of the batch norms that run inside it."""
+
+    def __init__(self) -> None:
+        self.records: list[_Record] = []
+
+
+class _Recomputation(_Entered):
+    """Hands out what a recording wrote down, in its order; from the start each time."""
+
+    def __init__(self, recording: _Recording) -> None:
+        self.recording = recording
+        self.position = 0
+
+    def __enter__(self) -> None:
+        self.position = 0
+        super().__enter__()
+
+    def next(self, label: str, shape: tuple[int, ...]) -> Saved:
+        records = self.recording.records
+        record = records[self.position] if self.position < len(records) else None
+        if record is None or (record.label, record.shape) != (label, shape):
+            was = f"{record.label} with input {record.shape}" if record else "at its end"
+            raise RuntimeError(
+                f"a checkpoint is recomputed otherwise than it was computed: now {label} with "
+                f"input {shape}, where the forward was {was}"
+            )
+        self.position += 1
+        return record.saved
+
+
+def recompute_contexts() -> tuple[Any, Any]:
+    """For ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False,
+    context_fn=recompute_contexts)``: a context for the forward, and one for its recomputation.
+
+    In the recomputation the batch norms of this module use the statistics of the forward: they
+    return the same bits, do not communicate, and leave running statistics and
+    ``num_batches_tracked`` alone. Checkpoints may be nested, each with these contexts. A
+    recomputation without them (another ``context_fn``, or ``use_reentrant=True``, which takes none)
+    raises RuntimeError: it would communicate and update a second time.
+    """
+    recording = _Recording()
+    return recording, _Recomputation(recording)
+
+
+def remembered(label: str, shape: tuple[int, ...]) -> Saved | None:
+    """The statistics for a batch norm that is being recomputed; None in a first forward.
+
+    Raises:
+        RuntimeError: it is recomputed without :func:`recompute_contexts`, or in another order.
+    """
+    for context in reversed(_active.contexts):
+        if isinstance(context, _Recomputation):
+            return context.next(label, shape)
+    # Private to PyTorch; checkpoint itself asks it. Not -1: this thread runs a backward.
+    task = getattr(torch._C, "_current_graph_task_id", lambda: -1)()
+    if task != -1:
+        raise RuntimeError(
+            f"{label}: a forward in training mode inside a backward. A checkpoint that contains "
+            "batch norms must be recomputed from the first statistics: "
+            "checkpoint(..., use_reentrant=False, context_fn=cupybn.interop.torch."
+            "recompute_contexts)"
+        )
+    return None
+
+
+def remember(label: str, shape: tuple[int, ...], saved: Saved) -> None:
+    """Writes down a forward for every recording that this thread is in.
+
+    Not for those outside a recomputation: they saw the first forward.
+    """
+    record = _Record(label, shape, saved)
+    for context in reversed(_active.contexts):
+        if isinstance(context, _Recomputation):
+            return
+        context.records.append(record)

@@ -1,0 +1,105 @@
+"""The PyTorch modules over ranks: the checks of torch_checks.py, over threads and real MPI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+from torch_checks import CHECKS, synchronised, tensor  # noqa: E402
+
+from cupybn import CollectiveMismatchError, PeerError, ShapeError  # noqa: E402
+from cupybn.interop import torch as interop  # noqa: E402
+from cupybn.testing import run_ranks  # noqa: E402
+
+MPI = Path(__file__).parent / "mpi"
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", list(CHECKS))
+def test_over_threads(name, n):
+    results = run_ranks(n, CHECKS[name], timeout=60)
+    assert all(result == results[0] for result in results)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_over_mpi(mpirun, n):
+    printed = mpirun(n, MPI / "run_torch_checks.py", timeout=110).stdout
+    assert printed.split() == list(CHECKS)
+
+
+@pytest.mark.mpi
+def test_a_rank_whose_loss_does_not_depend_on_a_layer_ends_the_job(mpirun):
+    process = mpirun(
+        2, MPI / "torch_failures.py", "constant", check=False, env={"CUPYBN_TIMEOUT": "2"}
+    )
+    assert process.returncode != 0
+    assert "backward of 'features.bn'" in process.stderr
+    process = mpirun(2, MPI / "torch_failures.py", "sum")
+    assert process.stdout.split("\n")[:2] == ["went on"] * 2
+
+
+def outcome(function):
+    try:
+        function()
+    except Exception as error:
+        return type(error), str(error)
+    return None, ""
+
+
+def test_ranks_must_agree_on_whether_a_backward_can_follow():
+    def forward(comm):
+        module = interop.SyncBatchNorm(2, comm=comm)
+        module.requires_grad_(comm.rank == 0)
+        return outcome(lambda: module(torch.randn(4, 2)))
+
+    results = run_ranks(2, forward, timeout=20)
+    assert {kind for kind, _ in results} == {CollectiveMismatchError}
+    assert "backward=True" in results[0][1]
+    assert "backward=False" in results[0][1]
+
+
+@pytest.mark.parametrize("bad", ["channels", "dtype", "no tensor", "complex"])
+def test_a_bad_input_on_one_rank_is_told_to_all_and_changes_nothing(bad):
+    inputs = {
+        "channels": torch.zeros(2, 3, 4, 4, dtype=torch.float64),
+        "dtype": torch.zeros(2, 2, 4, 4),
+        "no tensor": [[1.0]],
+        "complex": torch.zeros(2, 2, 4, 4, dtype=torch.complex128),
+    }
+
+    def forward(comm):
+        net = synchronised(comm)
+        net.first = net.second = torch.nn.Identity()
+        before = {key: value.clone() for key, value in net.state_dict().items()}
+        x = tensor((2, 4, 4, 4), comm.rank)
+        result = outcome(lambda: net(x if comm.rank else inputs[bad]))
+        assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+        net(x)  # the communicator is as good as before
+        return result
+
+    (own, message), (peers, told) = run_ranks(2, forward, timeout=20)
+    assert own in (ShapeError, TypeError) or issubclass(own, TypeError | ValueError), message
+    assert peers is PeerError
+    assert "forward of 'left': rank 0 failed" in told
+
+
+def test_what_fails_before_the_backward_is_told_to_all():
+    def backward(comm):
+        module = interop.SyncBatchNorm(2, comm=comm, name="bn")
+        x = torch.randn(4, 2, requires_grad=True)
+        z = x * 2
+        y = module(z)
+        if comm.rank == 0:
+            z.add_(1)
+        return outcome(lambda: y.sum().backward())
+
+    (own, message), (peers, told) = run_ranks(2, backward, timeout=20)
+    assert own is RuntimeError
+    assert "modified by an inplace operation" in message
+    assert peers is PeerError
+    assert "backward of 'bn': rank 0 failed" in told
