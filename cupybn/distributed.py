@@ -1,9 +1,12 @@
 """What a training loop over several ranks needs besides synchronised layers.
 
-All of these are collective: every rank calls them, in the same order. Each takes one message. A
-rank that fails makes the others raise ``PeerError``; ranks whose trees differ all raise
-``CollectiveMismatchError``, or, where the trees differ so much that their messages have different
-lengths (a power of two of numbers) or dtypes, the job ends.
+All of these are collective: every rank calls them, in the same order. A rank that fails makes the
+others raise ``PeerError``; ranks whose trees differ all raise ``CollectiveMismatchError``.
+
+``allreduce_gradients`` takes one message, as long as the gradients are many: there, trees that
+differ so much that their messages have different lengths (a power of two of numbers) or dtypes end
+the job. ``broadcast_parameters`` and ``verify_sync`` first compare the trees in a message of fixed
+length, so either of them at the start of a run finds such a difference.
 """
 
 from __future__ import annotations
@@ -14,15 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Array, assign, copy_to_host
-from .communicators import MpiCommunicator, check_comm, resolve
-from .communicators.mpi import load_mpi
-from .errors import CollectiveMismatchError, DeviceError
+from .arrays import Array, assign, copy_to_host, device_of, is_floating, on_device_of
+from .communicators import Communicator, MpiCommunicator, resolve
+from .errors import CollectiveMismatchError, DeviceError, DTypeError
 from .joint import joint
 from .layers import Layer
 from .statistics import padded_length
 
-_LOCAL_RANK_VARIABLES = (
+LOCAL_RANK_VARIABLES = (
     "OMPI_COMM_WORLD_LOCAL_RANK",  # Open MPI
     "MPI_LOCALRANKID",  # MPICH, Intel MPI
     "MV2_COMM_WORLD_LOCAL_RANK",  # MVAPICH
@@ -30,6 +32,7 @@ _LOCAL_RANK_VARIABLES = (
     "PMI_LOCAL_RANK",
     "SLURM_LOCALID",
 )
+_HOST = np.zeros(0)
 _PIECES = 3  # of 20 bits each, of the hash of one array
 
 
@@ -44,28 +47,36 @@ def allreduce_gradients(layer: Layer, comm: Any = None, op: str = "mean") -> Non
         comm: as for SyncBatchNorm; None is ``MPI.COMM_WORLD``.
         op: "mean" or "sum".
 
+    Gradients that are all on one device are pooled there, in a message of that device; others in
+    host memory.
+
     Raises:
         ValueError: another op.
+        DTypeError: a gradient that is not floating.
         PeerError, CollectiveMismatchError: see above. The gradients are unchanged then.
     """
     communicator = resolve(comm)
-    grads = [grad for _, grad in layer.named_gradients()]
-    wide = any(grad.dtype == np.float64 for grad in grads)
+    grads = dict(layer.named_gradients())
+    wide = any(grad.dtype.itemsize > 4 for grad in grads.values())
     dtype = np.dtype(np.float64 if wide else np.float32)
-    length = padded_length(sum(grad.size for grad in grads))
+    length = padded_length(sum(grad.size for grad in grads.values()))
     # An odd number of float32 values never has as many bytes as a message of float64 values.
     length += 0 if wide else 1
-    with joint(communicator, "allreduce_gradients", length, dtype) as call:
-        if op not in ("mean", "sum"):
-            raise ValueError(f"op must be 'mean' or 'sum', got {op!r}")
-        call.agree(f"op={op}, {_outline(layer, 'named_gradients')}")
-        if communicator.size == 1:
-            return
-        bucket = [copy_to_host(grad).reshape(-1) for grad in grads]
-        total = _pool(call, _concatenated(bucket, dtype))
-    if op == "mean":
-        total /= communicator.size
-    _scatter(total, grads)
+    beside = _common_device(list(grads.values()))
+    with on_device_of(beside):
+        with joint(communicator, "allreduce_gradients", length, dtype) as call:
+            if op not in ("mean", "sum"):
+                raise ValueError(f"op must be 'mean' or 'sum', got {op!r}")
+            for name, grad in grads.items():
+                if not is_floating(grad.dtype):
+                    raise DTypeError(f"the gradient of {name!r} is {grad.dtype}, not floating")
+            call.agree(f"op={op}, {_outline(layer, 'named_gradients')}")
+            if communicator.size == 1:
+                return
+            total = _pool(call, list(grads.values()), beside)
+        if op == "mean":
+            total /= communicator.size
+        _scatter(total, list(grads.values()))
 
 
 def broadcast_parameters(layer: Layer, comm: Any = None, root: int = 0) -> None:
@@ -83,16 +94,17 @@ def broadcast_parameters(layer: Layer, comm: Any = None, root: int = 0) -> None:
     communicator = resolve(comm)
     arrays = [array for _, array in _state_arrays(layer)]
     words = sum(-(-array.nbytes // 4) for array in arrays)
-    with joint(communicator, "broadcast_parameters", padded_length(words), np.int64) as call:
+    with _comparison(communicator, "broadcast_parameters") as call:
         if not 0 <= root < communicator.size:
             raise ValueError(f"root must be a rank from 0 to {communicator.size - 1}, got {root}")
+        _compare(call, f"root={root}, {_outline(layer, 'named_parameters', 'named_buffers')}")
+    if communicator.size == 1:
+        return
+    with joint(communicator, "broadcast_parameters", padded_length(words), np.int64) as call:
         # A sum of one rank's bits and the others' zeros, as integers: exact for every dtype.
-        bits = _concatenated([_words(array) for array in arrays], np.dtype(np.int64))
-        if communicator.rank != root:
-            bits[...] = 0
-        call.agree(f"root={root}, {_outline(layer, 'named_parameters', 'named_buffers')}")
-        if communicator.size == 1:
-            return
+        bits = [np.zeros(words, np.int64)]
+        if communicator.rank == root:
+            bits = [_words(array) for array in arrays]
         bits = _pool(call, bits)
     begin = 0
     for array in arrays:
@@ -116,13 +128,14 @@ def verify_sync(layer: Layer, comm: Any = None) -> None:
     """
     communicator = resolve(comm)
     named = _state_arrays(layer)
+    with _comparison(communicator, "verify_sync") as call:
+        _compare(call, _outline(layer, "named_parameters", "named_buffers"))
+    if communicator.size == 1:
+        return
     length = padded_length(2 * _PIECES * len(named))
     with joint(communicator, "verify_sync", length, np.int64) as call:
         pieces = np.array([_hash_pieces(array) for _, array in named], np.int64).reshape(-1)
-        call.agree(_outline(layer, "named_parameters", "named_buffers"))
-        if communicator.size == 1:
-            return
-        sums = _pool(call, np.concatenate([pieces, pieces * pieces]))
+        sums = _pool(call, [pieces, pieces * pieces])
     total, squares = np.split(sums, 2)
     differs = (communicator.size * squares != total * total).reshape(-1, _PIECES).any(axis=1)
     names = [name for (name, _), differ in zip(named, differs, strict=True) if differ]
@@ -145,25 +158,32 @@ def split_comm(comm: Any, group_size: int) -> Any:
         This rank's group: an mpi4py communicator. It is the caller's to ``Free()``.
 
     Raises:
-        ValueError: group_size is below 1.
+        ValueError: group_size is no integer of at least 1; the other ranks raise PeerError.
         TypeError: comm is no MPI communicator.
+        CollectiveMismatchError: the ranks have different group sizes.
     """
-    check_comm(comm)
-    mpi_comm = comm.mpi_comm if isinstance(comm, MpiCommunicator) else comm
-    if mpi_comm is None:
-        mpi_comm = load_mpi().COMM_WORLD
-    if not isinstance(group_size, int | np.integer) or group_size < 1:
-        raise ValueError(f"group_size must be an integer of at least 1, got {group_size!r}")
-    if not hasattr(mpi_comm, "Split"):
-        raise TypeError(f"comm must be an MPI communicator, got {type(mpi_comm).__name__}")
-    return mpi_comm.Split(mpi_comm.rank // group_size, mpi_comm.rank)
+    communicator = resolve(comm)
+    if not isinstance(communicator, MpiCommunicator):
+        raise TypeError(f"comm must be an MPI communicator, got {type(comm).__name__}")
+    with _comparison(communicator, "split_comm") as call:
+        if not isinstance(group_size, int | np.integer) or group_size < 1:
+            raise ValueError(f"group_size must be an integer of at least 1, got {group_size!r}")
+        _compare(call, f"group_size={int(group_size)}")
+    return communicator.split(communicator.rank // int(group_size))
 
 
 def local_rank() -> int:
-    """This rank's number among those on its machine, from the launcher's variables; 0 if unset."""
-    for variable in _LOCAL_RANK_VARIABLES:
-        if variable in os.environ:
-            return int(os.environ[variable])
+    """This rank's number among those on its machine, from the launcher's variables; 0 if unset.
+
+    Raises:
+        ValueError: a launcher's variable is no number.
+    """
+    for variable in LOCAL_RANK_VARIABLES:
+        text = os.environ.get(variable, "")
+        if text.isdecimal():
+            return int(text)
+        if text:
+            raise ValueError(f"{variable} must be the number of a rank, got {text!r}")
     return 0
 
 
@@ -188,11 +208,36 @@ def local_device() -> str:
     return f"cuda:{local_rank() % devices}"
 
 
-def _pool(call: joint, values: Array) -> Array:
-    payload = call.payload(values, values.size)
-    assert payload is not None, "with one rank nothing is pooled"
-    payload[...] = values
-    return call.pool(0, values.size)[1]
+def _comparison(communicator: Communicator, what: str) -> joint:
+    """A joint call whose message has the same length whatever the ranks come with."""
+    return joint(communicator, what, padded_length(0), np.int64)
+
+
+def _compare(call: joint, settings: str) -> None:
+    """Raises CollectiveMismatchError on every rank unless all have the same settings."""
+    call.agree(settings)
+    _pool(call, [])
+
+
+def _common_device(arrays: list[Array]) -> Array:
+    """One of the arrays if all are on one device, else an array in host memory."""
+    if arrays and len({device_of(array) for array in arrays}) == 1:
+        return arrays[0]
+    return _HOST
+
+
+def _pool(call: joint, parts: list[Array], beside: Array = _HOST) -> Array:
+    """The sums over the ranks of the parts, end to end in one message in the memory of `beside`."""
+    size = sum(part.size for part in parts)
+    payload = call.payload(beside, size)
+    if payload is None:  # one rank
+        return None
+    begin = 0
+    for part in parts:
+        end = begin + part.size
+        assign(payload[begin:end], part.reshape(-1))
+        begin = end
+    return call.pool(0, size)[1]
 
 
 def _state_arrays(layer: Layer) -> list[tuple[str, Array]]:
@@ -206,10 +251,6 @@ def _outline(layer: Layer, *kinds: str) -> str:
     digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     values = sum(array.size for _, array in arrays)
     return f"{len(arrays)} arrays with {values} values (outline {digest})"
-
-
-def _concatenated(parts: list[Array], dtype: np.dtype[Any]) -> Array:
-    return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype, copy=False)
 
 
 def _scatter(bucket: Array, arrays: list[Array]) -> None:

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .arrays import Array, assign, copy_to_host
+from .arrays import Array, assign
 from .communicators import Communicator
-from .communicators.base import check_usable, refuse
+from .communicators.base import check_usable, first_values, refuse
 from .errors import CollectiveMismatchError, CupyBNError, PeerError
 from .statistics import (
     HEADER,
@@ -86,7 +86,7 @@ class joint:
         except CupyBNError:  # of ranks that are threads: the others know, or wait no longer
             self._owed = 0
             raise
-        summed = read_header(copy_to_host(total[:HEADER]), self.ranks)
+        summed = read_header(first_values(self.comm, total, HEADER), self.ranks)
         if summed.failed:
             self._owed = 0
             raise PeerError(self._blame(summed))

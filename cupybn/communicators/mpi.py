@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, is_cupy
-from ..errors import DTypeError
+from ..arrays import Array, copy_to_host, is_cupy
+from ..errors import CollectiveMismatchError, DeviceError, DTypeError, PeerError
 from .base import sum_on_host
+from .cuda_aware import VARIABLE, Answer, cuda_aware
+from .staging import sum_on_device, sum_through_pinned
 from .watchdog import Watch, watchdog
 
 _DEFAULT_TIMEOUT = 600.0
+_TRANSPORTS = ("auto", "device", "pinned", "host")
+_KEPT = 16  # values at the front of a staged sum, for `first_values`: as many as a header has
 _keyval: int | None = None
 
 
@@ -64,63 +68,148 @@ def check_timeout(value: Any, what: str = "timeout") -> float:
 class MpiCommunicator:
     """Sums messages with ``MPI.Allreduce`` over a private duplicate of the communicator.
 
-    CuPy messages are copied to host memory and back.
+    NumPy messages are summed where they are. CuPy messages go one of three ways:
+
+    * ``"device"``: MPI gets the device pointer; only where MPI is CUDA-aware on every rank.
+    * ``"pinned"``: copied to pinned host memory and back, asynchronously on the current stream.
+    * ``"host"``: copied to ordinary host memory and back.
 
     Args:
         mpi_comm: an mpi4py intracommunicator. It is duplicated once a process, so that its other
             traffic never meets ours; the duplicate is kept with it, and freed with it.
-        transport: ``"host"``, or ``"auto"``, which is the same here.
+        transport: one of these, or ``"auto"``: "device" where it is possible, else "pinned".
         timeout: seconds to wait for the other ranks before the job is ended with code 124;
             None reads ``CUPYBN_TIMEOUT`` (default 600), 0 waits for ever.
 
-    Making the first one for an `mpi_comm` is collective.
+    Making one is collective: the ranks agree on the transport.
+
+    Raises:
+        ValueError: no such transport or timeout, or a bad ``CUPYBN_CUDA_AWARE_MPI``.
+        DeviceError: "device", and MPI is not known to be CUDA-aware on every rank; on all ranks.
+        CollectiveMismatchError: the ranks ask for different transports; on all ranks.
+        PeerError: another rank raised ValueError.
+
+    Attributes:
+        transport: of CuPy messages, the same on every rank: "device", "pinned" or "host".
+        why: how that came about.
+        cuda_aware: whether this rank's MPI takes device pointers, and how that was found.
     """
 
     def __init__(
         self, mpi_comm: Any, transport: str = "auto", timeout: float | None = None
     ) -> None:
         check_intracomm(mpi_comm)
-        if transport not in ("auto", "host"):
-            raise ValueError(f"transport must be 'auto' or 'host', got {transport!r}")
-        self.transport = "host"
-        self.timeout = default_timeout() if timeout is None else check_timeout(timeout)
+        mpi = load_mpi()
         self.mpi_comm = mpi_comm
         self.rank = int(mpi_comm.rank)
         self.size = int(mpi_comm.size)
-        mpi = load_mpi()
+        self.timeout = _DEFAULT_TIMEOUT
+        self.cuda_aware = Answer(False, "not asked")
+        error = None
+        try:
+            self.timeout = default_timeout() if timeout is None else check_timeout(timeout)
+            if transport not in _TRANSPORTS:
+                raise ValueError(f"transport must be one of {_TRANSPORTS}, got {transport!r}")
+            self.cuda_aware = cuda_aware(mpi)
+        except Exception as caught:  # raised below, when the other ranks know
+            error = caught
         self._in_place = mpi.IN_PLACE
+        self._first: tuple[int, Any] | None = None
         where = f"rank {self.rank} of {self.size}"
         self._watch = Watch(where, self.timeout, mpi.COMM_WORLD.Abort)
         if self.timeout:
             watchdog.add(self._watch)
         self._dup = self._private_dup()
+        self.transport, self.why = self._agree(transport, error)
+
+    def _agree(self, wanted: str, error: Exception | None) -> tuple[str, str]:
+        """The transport that all ranks take, and why; or every rank raises. Touches no device."""
+        choice = -1 if error else _TRANSPORTS.index(wanted)
+        failed = self.rank if error else self.size
+        not_aware = self.size if self.cuda_aware.aware else self.rank
+        words = np.array([failed, not_aware, choice, -choice], np.int64)
+        self._watched(
+            "agreeing on a transport", self._dup.Allreduce, self._in_place, words, load_mpi().MIN
+        )
+        failed, not_aware, lowest, highest = (int(word) for word in words)
+        if error is not None:
+            raise error
+        if failed < self.size:
+            raise PeerError(
+                f"making a communicator: rank {failed} failed, and raised the exception that says "
+                "why"
+            )
+        if lowest != -highest:
+            raise CollectiveMismatchError(
+                "the ranks ask for different transports, among them "
+                f"{_TRANSPORTS[lowest]!r} and {_TRANSPORTS[-highest]!r}; this rank for {wanted!r}"
+            )
+        how = f"MPI is CUDA-aware on every rank ({self.cuda_aware.how} on this one)"
+        if not_aware < self.size:
+            how = f"MPI is not known to be CUDA-aware on rank {not_aware}"
+            if not self.cuda_aware.aware:
+                how = f"MPI is not known to be CUDA-aware ({self.cuda_aware.how})"
+        if wanted == "device" and not_aware < self.size:
+            raise DeviceError(
+                f"transport='device': {how}, and device pointers would crash it. Take "
+                f"transport='auto'; or set {VARIABLE}=1 on every rank if you know better"
+            )
+        if wanted != "auto":
+            return wanted, "asked for"
+        return ("pinned" if not_aware < self.size else "device"), how
 
     def allreduce(self, message: Array, label: str = "") -> Array:
         """The sum over the ranks, in place. Raises DTypeError for other than arrays."""
-        if not (isinstance(message, np.ndarray) or is_cupy(message)):
+        on_device = is_cupy(message)
+        if not (on_device or isinstance(message, np.ndarray)):
             raise DTypeError(
                 f"{label or 'allreduce'}: a message is an array, got {type(message).__name__}"
             )
         watch = self._watch
         watch.sequence += 1
         watch.label = label or "allreduce"
+        self._first = None
         try:
-            return sum_on_host(message, self._summed)
+            if not on_device:
+                self._summed(message)
+            elif self.transport == "device":
+                sum_on_device(message, self._summed)
+            elif self.transport == "pinned":
+                host = sum_through_pinned(message, self._summed)
+                self._first = id(message), host[:_KEPT].copy()
+            else:
+                sum_on_host(message, self._summed)
         finally:
             watch.label = None
+        return message
 
-    def _summed(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def _summed(self, values: Array) -> Array:
         self._dup.Allreduce(self._in_place, values)
         return values
+
+    def first_values(self, total: Array, n: int) -> Any:
+        """The first n values of the sum that was returned last, in host memory."""
+        kept, self._first = self._first, None
+        if kept is not None and kept[0] == id(total) and n <= _KEPT:
+            return kept[1][:n]
+        return copy_to_host(total[:n])
+
+    def split(self, color: int) -> Any:
+        """An mpi4py communicator of the ranks with the same color, in their order. Collective."""
+        return self._watched("splitting the communicator", self.mpi_comm.Split, color, self.rank)
+
+    def _watched(self, label: str, call: Any, *args: Any) -> Any:
+        self._watch.label = label
+        try:
+            return call(*args)
+        finally:
+            self._watch.label = None
 
     def _private_dup(self) -> Any:
         kept = kept_with(self.mpi_comm)
         if "dup" not in kept:
-            self._watch.label = "duplicating the communicator for its first use"
-            try:
-                kept["dup"] = self.mpi_comm.Dup()
-            finally:
-                self._watch.label = None
+            what = "duplicating the communicator for its first use"
+            kept["dup"] = self._watched(what, self.mpi_comm.Dup)
         return kept["dup"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MpiCommunicator:

@@ -1,4 +1,5 @@
-"""Meeting other frameworks. Nothing here is imported by ``import cupybn``.
+"""Meeting other frameworks. Nothing here is imported by ``import cupybn``; one module at a time:
 
-``cupybn.interop.torch``: synchronised batch norm for PyTorch modules, on autograd.
+* ``cupybn.interop.names``: state dicts under the names of other frameworks.
+* ``cupybn.interop.torch``: synchronised batch norm for PyTorch modules, on autograd.
 """

@@ -43,7 +43,7 @@ assert (
 assert layer.communicator()._dup != world
 assert MpiCommunicator(world)._dup is layer.communicator()._dup
 assert repr(MpiCommunicator(world, timeout=7)) == (
-    f"MpiCommunicator(rank {rank} of {size}, transport='host', timeout=7)"
+    f"MpiCommunicator(rank {rank} of {size}, transport='pinned', timeout=7)"
 )
 
 # the user's own traffic between and around calls
@@ -103,7 +103,7 @@ hasty.allreduce(np.ones(1))
 # bad arguments
 raises(ValueError, "COMM_NULL", SyncBatchNorm, 3, comm=MPI.COMM_NULL)
 raises(TypeError, "comm must be", SyncBatchNorm, 3, comm=MPI.DOUBLE)
-raises(ValueError, "transport must be", MpiCommunicator, world, transport="pigeon")
+raises(ValueError, "transport must be one of", MpiCommunicator, world, transport="pigeon")
 raises(ValueError, "timeout must be", MpiCommunicator, world, timeout=-2)
 raises(
     cupybn.DTypeError, "a message is an array, got list", MpiCommunicator(world).allreduce, [1.0]

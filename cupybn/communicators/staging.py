@@ -1,0 +1,93 @@
+"""Device arrays on their way through MPI, which knows nothing of streams.
+
+Only here does the host wait for a device: on an event of the stream that is current on the
+message's device, after the work that writes the message, and never for the whole device.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..arrays import Array
+
+Sum = Callable[[Array], Any]
+"""Adds up, in place and over all ranks, an array that nothing else is writing."""
+
+
+class _Staging:
+    """One device's events, and pinned memory for one message, of one thread."""
+
+    def __init__(self, cuda: Any) -> None:
+        self.cuda = cuda
+        self.arrived = cuda.Event(disable_timing=True)  # the message is complete
+        self.returned = cuda.Event(disable_timing=True)  # the last sum has left the pinned memory
+        self.memory: Any = None
+        self.size = 0
+
+    def wait(self, stream: Any) -> None:
+        self.arrived.record(stream)
+        self.arrived.synchronize()
+
+    def room_for(self, message: Array) -> np.ndarray[Any, Any]:
+        if message.nbytes > self.size:
+            # Freed pinned memory goes to the next who asks: not while a copy still reads it.
+            self.returned.synchronize()
+            self.memory = self._pinned(message.nbytes)
+            self.size = message.nbytes
+        flat: np.ndarray[Any, Any] = np.frombuffer(self.memory, message.dtype, message.size)
+        return flat.reshape(tuple(message.shape))
+
+    def _pinned(self, size: int) -> Any:
+        try:
+            return self.cuda.alloc_pinned_memory(size)
+        except Exception:
+            # Raising now would leave the other ranks waiting. Pageable memory is slower, and right.
+            return np.empty(size, np.uint8)
+
+
+class _Kept(threading.local):
+    """Each thread's stagings, by device number. Kept for good, so that none is freed in use."""
+
+    def __init__(self) -> None:
+        self.stagings: dict[int, _Staging] = {}
+
+
+_kept = _Kept()
+
+
+def _staging(device: int) -> _Staging:
+    if device not in _kept.stagings:
+        _kept.stagings[device] = _Staging(sys.modules["cupy"].cuda)
+    return _kept.stagings[device]
+
+
+def sum_on_device(message: Array, summed: Sum) -> None:
+    """Hands the message itself to `summed` once the current stream has written it."""
+    with message.device:
+        staging = _staging(message.device.id)
+        staging.wait(staging.cuda.get_current_stream())
+        summed(message)
+
+
+def sum_through_pinned(message: Array, summed: Sum) -> np.ndarray[Any, Any]:
+    """Copies the message to pinned memory, sums there, and copies back without waiting for it.
+
+    Returns the sum in pinned memory, which is good until this thread's next message.
+    """
+    with message.device:
+        staging = _staging(message.device.id)
+        stream = staging.cuda.get_current_stream()
+        host = staging.room_for(message)
+        # The sum before may still be on its way out of this memory, on another stream.
+        stream.wait_event(staging.returned)
+        message.data.copy_to_host_async(host.ctypes.data, host.nbytes, stream)
+        staging.wait(stream)
+        summed(host)
+        message.data.copy_from_host_async(host.ctypes.data, host.nbytes, stream)
+        staging.returned.record(stream)
+        return host
