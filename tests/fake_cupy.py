@@ -5,7 +5,8 @@ segmentation fault, as with a real one. Copies and kernels wait in their stream'
 somebody waits for an event behind them, the latest moment CUDA allows: a host that does not wait
 reads what was there before. Freed pinned memory is overwritten at once.
 
-``install()`` puts it into ``sys.modules``. No arithmetic of the library runs on it but ufuncs.
+``install()`` puts it into ``sys.modules``. No arithmetic of the library runs on it but ufuncs;
+after ``be_numpy()`` all does: device memory is like any other then, and nothing is put off.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ SIZE = 1 << 24
 
 log = []  # what happened, in order: "get", "event wait", "pinned", ...
 open_to_all = False  # True: as if MPI could follow device pointers
+eager = False  # True: streams do not put anything off
 
 
 class _Arena:
@@ -69,13 +71,27 @@ def open_memory():
     _arena.protect(_READ_WRITE)
 
 
+def be_numpy():
+    """From now on device arrays are NumPy arrays under another name."""
+    global eager
+    open_memory()
+    eager = True
+
+
 class Stream:
+    ptr = 0
+
     def __init__(self):
         self.queue, self.done = [], 0
+
+    def is_capturing(self):
+        return False
 
     def launch(self, work):
         """Enqueues a kernel: a function without arguments."""
         self.queue.append(work)
+        if eager:
+            self.synchronize()
 
     def run_to(self, position):
         while self.done < position:
@@ -184,6 +200,10 @@ class ndarray(np.ndarray):  # CuPy's name
             self.view(np.ndarray)[index] = values
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **options):
+        if eager:
+            out = {} if out is None else {"out": tuple(map(_plain, out))}
+            result = getattr(ufunc, method)(*map(_plain, inputs), **out, **options)
+            return result.view(ndarray) if isinstance(result, np.ndarray) else result
         values = [x._values() if isinstance(x, ndarray) else x for x in inputs]
         result = getattr(ufunc, method)(*values, **options)
         if out is None:
@@ -192,6 +212,8 @@ class ndarray(np.ndarray):  # CuPy's name
         return out[0]
 
     def __array_function__(self, function, types, args, kwargs):
+        if eager:
+            return super().__array_function__(function, types, args, kwargs)
         assert function in (np.zeros_like, np.empty_like), f"{function} on a device array"
         shape = kwargs.get("shape")
         made = _arena.empty(
@@ -201,11 +223,19 @@ class ndarray(np.ndarray):  # CuPy's name
         return made
 
 
+def _plain(x):
+    return x.view(np.ndarray) if isinstance(x, ndarray) else x
+
+
 def asarray(values):
     values = np.asarray(values)
     made = _arena.empty(values.shape, values.dtype)
     made[...] = values
     return made
+
+
+def may_share_memory(a, b):
+    return np.may_share_memory(a, b)
 
 
 def install():

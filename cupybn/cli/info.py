@@ -4,32 +4,166 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .. import __version__
+from ..backends import backend_for
+from ..backends.source import source_directory
+from ..communicators import MpiCommunicator
+from ..communicators.mpi import load_mpi
+from ..distributed import local_device
+from ..errors import DeviceError
+from .launch import library_version, local_rank_variables, strangers
+
+_LABELS = {
+    "cupybn": "cupybn",
+    "python": "Python",
+    "numpy": "NumPy",
+    "cpu_backend": "CPU backend",
+    "cupy": "CuPy",
+    "cuda_driver": "CUDA driver",
+    "cuda_runtime": "CUDA runtime",
+    "gpus": "GPUs",
+    "kernel_sources": "kernel sources",
+    "kernel_cache": "kernel cache",
+    "local_rank": "local rank",
+    "local_device": "device of rank",
+    "mpi4py": "mpi4py",
+    "mpi_library": "MPI library",
+    "ranks": "ranks",
+    "cuda_aware_mpi": "CUDA-aware MPI",
+    "cuda_aware_how": "  found by",
+    "transport": "transport",
+    "transport_why": "  because",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument(
+        "--no-mpi", action="store_true",
+        help="do not start MPI (which ends the process on some login nodes)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    found = collect()
+    found = here() | cuda() | ({} if args.no_mpi else mpi())
+    if found.get("rank"):
+        return 0
+    found.pop("rank", None)
     if args.json:
         print(json.dumps(found, indent=2))
-    else:
-        width = max(map(len, found))
-        for name, value in found.items():
-            print(f"{name:{width}}  {value}")
+        return 0
+    for name, label in _LABELS.items():
+        if name in found:
+            for i, line in enumerate(_lines(found[name])):
+                print(f"{'' if i else label:16}{line}")
     return 0
 
 
-def collect() -> dict[str, object]:
-    """What was found, by name."""
+def _lines(value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return ["yes" if value else "no"]
+    if isinstance(value, dict):
+        return [f"{name}={text}" for name, text in value.items()] or ["no launcher's variable"]
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+
+
+def here() -> dict[str, Any]:
+    """Python, NumPy, and this rank's place on its machine."""
+    try:
+        device = local_device()
+    except (DeviceError, ValueError) as error:
+        device = f"none: {error}"
+    except Exception as error:  # CuPy itself is broken: cuda() says how
+        device = f"none: {type(error).__name__}"
     return {
-        "cupybn": __version__,
-        "Python": platform.python_version(),
-        "NumPy": np.__version__,
+        "cupybn": f"{__version__} ({Path(__file__).parents[1]})",
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "numpy": np.__version__,
+        "cpu_backend": backend_for(np.zeros(1)).__name__.rpartition(".")[2],
+        "kernel_sources": str(source_directory()),
+        "local_rank": local_rank_variables(),
+        "local_device": device,
+    }
+
+
+def cuda() -> dict[str, Any]:
+    """CuPy, the driver, the GPUs. Only what CuPy finds counts."""
+    try:
+        import cupy  # type: ignore[import-not-found, unused-ignore]
+    except ModuleNotFoundError as error:
+        if error.name == "cupy":
+            return {"cupy": "not installed"}
+        return {"cupy": _failed(error)}
+    except Exception as error:
+        return {"cupy": _failed(error)}
+    runtime = cupy.cuda.runtime
+    found = {
+        "cupy": cupy.__version__,
+        "kernel_cache": os.path.expanduser(
+            os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")
+        ),
+    }
+    try:
+        found["cuda_runtime"] = _version(runtime.runtimeGetVersion())
+        found["cuda_driver"] = _version(runtime.driverGetVersion())
+        found["gpus"] = [_gpu(runtime, i) for i in range(runtime.getDeviceCount())] or "none"
+    except Exception as error:
+        found["gpus"] = f"none: {_failed(error)}"
+    return found
+
+
+def _failed(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+def _version(number: int) -> str:
+    """13020 is 13.2."""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else "none"
+
+
+def _gpu(runtime: Any, device: int) -> str:
+    properties = runtime.getDeviceProperties(device)
+    return (
+        f"cuda:{device}: {properties['name'].decode()}, compute capability "
+        f"{properties['major']}.{properties['minor']}, "
+        f"{properties['totalGlobalMem'] / 2**30:.0f} GiB"
+    )
+
+
+def mpi() -> dict[str, Any]:
+    """mpi4py, its library, and the transport that all ranks agree on. Collective."""
+    try:
+        version = metadata.version("mpi4py")
+    except metadata.PackageNotFoundError:
+        version = "not installed"
+    try:
+        loaded = load_mpi()
+    except RuntimeError as error:
+        return {"mpi4py": version, "mpi_library": f"none: {error}"}
+    world = loaded.COMM_WORLD
+    found = {
+        "mpi4py": version,
+        "mpi_library": library_version(loaded),
+        "ranks": strangers(world.size) or world.size,
+        "rank": world.rank,
+    }
+    try:
+        comm = MpiCommunicator(world)
+    except Exception as error:
+        return found | {"transport": _failed(error)}
+    return found | {
+        "cuda_aware_mpi": comm.cuda_aware.aware,
+        "cuda_aware_how": comm.cuda_aware.how,
+        "transport": f"{comm.transport} for CuPy arrays, host for NumPy arrays",
+        "transport_why": comm.why,
     }

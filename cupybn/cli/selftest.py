@@ -1,0 +1,165 @@
+"""``mpiexec -n 4 python -m cupybn selftest``: do synchronised layers work on these machines?
+
+Rank 0 prints a table, a row for each device and transport. Exit code 0 if all is well on every
+rank, else 1; 124 if a rank did not come, as in any job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from .. import __version__
+from ..communicators import MpiCommunicator
+from ..communicators.mpi import load_mpi
+from ..distributed import local_device
+from .launch import library_version, strangers
+from .selfchecks import (
+    Setup,
+    check_against_one_process,
+    check_bad_input,
+    check_latency,
+    check_mismatch,
+    check_same_bits,
+)
+
+_TIMEOUT = 120.0  # seconds, where CUPYBN_TIMEOUT does not say: long enough to compile kernels
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda", "all"), default="all",
+        help="default: the CPU, and CUDA where every rank has a device",
+    )  # fmt: skip
+    parser.add_argument(
+        "--repeat", type=int, default=200, help="messages for a latency (default %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        world = load_mpi().COMM_WORLD
+    except RuntimeError as error:
+        print(f"selftest: {error}", file=sys.stderr)
+        return 1
+    try:
+        return _selftest(world, args)
+    except Exception:  # the other ranks wait for this one
+        traceback.print_exc()
+        sys.stderr.flush()
+        world.Abort(1)
+        raise
+
+
+def _selftest(world: Any, args: argparse.Namespace) -> int:
+    say: Callable[..., None] = _say if world.rank == 0 else _keep_quiet
+    problems = _start(world, say)
+    device, reason = _cuda_device(world) if args.device != "cpu" else (None, "not asked for")
+    if args.device == "cuda" and device is None:
+        problems.append(f"CUDA: {reason}")
+    places = [] if args.device == "cuda" else [("cpu", "host")]
+    if device is not None:
+        probe = MpiCommunicator(world, timeout=_timeout())
+        say(f"CUDA: transport={probe.transport!r} is what CuPy arrays take: {probe.why}")
+        aware = ["device"] if probe.transport == "device" else []
+        places += [(device, transport) for transport in [*aware, "pinned", "host"]]
+    elif args.device == "all":
+        say(f"CUDA is not tried: {reason}")
+    columns = _columns(world.size)
+    say("\n" + "  ".join(["device  transport", *columns]))
+    for place, transport in places:
+        setup = Setup(
+            place,
+            lambda transport=transport: MpiCommunicator(world, transport, _timeout()),  # type: ignore[misc]
+            max(1, args.repeat),
+        )
+        cells = [f"{place:6}  {transport:9}"]
+        for name, (check, shown) in columns.items():
+            worst, failures = _everywhere(world, check, setup)
+            problems += [f"{place}, {transport}, {name.strip()}: {text}" for text in failures]
+            text = "FAILED" if failures else "-" if worst is None else shown.format(worst)
+            cells.append(f"{text:>{len(name)}}")
+        say("  ".join(cells))
+    say()
+    for problem in problems:
+        say(f"FAILED: {problem}")
+    if not problems:
+        say("all is well" + (" (with one rank: try mpiexec -n 4)" if world.size == 1 else ""))
+    return int(world.bcast(bool(problems)))
+
+
+def _say(*words: str) -> None:
+    print(*words, flush=True)
+
+
+def _keep_quiet(*words: str) -> None:
+    pass
+
+
+def _timeout() -> float | None:
+    return None if os.environ.get("CUPYBN_TIMEOUT") else _TIMEOUT
+
+
+def _start(world: Any, say: Callable[..., None]) -> list[str]:
+    machines = len(set(world.allgather(load_mpi().Get_processor_name())))
+    say(
+        f"cupybn {__version__} selftest: {world.size} rank{'s' * (world.size > 1)} on {machines} "
+        f"machine{'s' * (machines > 1)}, {library_version(load_mpi())}"
+    )
+    problem = strangers(world.size)
+    return [problem] if problem else []
+
+
+def _cuda_device(world: Any) -> tuple[str | None, str]:
+    """This rank's device, if every rank has one; else why not."""
+    try:
+        device, reason = local_device(), ""
+    except Exception as error:
+        device, reason = "", f"{type(error).__name__}: {error}"
+    for rank, text in enumerate(world.allgather(reason)):
+        if text:
+            return None, f"rank {rank}: {text}"
+    return device, ""
+
+
+def _columns(ranks: int) -> dict[str, tuple[Callable[[Setup], Any], str]]:
+    """What is checked, by the heading of its column, and how its figure is shown."""
+    even = [3] * ranks
+    uneven = [3] if ranks == 1 else [0, *(2 + rank % 3 for rank in range(1, ranks))]
+    against = check_against_one_process
+    return {
+        "float32": (partial(against, dtype="float32", sizes=even), "{:.1e}"),
+        "float16": (partial(against, dtype="float16", sizes=even), "{:.1e}"),
+        "uneven float32": (partial(against, dtype="float32", sizes=uneven), "{:.1e}"),
+        "uneven float16": (partial(against, dtype="float16", sizes=uneven), "{:.1e}"),
+        "same bits": (check_same_bits, "{}"),
+        "mismatch": (check_mismatch, "{}"),
+        "bad input": (check_bad_input, "{}"),
+        "    C = 64": (partial(check_latency, channels=64), "{:.1f} us"),
+        "    C = 2048": (partial(check_latency, channels=2048), "{:.1f} us"),
+    }
+
+
+def _everywhere(world: Any, check: Callable[[Setup], Any], setup: Setup) -> tuple[Any, list[str]]:
+    """Runs a check on every rank: the largest result, and what went wrong on which rank."""
+    result, fault = None, ""
+    try:
+        result = check(setup)
+    except Exception as error:
+        fault = f"{type(error).__name__}: {error}"[:600]
+    results, faults = zip(*world.allgather((result, fault)), strict=True)
+    ranks_of: dict[str, list[int]] = {}
+    for rank, text in enumerate(faults):
+        if text:
+            ranks_of.setdefault(text, []).append(rank)
+    named = [
+        f"{text} (rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))})"
+        for text, ranks in ranks_of.items()
+    ]
+    measured = [result for result in results if result is not None]
+    return max(measured, default=None), named
