@@ -66,7 +66,7 @@ class joint:
         """Where to write `size` numbers of the next message, beside `like`; None with one rank."""
         if self.ranks == 1:
             return None
-        if isinstance(like, np.ndarray):  # np.zeros_like takes a microsecond to find NumPy
+        if type(like) is np.ndarray:  # np.zeros_like takes a microsecond to find NumPy
             self._message = np.zeros(self.length, self.dtype)
         else:
             self._message = np.zeros_like(like, shape=self.length, dtype=self.dtype)
