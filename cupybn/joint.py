@@ -103,11 +103,21 @@ class joint:
     ) -> None:
         # Not for KeyboardInterrupt and SystemExit: then the peers may be gone, and this rank wants
         # to end, not to wait for them.
-        if isinstance(error, Exception) and self.ranks > 1 and self._owed:
-            message = np.zeros(self.length, self.dtype)
-            message[:HEADER] = poison(self.dtype, self.comm.rank)
+        if not isinstance(error, Exception):
+            return
+        self._say_where(error)
+        if self.ranks > 1 and self._owed:
             with suppress(Exception):  # the rank's own exception says more than a failed farewell
+                message = np.zeros(self.length, self.dtype)
+                message[:HEADER] = poison(self.dtype, self.comm.rank)
                 self.comm.allreduce(message, f"{self.what}, after {type(error).__name__}")
+
+    def _say_where(self, error: Exception) -> None:
+        """Adds to a traceback, from Python 3.11 on, what the text of a rank's own error lacks."""
+        add_note = getattr(error, "add_note", None)
+        if add_note is not None and not isinstance(error, PeerError | CollectiveMismatchError):
+            alone = self.ranks == 1
+            add_note(self.what if alone else f"{self.what}, rank {self.comm.rank} of {self.ranks}")
 
     def _blame(self, summed: Header) -> str:
         who = f"{summed.failed} of {self.ranks} ranks"

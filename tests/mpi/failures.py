@@ -1,157 +1,320 @@
-"""One rank, the last, does something wrong: ``failures.py CASE``. Each rank prints what it got."""
+"""One rank, the last, does something wrong: every case in turn, each on its own communicator.
 
+Each rank prints a line of JSON for each case: the exception's class and text, its notes, whether
+any array of the layers changed, and what came of the same call without the mistake.
+"""
+
+import hashlib
+import json
 import os
-import signal
-import sys
-import time
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import numpy as np
 from mpi4py import MPI
 
-from cupybn import BatchNorm2d, Sequential, SyncBatchNorm, convert_sync_batchnorm
+from cupybn import Sequential, SyncBatchNorm, distributed, passes
+from cupybn.backends import numpy as backend
+from cupybn.joint import joint
 
-comm = MPI.COMM_WORLD
-culprit = comm.rank == comm.size - 1
-case = sys.argv[1]
-x = np.random.default_rng(comm.rank).standard_normal((2, 4, 3, 3)).astype(np.float32)
+world = MPI.COMM_WORLD
+culprit = world.rank == world.size - 1
+x = np.random.default_rng(world.rank).standard_normal((2, 4, 3, 3)).astype(np.float32)
+wide = np.concatenate([x, x], axis=1)
+CASES = {}
 
 
-def make(second=4):
-    return Sequential({
-        "first": BatchNorm2d(4),
-        "second": BatchNorm2d(second, eps=1e-3 if culprit and case == "eps" else 1e-5),
+def case(name):
+    """Of a function of a communicator: it prepares, and returns layers and ``action(wrong)``."""
+
+    def keep(prepare):
+        CASES[name] = prepare
+
+    return keep
+
+
+def network(comm, second=4):
+    """Layers whose state is not the initial one."""
+    net = Sequential({
+        "first": SyncBatchNorm(4, comm=comm),
+        "second": SyncBatchNorm(second, comm=comm),
+        "third": SyncBatchNorm(4, comm=comm),
     })  # fmt: skip
+    for layer in net:
+        layer.backward(layer.forward(wide[:, : layer.num_features]))
+    return net
 
 
-net = convert_sync_batchnorm(make(4 if case != "swapped, neighbouring C" else 5))
-net.first.backward(net.first.forward(x))  # a step that works: the state is not the initial one
-net.zero_grad()
+# ---- what one rank alone gets wrong --------------------------------------------------------------
+
+HUGE = np.broadcast_to(np.float32(1), (2**20, 4, 2**15, 2**15))  # 16 PiB if it has to be copied
+INPUTS = {
+    "three channels": x[:, :3],
+    "a list": x.tolist(),
+    "None": None,
+    "integers": x.astype(np.int64),
+    "another dtype of x": x.astype(np.float64),
+    "one dimension": x.reshape(-1),
+    "an x that does not fit in memory": HUGE,
+}
+GRADIENTS = {
+    "dy of another shape": x[:1],
+    "dy with three channels": x[:, :3],
+    "dy of another dtype": x.astype(np.float64),
+    "dy is a list": x.tolist(),
+}
 
 
-def bits():
+def with_input(value):
+    def prepare(comm):
+        net = network(comm)
+        return net, lambda wrong: net.first.forward(value if wrong else x)
+
+    return prepare
+
+
+def with_gradient(value):
+    def prepare(comm):
+        net = network(comm)
+        net.first.forward(x)
+        return net, lambda wrong: net.first.backward(value if wrong else x)
+
+    return prepare
+
+
+for name, value in INPUTS.items():
+    case(f"forward, {name}")(with_input(value))
+for name, value in GRADIENTS.items():
+    case(f"backward, {name}")(with_gradient(value))
+
+
+@case("forward, a residual of another shape")
+def _(comm):
+    net = network(comm)
+    return net, lambda wrong: net.first.forward(x, x[:1] if wrong else x)
+
+
+@case("forward, out over x")
+def _(comm):
+    net = network(comm)
+    return net, lambda wrong: net.first.forward(x, out=x if wrong else None)
+
+
+@case("backward without a forward")
+def _(comm):
+    net = network(comm)
+    net.first.forward(x)
+    kept = net.first.saved
+
+    def action(wrong):
+        net.first.saved = None if wrong else kept
+        net.first.backward(x)
+
+    return net, action
+
+
+@case("backward with the context of another layer")
+def _(comm):
+    net = network(comm, second=5)
+    net.first.forward(x)
+    net.second.forward(wide[:, :5])
+    contexts = net.first.saved, net.second.saved
+    return net, lambda wrong: net.first.backward(x, contexts[wrong])
+
+
+def failing(name, where, target, error, text):
+    """Both directions, with `target` of `where` raising on the culprit."""
+    for direction in ("forward", "backward"):
+
+        def prepare(comm, direction=direction):
+            net = network(comm)
+            if direction == "backward":
+                net.first.forward(x)
+            call = getattr(net.first, direction)
+
+            def action(wrong):
+                broken = patch.object(where, target.format(direction), side_effect=error(text))
+                with broken if wrong else nullcontext():
+                    call(x)
+
+            return net, action
+
+        case(f"{direction}, no {name}")(prepare)
+
+
+failing("memory for the output", passes, "_output3", MemoryError, "no room")
+failing("memory for the message", joint, "payload", MemoryError, "no room")
+failing("compiler", backend, "prepare_{}", RuntimeError, "the kernel does not compile")
+
+
+# ---- ranks that are not at the same call ---------------------------------------------------------
+
+
+def pair(comm, **options):
+    """Two layers of one name that differ in a setting; forward of both has been."""
+    layers = [
+        SyncBatchNorm(4, comm=comm, name="layer"),
+        SyncBatchNorm(4, comm=comm, name="layer", **options),
+    ]
+    inputs = [x.astype(layer.dtype) for layer in layers]
+    for layer, value in zip(layers, inputs, strict=True):
+        layer.forward(value)
+    net = Sequential(*layers)
+    return net, lambda direction, wrong: getattr(layers[wrong], direction)(inputs[wrong])
+
+
+SETTINGS = {
+    "eps": {"eps": 1e-3},
+    "momentum": {"momentum": 0.2},
+    "dtype": {"dtype": "float64"},
+    "activation": {"activation": "relu"},
+    "affine": {"affine": False},
+}
+for name, options in SETTINGS.items():
+    for direction in ("forward", "backward"):
+
+        def prepare(comm, options=options, direction=direction):
+            net, call = pair(comm, **options)
+            return net, lambda wrong: call(direction, wrong)
+
+        case(f"{direction}, another {name}")(prepare)
+
+
+@case("forward, layers swapped")
+def _(comm):
+    net = network(comm)
+    return net, lambda wrong: (net.second if wrong else net.first).forward(x)
+
+
+@case("forward, layers of neighbouring C swapped")
+def _(comm):
+    net = network(comm, second=5)
+    return net, lambda wrong: (
+        net.second.forward(wide[:, :5]) if wrong else net.first.forward(x)
+    )  # fmt: skip
+
+
+@case("backward, layers swapped")
+def _(comm):
+    net = network(comm)
+    net.forward(x)
+    contexts = {layer.label: context for layer, context in net.saved}
+
+    def action(wrong):
+        layer = net.first if wrong else net.third
+        layer.backward(x, contexts[layer.label])
+
+    return net, action
+
+
+@case("backward, layers of neighbouring C swapped")
+def _(comm):
+    net = network(comm, second=5)
+    net.first.forward(x)
+    net.second.forward(wide[:, :5])
+    return net, lambda wrong: (
+        net.first.backward(x) if wrong else net.second.backward(wide[:, :5])
+    )  # fmt: skip
+
+
+@case("forward, a layer skipped")
+def _(comm):
+    """The culprit is at the third layer when the others are at the second."""
+    net = network(comm)
+    net.first.forward(x)
+    return net, lambda wrong: (net.third if wrong else net.second).forward(x)
+
+
+@case("backward, a layer skipped")
+def _(comm):
+    net = network(comm)
+    for layer in net:
+        layer.forward(x)
+    net.third.backward(x)
+    return net, lambda wrong: (net.first if wrong else net.second).backward(x)
+
+
+@case("the last layer skipped: backward meets forward")
+def _(comm):
+    net = network(comm)
+    net.first.forward(x)
+    net.second.forward(x)
+    return net, lambda wrong: net.second.backward(x) if wrong else net.third.forward(x)
+
+
+@case("the last backward skipped: the next forward meets it")
+def _(comm):
+    net = network(comm)
+    net.first.forward(x)
+    return net, lambda wrong: (net.first.forward if wrong else net.first.backward)(x)
+
+
+@case("gradients of another tree")
+def _(comm):
+    net = network(comm)
+    return net, lambda wrong: distributed.allreduce_gradients(net.first if wrong else net, comm)
+
+
+@case("verify_sync meets forward")
+def _(comm):
+    net = network(comm)
+    return net, lambda wrong: (
+        distributed.verify_sync(net, comm) if wrong else net.first.forward(x)
+    )  # fmt: skip
+
+
+# ---- what cannot be seen -------------------------------------------------------------------------
+
+
+@case("evaluation for one step")
+def _(comm):
+    """One layer, five steps: the culprit evaluates in the second, then trains again."""
+    layer = SyncBatchNorm(4, comm=comm)
+    steps = [np.full((2, 4), i, np.float32) + x[:, :, 0, 0] for i in range(5)]
+    means = []
+    for i, batch in enumerate(steps if culprit else steps[:-1]):
+        layer.train(not (culprit and i == 1))
+        layer.forward(batch)
+        if layer.training:
+            means.append(float(layer.saved.mean.mean()))
+            layer.backward(batch)
+    state = hashlib.sha256(b"".join(map(bytes, bits(layer)[-3:]))).hexdigest()
+    report(case="evaluation, so far", means=means, loops=i + 1, buffers=state)
+    return layer, lambda wrong: (
+        distributed.verify_sync(layer, comm) if wrong else layer.forward(steps[-1])
+    )  # fmt: skip
+
+
+# ---- running them --------------------------------------------------------------------------------
+
+
+def bits(net):
     arrays = [*net.named_parameters(), *net.named_gradients(), *net.named_buffers()]
     return [array.tobytes() for _, array in arrays]
 
 
-def wrong_input():
-    inputs = {
-        "three channels": x[:, :3],
-        "a list": x.tolist(),
-        "integers": x.astype(np.int64),
-        "None": None,
-        "float64": x.astype(np.float64),
-        "one dimension": x.reshape(-1),
-    }
-    net.first.forward(inputs[case] if culprit else x)
+def report(**line):
+    os.write(1, (json.dumps({"rank": world.rank, **line}) + "\n").encode())
 
 
-def swapped():
-    wide = np.concatenate([x, x], axis=1)[:, : net.second.num_features]
-    (net.second if culprit else net.first).forward(wide if culprit else x)
-
-
-def forward_meets_backward():
-    net.first.forward(x)
-    global before
-    before = bits()
-    (net.first.forward if culprit else net.first.backward)(x)
-
-
-def bad_dy():
-    net.first.forward(x)
-    global before
-    before = bits()
-    net.first.backward(x[:1] if culprit else x)
-
-
-def backward_without_forward():
-    if not culprit:
-        net.first.forward(x)
-    else:
-        net.first.forward(x)
-        net.first.saved = None
-    global before
-    before = bits()
-    net.first.backward(x)
-
-
-def gradients_of_another_tree():
-    from cupybn import distributed
-
-    tree = net.first if culprit else net
-    distributed.allreduce_gradients(tree)
-
-
-def other_dtype():
-    layer = SyncBatchNorm(4, dtype="float64" if culprit else "float32", name="layer")
-    layer.forward(x.astype(np.float64) if culprit else x)
-
-
-def other_momentum():
-    net.first.momentum = 0.2 if culprit else 0.1
-    net.first.forward(x)
-
-
-def user_code_raises():
-    if culprit:
-        raise RuntimeError("a bug in the user's own code")
-    net.first.forward(x)
-
-
-def exits():
-    if culprit:
-        sys.exit(0)
-    net.first.forward(x)
-
-
-def killed():
-    if culprit:
-        time.sleep(1)
-        os.kill(os.getpid(), signal.SIGKILL)
-    net.first.forward(x)
-
-
-def sleeps():
-    if case == "sleeps, nobody listens":
-        sys.__stderr__.close()
-    if culprit:
-        time.sleep(60)
-    net.second.forward(x)
-
-
-actions = {
-    "swapped": swapped,
-    "swapped, neighbouring C": swapped,
-    "forward meets backward": forward_meets_backward,
-    "dy": bad_dy,
-    "backward without forward": backward_without_forward,
-    "gradients of another tree": gradients_of_another_tree,
-    "another dtype": other_dtype,
-    "eps": lambda: net.second.forward(x),
-    "momentum": other_momentum,
-    "user code raises": user_code_raises,
-    "exits": exits,
-    "killed": killed,
-    "sleeps": sleeps,
-    "sleeps, nobody listens": sleeps,
-}
-before = bits()
-try:
-    actions.get(case, wrong_input)()
-except Exception as error:
-    if case == "user code raises" and culprit:
-        raise
-    state = "unchanged" if bits() == before else "CHANGED"
-    text = f"{comm.rank}|{type(error).__name__}|{state}|{str(error)!r}"
-else:
-    text = f"{comm.rank}|nothing|{'unchanged' if bits() == before else 'CHANGED'}|"
-os.write(1, (text + "\n").encode())
-
-if case in ("a list", "dy"):  # after PeerError the communicator goes on working
-    net.first.forward(x)
-    os.write(1, f"{comm.rank}|went on||\n".encode())
-elif case == "swapped":  # after a mismatch it is closed, without communicating
+def outcome(action, wrong):
     try:
-        net.first.forward(x)
+        action(wrong)
     except Exception as error:
-        os.write(1, f"{comm.rank}|closed {type(error).__name__}||{str(error)!r}\n".encode())
+        notes = getattr(error, "__notes__", [])
+        return {"error": type(error).__name__, "text": str(error), "notes": notes}
+    return {"error": None, "text": "", "notes": []}
+
+
+def main():
+    for name, prepare in CASES.items():
+        comm = world.Dup()
+        net, action = prepare(comm)
+        before = bits(net)
+        first = outcome(action, culprit)
+        unchanged = bits(net) == before
+        report(case=name, **first, unchanged=unchanged, again=outcome(action, False))
+
+
+if __name__ == "__main__":
+    main()
