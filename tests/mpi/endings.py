@@ -1,6 +1,6 @@
 """One rank, the last, does what the others wait for in vain: ``endings.py CASE [DIRECTION]``.
 
-Each rank prints a line of JSON when it is about to act: who it is, its process, the time.
+Each rank prints a line of JSON when it is about to act: its number, process, MPI, and the time.
 """
 
 import json
@@ -36,6 +36,8 @@ def leaves():
         sys.exit(0)
     elif case == "exits at once":
         os._exit(3)
+    if case == "exits at once with 0":
+        os._exit(0)
     elif case == "is killed":
         os.kill(os.getpid(), signal.SIGKILL)
     elif case == "is stopped":
@@ -86,7 +88,8 @@ def is_at_the_gradients():
 
 
 def begin():
-    line = {"rank": comm.rank, "pid": os.getpid(), "time": time.time()}
+    library = MPI.get_vendor()[0]
+    line = {"rank": comm.rank, "pid": os.getpid(), "time": time.time(), "library": library}
     os.write(1, (json.dumps(line) + "\n").encode())
 
 
