@@ -266,23 +266,31 @@ def _(comm):
 # ---- what cannot be seen -------------------------------------------------------------------------
 
 
-@case("evaluation for one step")
-def _(comm):
-    """One layer, five steps: the culprit evaluates in the second, then trains again."""
-    layer = SyncBatchNorm(4, comm=comm)
-    steps = [np.full((2, 4), i, np.float32) + x[:, :, 0, 0] for i in range(5)]
-    means = []
-    for i, batch in enumerate(steps if culprit else steps[:-1]):
-        layer.train(not (culprit and i == 1))
-        layer.forward(batch)
-        if layer.training:
-            means.append(float(layer.saved.mean.mean()))
-            layer.backward(batch)
-    state = hashlib.sha256(b"".join(map(bytes, bits(layer)[-3:]))).hexdigest()
-    report(case="evaluation, so far", means=means, loops=i + 1, buffers=state)
-    return layer, lambda wrong: (
-        distributed.verify_sync(layer, comm) if wrong else layer.forward(steps[-1])
-    )  # fmt: skip
+def with_evaluation(layers):
+    """Five steps: the culprit evaluates in the second, then trains again."""
+
+    def prepare(comm):
+        net = Sequential(*(SyncBatchNorm(4, comm=comm) for _ in range(layers)))
+        steps = [np.full((2, 4), i, np.float32) + x[:, :, 0, 0] for i in range(5)]
+        means = []
+        for i, batch in enumerate(steps if culprit else steps[:-1]):
+            net.train(not (culprit and i == 1))
+            net.forward(batch)
+            if net.training:
+                means.append(float(net.saved[0][1].mean.mean()))
+                net.backward(batch)
+        state = b"".join(array.tobytes() for _, array in net.named_buffers())
+        digest = hashlib.sha256(state).hexdigest()
+        report(case=f"so far, {layers}", means=means, loops=i + 1, buffers=digest)
+        return net, lambda wrong: (
+            distributed.verify_sync(net, comm) if wrong else net.forward(steps[-1])
+        )  # fmt: skip
+
+    return prepare
+
+
+for layers in (1, 2):
+    case(f"evaluation for one step, {layers}")(with_evaluation(layers))
 
 
 # ---- running them --------------------------------------------------------------------------------
