@@ -23,14 +23,14 @@ Array expressions, for NumPy and CuPy alike; no kernel of its own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .arrays import Array, as_array, is_cupy, parameter_dtype
 from .backends import backend_for
 from .checks import check_like, check_parameter
-from .joint import joint
+from .joint import Steps, joint
 from .passes import Saved
 from .statistics import padded_length
 
@@ -77,12 +77,11 @@ class _Data(NamedTuple):
 def double_backward_call(saved: Saved) -> joint:
     """The joint call of one double backward."""
     name = repr(saved.name) if saved.name else "a batch norm"
-    return joint(
-        saved.comm, f"double backward of {name}", padded_length(SUMS * saved.layout.channels)
-    )
+    size = SUMS * saved.layout.channels
+    return joint(saved.comm, f"double backward of {name}", padded_length(size), room=size)
 
 
-def double_backward_pass(
+def double_backward_steps(
     call: joint,
     ddx: Array | None,
     ddweight: Array | None,
@@ -90,7 +89,7 @@ def double_backward_pass(
     saved: Saved,
     dy: Array,
     ddresidual: Array | None = None,
-) -> DoubleGrads:
+) -> Steps[DoubleGrads]:
     """:func:`batch_norm_double_backward` inside a joint call, on the device of x."""
     x3 = saved.x3
     data = _prepare(saved, ddx, dy, ddresidual)
@@ -105,7 +104,8 @@ def double_backward_pass(
     local = total = _reduce(data, saved, per_channel[0])
     if payload is not None:
         payload[...] = np.concatenate(local)
-        total = _Sums(*np.split(call.pool(0, size)[1], SUMS))
+        _, pooled = yield 0, size
+        total = _Sums(*np.split(pooled, SUMS))
     dweight = _write(data, saved, *per_channel, local, total, ddy3, dx3)
     if saved.weight is not None:
         dweight = dweight.astype(saved.weight.dtype)
@@ -113,6 +113,11 @@ def double_backward_pass(
     return DoubleGrads(
         layout.restore(ddy3), layout.restore(dx3), None if saved.weight is None else dweight
     )
+
+
+def double_backward_pass(call: joint, *args: Any) -> DoubleGrads:
+    """What :func:`double_backward_steps` gives."""
+    return call.drive(double_backward_steps(call, *args))
 
 
 def _prepare(saved: Saved, ddx: Array | None, dy: Array, ddresidual: Array | None) -> _Data:

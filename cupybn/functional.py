@@ -23,9 +23,11 @@ The five primitives work on (N, C, L) views and are for frameworks that own the 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import wraps
-from typing import Any, NamedTuple, TypeVar, cast
+from functools import partial, wraps
+from inspect import signature
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import numpy as np
 
@@ -33,14 +35,16 @@ from .arrays import Array, as_array, as_written, on_device_of
 from .backends import backend_for
 from .backends import numpy as reference
 from .checks import check_momentum
+from .coalesce import run_together
 from .communicators import resolve
-from .double_backward import DoubleGrads, double_backward_call, double_backward_pass
+from .double_backward import DoubleGrads, double_backward_call, double_backward_steps
 from .errors import CupyBNError, ShapeError
+from .joint import Started, Steps, on_its_device
 from .passes import (
     ALONE,
     Saved,
-    backward_pass,
-    forward_pass,
+    backward_steps,
+    forward_steps,
     inference_pass,
     joint_pass,
 )
@@ -59,6 +63,7 @@ __all__ = [
     "batch_norm_double_backward",
     "batch_norm_forward",
     "batch_norm_inference",
+    "coalesce",
     "finalize_moments",
     "normalize",
     "recentre_moments",
@@ -66,6 +71,8 @@ __all__ = [
 ]
 
 _Primitive = TypeVar("_Primitive", bound=Any)
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 
 def _dispatched(primitive: _Primitive) -> _Primitive:
@@ -79,6 +86,19 @@ def _dispatched(primitive: _Primitive) -> _Primitive:
         return getattr(backend_for(array), name)(first, *args, **kwargs)
 
     return cast(_Primitive, on_its_backend)
+
+
+def _collective(start: Callable[_Parameters, Started[_Result]]) -> Callable[_Parameters, _Result]:
+    """The call that `start` starts, by itself; :func:`coalesce` finds `start` to run several."""
+
+    @wraps(start)
+    def call(*args: _Parameters.args, **options: _Parameters.kwargs) -> _Result:
+        return start(*args, **options).run()
+
+    returns = start.__annotations__["return"].removeprefix("Started[").removesuffix("]")
+    call.__signature__ = signature(start).replace(return_annotation=returns)  # type: ignore[attr-defined]
+    call.start = start  # type: ignore[attr-defined]
+    return call
 
 
 _NO_ARRAYS = (np.ndarray, np.generic, Moments, tuple, int, float, str, type(None))
@@ -118,6 +138,7 @@ class Grads(NamedTuple):
     dresidual: Array | None
 
 
+@_collective
 def batch_norm_forward(
     x: Array,
     weight: Array | None = None,
@@ -130,7 +151,7 @@ def batch_norm_forward(
     activation: str | None = None,
     residual: Array | None = None,
     out: Array | None = None,
-) -> tuple[Array, Saved]:
+) -> Started[tuple[Array, Saved]]:
     """Normalises x with the statistics of the batch of all ranks of `comm`.
 
     Args:
@@ -164,13 +185,18 @@ def batch_norm_forward(
     }
     x, weight = _array_if_possible(x), _array_if_possible(weight)
     channels = _channels(x, weight, channel_axis)
-    with joint_pass(ALONE if comm is None else resolve(comm), "forward", name, channels) as call:
-        x = as_array(x)
-        with on_device_of(x):
-            return forward_pass(call, x, weight, bias, eps, name=name or "", **options)
+    call = joint_pass(ALONE if comm is None else resolve(comm), "forward", name, channels)
+
+    def steps() -> Steps[tuple[Array, Saved]]:
+        array = as_array(x)
+        steps = forward_steps(call, array, weight, bias, eps, name=name or "", **options)
+        return (yield from on_its_device(array, steps))
+
+    return Started(call, steps())
 
 
-def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) -> Grads:
+@_collective
+def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) -> Started[Grads]:
     """Gradients of a forward, over the ranks of its communicator.
 
     Args:
@@ -185,14 +211,20 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
         As :func:`batch_norm_forward`.
     """
     c = saved.layout.channels
-    with joint_pass(saved.comm, "backward", saved.name, c) as call, on_device_of(saved.x3):
+    call = joint_pass(saved.comm, "backward", saved.name, c)
+
+    def steps() -> Steps[Grads]:
         dweight, dbias = (
             None if p is None else np.zeros_like(p, shape=(c,)) for p in (saved.weight, saved.bias)
         )
-        dx, dresidual = backward_pass(call, dy, saved, out=out, dweight=dweight, dbias=dbias)
-    return Grads(dx, dweight, dbias, dresidual)
+        options = {"out": out, "dweight": dweight, "dbias": dbias}
+        dx, dresidual = yield from backward_steps(call, dy, saved, **options)
+        return Grads(dx, dweight, dbias, dresidual)
+
+    return Started(call, on_its_device(saved.x3, steps()))
 
 
+@_collective
 def batch_norm_double_backward(
     ddx: Array | None,
     ddweight: Array | None,
@@ -201,7 +233,7 @@ def batch_norm_double_backward(
     dy: Array,
     *,
     ddresidual: Array | None = None,
-) -> DoubleGrads:
+) -> Started[DoubleGrads]:
     """Gradients of :func:`batch_norm_backward`, over the ranks of its communicator.
 
     They are those of ``sum(ddx * dx) + sum(ddweight * dweight) + sum(ddbias * dbias)``, summed over
@@ -224,8 +256,62 @@ def batch_norm_double_backward(
         ValueError: ddweight, ddbias or ddresidual for what the forward did not have.
         Otherwise as :func:`batch_norm_forward`.
     """
-    with double_backward_call(saved) as call, on_device_of(saved.x3):
-        return double_backward_pass(call, ddx, ddweight, ddbias, saved, dy, ddresidual)
+    call = double_backward_call(saved)
+    steps = double_backward_steps(call, ddx, ddweight, ddbias, saved, dy, ddresidual)
+    return Started(call, on_its_device(saved.x3, steps))
+
+
+def coalesce(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Runs several calls that do not depend on each other with one message in place of one each.
+
+    ::
+
+        y1, y2 = coalesce([partial(bn1.forward, x1), partial(bn2.forward, x2)])
+        dx1, dx2 = coalesce([partial(bn1.backward, dy1), partial(bn2.backward, dy2)])
+
+    Three parallel branches take one allreduce forward (two with float64 data) and one backward,
+    whatever their shapes and dtypes. What is computed is what the calls compute one after the
+    other. The sums are too, to the last bit, where the communicator adds up a number in the same
+    order in a message of any length: over threads, and with every MPICH measured; Open MPI with 3
+    ranks does not (docs/distributed.md).
+
+    If a call fails on one rank, that rank raises its exception; the others raise PeerError. Then no
+    parameter, gradient or buffer of any of the layers has changed on any rank. Every rank makes the
+    same calls in the same order.
+
+    Args:
+        calls: ``functools.partial`` objects over :func:`batch_norm_forward`,
+            :func:`batch_norm_backward`, :func:`batch_norm_double_backward`, or ``forward`` and
+            ``backward`` of batch norms, each layer once in a direction. All over one communicator;
+            those that send nothing (evaluation, one rank) may be among them.
+
+    Returns:
+        What each call returns, in order.
+
+    Raises:
+        TypeError: something else is among the calls, on every rank, before anything is sent.
+        ValueError: so are different communicators, or a layer twice.
+        Otherwise as the calls.
+    """
+    seen: set[tuple[int, str]] = set()
+    started = []
+    for i, call in enumerate(calls):
+        function, args, options = call, (), {}
+        if isinstance(call, partial):
+            function, args, options = call.func, call.args, call.keywords
+        owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+        start = getattr(function, "start", None) or getattr(owner, f"start_{name}", None)
+        if start is None:
+            raise TypeError(
+                f"call {i + 1} of {len(calls)} is {function!r}: only functools.partial of forward "
+                "and backward of batch norms, and of functional.batch_norm_forward, _backward and "
+                "_double_backward, can share a message"
+            )
+        if owner is not None and (id(owner), name) in seen:
+            raise ValueError(f"{owner.label}: {name} stands twice among the calls of one message")
+        seen.add((id(owner), name))
+        started.append(start(*args, **options))
+    return run_together(started) if started else []
 
 
 def batch_norm_inference(

@@ -5,17 +5,25 @@ for float64 data in forward). A rank that fails before its message is sent sends
 raises its own exception; the others raise ``PeerError``. Ranks that came with different calls all
 raise ``CollectiveMismatchError``. Nobody waits for a message that never comes, and nobody writes
 before the header of the last message was accepted.
+
+What a call does between its messages is a generator, its *steps*, so that several calls can share
+their messages (:mod:`cupybn.coalesce`). It yields
+
+* ``(count, size)`` when its message is written, and is sent back what :meth:`joint.pool` returns;
+* ``None`` at a checkpoint: before it writes anything that outlives an error, because from there on
+  nothing is refused; and once more when all is written. Closing it there undoes what it wrote.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
-from .arrays import Array, assign
+from .arrays import Array, assign, is_cupy, on_device_of
 from .communicators import Communicator
 from .communicators.base import check_usable, first_values, refuse
 from .errors import CollectiveMismatchError, CupyBNError, PeerError
@@ -30,6 +38,10 @@ from .statistics import (
 )
 
 _Self = TypeVar("_Self", bound="joint")
+_Result = TypeVar("_Result")
+
+Request: TypeAlias = "tuple[int, int] | None"
+Steps: TypeAlias = Generator[Request, Any, _Result]
 
 
 class joint:
@@ -40,16 +52,31 @@ class joint:
         what: the call, for messages and errors, e.g. ``"forward of 'features.bn1'"``.
         length: of the messages, the same for all of them; see ``statistics.padded_length``.
         dtype: of the messages.
+        room: how many numbers of a payload there may be; None is all that the length allows.
+
+    Attributes:
+        fingerprint: what must be equal on all ranks.
+        messages: how many are still to come.
+        together: the call of several whose messages carry this one's, if any.
     """
 
-    def __init__(self, comm: Communicator, what: str, length: int, dtype: Any = np.float64) -> None:
+    def __init__(
+        self,
+        comm: Communicator,
+        what: str,
+        length: int,
+        dtype: Any = np.float64,
+        room: int | None = None,
+    ) -> None:
         self.comm = comm
         self.ranks = comm.size
         self.what = what
         self.length = length
         self.dtype = dtype
-        self._fingerprint = what
-        self._owed = 1
+        self.room = length - HEADER if room is None else room
+        self.together: Any = None
+        self.fingerprint = what
+        self.messages = 1
         self._message: Array = None
 
     def __enter__(self: _Self) -> _Self:
@@ -59,13 +86,15 @@ class joint:
 
     def agree(self, settings: str, messages: int = 1) -> None:
         """States what must be equal on all ranks, and how many messages the call takes."""
-        self._fingerprint = f"{self.what}: {settings}"
-        self._owed = messages
+        self.fingerprint = f"{self.what}: {settings}"
+        self.messages = messages
 
     def payload(self, like: Array, size: int) -> Array | None:
         """Where to write `size` numbers of the next message, beside `like`; None with one rank."""
         if self.ranks == 1:
             return None
+        if self.together is not None:
+            return self.together.section(self, like)[:size]
         if type(like) is np.ndarray:  # np.zeros_like takes a microsecond to find NumPy
             self._message = np.zeros(self.length, self.dtype)
         else:
@@ -79,21 +108,37 @@ class joint:
             PeerError: another rank failed.
             CollectiveMismatchError: the ranks do not agree; the communicator is closed.
         """
-        assign(self._message[:HEADER], header(self.dtype, self._fingerprint, count))
-        self._owed -= 1
+        assign(self._message[:HEADER], header(self.dtype, self.fingerprint, count))
+        self.messages -= 1
         try:
             total = self.comm.allreduce(self._message, self.what)
         except CupyBNError:  # of ranks that are threads: the others know, or wait no longer
-            self._owed = 0
+            self.messages = 0
             raise
-        summed = read_header(first_values(self.comm, total, HEADER), self.ranks)
+        summed = self._read(total)
         if summed.failed:
-            self._owed = 0
+            self.messages = 0
             raise PeerError(self._blame(summed))
         if not summed.agree:
-            self._owed = 0
+            self.messages = 0
             raise CollectiveMismatchError(self._compare())
         return summed.count, total[HEADER : HEADER + size]
+
+    def drive(self, steps: Steps[_Result]) -> _Result:
+        """Runs the steps of a call to their end, with messages of its own."""
+        answer = None
+        try:
+            while True:
+                request = steps.send(answer)
+                if request is None:
+                    answer = None
+                    continue
+                with on_device_of(self._message):
+                    answer = self.pool(*request)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        finally:
+            steps.close()
 
     def __exit__(
         self,
@@ -106,31 +151,49 @@ class joint:
         if not isinstance(error, Exception):
             return
         self._say_where(error)
-        if self.ranks > 1 and self._owed:
+        if self.ranks > 1 and self.messages:
             with suppress(Exception):  # the rank's own exception says more than a failed farewell
-                message = np.zeros(self.length, self.dtype)
-                message[:HEADER] = poison(self.dtype, self.comm.rank)
-                self.comm.allreduce(message, f"{self.what}, after {type(error).__name__}")
+                self.comm.allreduce(self._farewell(), f"{self.what}, after {type(error).__name__}")
+
+    def _farewell(self) -> Array:
+        message = np.zeros(self.length, self.dtype)
+        message[:HEADER] = poison(self.dtype, self.comm.rank)
+        return message
+
+    def _failed_here(self) -> str:
+        """The call that failed on this rank."""
+        return self.what
+
+    def _failed_there(self) -> str:
+        """Which of several calls failed on another rank, for the text of PeerError."""
+        return ""
+
+    def _read(self, total: Array) -> Header:
+        return read_header(first_values(self.comm, total, HEADER), self.ranks)
+
+    def _text(self) -> str:
+        """What the other ranks are told of this call when the ranks do not agree."""
+        return self.fingerprint
 
     def _say_where(self, error: Exception) -> None:
         """Adds to a traceback, from Python 3.11 on, what the text of a rank's own error lacks."""
         add_note = getattr(error, "add_note", None)
         if add_note is not None and not isinstance(error, PeerError | CollectiveMismatchError):
-            alone = self.ranks == 1
-            add_note(self.what if alone else f"{self.what}, rank {self.comm.rank} of {self.ranks}")
+            what = self._failed_here()
+            add_note(what if self.ranks == 1 else f"{what}, rank {self.comm.rank} of {self.ranks}")
 
     def _blame(self, summed: Header) -> str:
         who = f"{summed.failed} of {self.ranks} ranks"
         if summed.failed_rank is not None:
             who = f"rank {summed.failed_rank}"
         return (
-            f"{self.what}: {who} failed, and raised the exception that says why; "
+            f"{self.what}: {who} failed{self._failed_there()}, and raised the exception that says why; "
             "nothing was changed on this rank"
         )
 
     def _compare(self) -> str:
         table = self.comm.allreduce(
-            pack_texts(self._fingerprint, self.comm.rank, self.ranks), f"{self.what}, mismatch"
+            pack_texts(self._text(), self.comm.rank, self.ranks), f"{self.what}, mismatch"
         )
         groups: dict[str, list[int]] = {}
         for rank, text in enumerate(unpack_texts(table, self.ranks)):
@@ -139,6 +202,38 @@ class joint:
         text = "the ranks met in one collective with different calls:\n" + "\n".join(lines)
         refuse(self.comm, text)
         return text
+
+
+class Started(NamedTuple, Generic[_Result]):
+    """A call with its steps, none of which was taken yet."""
+
+    call: joint
+    steps: Steps[_Result]
+
+    def run(self) -> _Result:
+        """The call by itself."""
+        with self.call:
+            return self.call.drive(self.steps)
+
+
+def on_its_device(x: Array, steps: Steps[_Result]) -> Steps[_Result]:
+    """The same steps, each on the device of x. Between them the caller's device is current."""
+    return _stepwise(x, steps) if is_cupy(x) else steps
+
+
+def _stepwise(x: Array, steps: Steps[_Result]) -> Steps[_Result]:
+    answer = None
+    try:
+        while True:
+            try:
+                with on_device_of(x):
+                    request = steps.send(answer)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
+            answer = yield request
+    finally:
+        with on_device_of(x):
+            steps.close()
 
 
 def _name_ranks(ranks: list[int]) -> str:

@@ -1,15 +1,16 @@
 """The order of the primitives in one forward and one backward, and every check of their arguments.
 
-These run inside a :class:`cupybn.joint.joint` call, which the caller opens, so that whatever is
-raised here reaches the other ranks; and on the device of x, which the caller has made an array.
+These are the steps of a :class:`cupybn.joint.joint` call, which the caller opens, so that whatever
+is raised here reaches the other ranks; and on the device of x, which the caller has made an array.
+A ``*_pass`` takes the steps of its namesake in a call of its own.
 Everything that can fail on one rank alone (checks, copies, allocating outputs) comes before the
 first message.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from .checks import (
 )
 from .communicators import Communicator, SelfCommunicator
 from .errors import ShapeError
-from .joint import joint
+from .joint import Steps, joint
 from .statistics import BackwardSums, Moments, message_length
 
 ALONE = SelfCommunicator()
@@ -81,10 +82,12 @@ class Saved:
 def joint_pass(comm: Communicator, direction: str, name: str | None, channels: int) -> joint:
     """The joint call of one forward or backward."""
     what = f"{direction} of {name!r}" if name else f"{direction} of a batch norm"
-    return joint(comm, what, message_length(channels))
+    return joint(comm, what, message_length(channels), room=2 * channels)
 
 
-def _pooled_moments(call: joint, backend: Any, x3: Array, exact: bool) -> tuple[Moments, str]:
+def _pooled_moments(
+    call: joint, backend: Any, x3: Array, exact: bool
+) -> Steps[tuple[Moments, str]]:
     """The moments of all ranks' values, and the form in which ``finalize_moments`` gets them.
 
     With one rank the local moments are handed on untouched. With several, one message; two where
@@ -96,12 +99,12 @@ def _pooled_moments(call: joint, backend: Any, x3: Array, exact: bool) -> tuple[
     local = backend.batch_moments(x3, payload=payload)
     if payload is None:
         return local, "local"
-    count, total = call.pool(local.count, size)
+    count, total = yield local.count, size
     if not exact:
         return Moments(count, *np.split(total, 2)), "pooled"
     payload = call.payload(x3, c)
     backend.recentre_moments(local, total, count, payload)
-    _, m2 = call.pool(local.count, c)
+    _, m2 = yield local.count, c
     return Moments(count, total, m2), "recentred"
 
 
@@ -113,7 +116,7 @@ class _Inputs(NamedTuple):
     mask: Array | None
 
 
-def forward_pass(
+def forward_steps(
     call: joint,
     x: Array,
     weight: Array | None,
@@ -129,7 +132,7 @@ def forward_pass(
     running: tuple[Array, Array, float] | None = None,
     check_finite: bool = False,
     save: bool = True,
-) -> tuple[Array, Saved]:
+) -> Steps[tuple[Array, Saved]]:
     """:func:`batch_norm_forward` inside a joint call.
 
     `running` is (running mean, running variance, factor), updated when nothing can fail any more;
@@ -152,7 +155,7 @@ def forward_pass(
         x3, y3, residual3=residual3, mask=mask, activation=activation,
         running_dtype=None if state is None else state[0].dtype.name, ranks=call.ranks,
     )  # fmt: skip
-    moments, form = _pooled_moments(call, backend, x3, exact)
+    moments, form = yield from _pooled_moments(call, backend, x3, exact)
     if moments.count == 1:
         everywhere = "" if call.ranks == 1 else f" on this rank, 1 value on all {call.ranks} ranks"
         raise ShapeError(
@@ -161,7 +164,8 @@ def forward_pass(
         )
     if check_finite:
         _check_finite(moments)
-    with _restored_on_error(state):
+    yield None
+    with _restored_on_error(state or ()):
         mean, var, invstd = backend.finalize_moments(
             moments, eps, running=state, factor=factor, form=form
         )
@@ -170,20 +174,27 @@ def forward_pass(
             settings, name, residual is not None, mask,
         )  # fmt: skip
         _normalize(saved, residual3, y3)
-        return _finish(layout, y3, out), saved
+        y = _finish(layout, y3, out)
+        yield None
+    return y, saved
+
+
+def forward_pass(call: joint, x: Array, *args: Any, **options: Any) -> tuple[Array, Saved]:
+    """(y, saved) of :func:`forward_steps`."""
+    return call.drive(forward_steps(call, x, *args, **options))
 
 
 @contextmanager
-def _restored_on_error(state: tuple[Array, Array] | None) -> Iterator[None]:
-    """Puts running statistics back if memory runs out after they were updated.
+def _restored_on_error(state: Iterable[Array | None]) -> Iterator[None]:
+    """Puts arrays back if memory runs out, or another call fails, after they were updated.
 
     On the CPU only: on a device nothing is allocated, compiled or checked from then on.
     """
-    before = [array.copy() for array in state or () if isinstance(array, np.ndarray)]
+    before = [(array, array.copy()) for array in state if isinstance(array, np.ndarray)]
     try:
         yield
     except BaseException:
-        for array, values in zip(state or (), before, strict=False):
+        for array, values in before:
             array[...] = values
         raise
 
@@ -234,7 +245,7 @@ def inference_pass(
     return _finish(layout, y3, out), saved
 
 
-def backward_pass(
+def backward_steps(
     call: joint,
     dy: Array,
     saved: Saved,
@@ -242,7 +253,7 @@ def backward_pass(
     out: Array | None = None,
     dweight: Array | None = None,
     dbias: Array | None = None,
-) -> tuple[Array, Array | None]:
+) -> Steps[tuple[Array, Array | None]]:
     """:func:`batch_norm_backward` inside a joint call: (dx, dresidual). Adds to dweight, dbias."""
     dy = as_array(dy, "dy")
     x3, layout = saved.x3, saved.layout
@@ -268,17 +279,29 @@ def backward_pass(
     local = backend.backward_reduce(dy3, x3, *saved.transform, **saved.options, payload=payload)
     pooled = None if saved.constant else local
     if payload is not None:
-        _, total = call.pool(0, size)
+        _, total = yield 0, size
         pooled = BackwardSums(*np.split(total, 2))
-    backend.backward_input(
-        dy3, x3, *saved.transform, **saved.options,
-        sums=pooled, count=saved.count, out3=dx3, dresidual3=dresidual3,
-        local=local, dweight=dweight, dbias=dbias,
-    )  # fmt: skip
-    dresidual = dy if saved.has_residual else None
-    if dresidual3 is not None:
-        dresidual = layout.restore(dresidual3)
-    return _finish(layout, dx3, out), dresidual
+    yield None
+    alone = call.together is None  # then nothing follows that could fail
+    with nullcontext() if alone else _restored_on_error((dweight, dbias)):
+        backend.backward_input(
+            dy3, x3, *saved.transform, **saved.options,
+            sums=pooled, count=saved.count, out3=dx3, dresidual3=dresidual3,
+            local=local, dweight=dweight, dbias=dbias,
+        )  # fmt: skip
+        dresidual = dy if saved.has_residual else None
+        if dresidual3 is not None:
+            dresidual = layout.restore(dresidual3)
+        dx = _finish(layout, dx3, out)
+        yield None
+    return dx, dresidual
+
+
+def backward_pass(
+    call: joint, dy: Array, saved: Saved, **options: Any
+) -> tuple[Array, Array | None]:
+    """(dx, dresidual) of :func:`backward_steps`."""
+    return call.drive(backward_steps(call, dy, saved, **options))
 
 
 def _prepare(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from functools import partial
 
 import numpy as np
 import reference
@@ -362,6 +363,81 @@ def compare_with_differences(comm, case, options, expected, step=1e-5):
                        for i in range(size)]  # fmt: skip
             if mine:
                 assert reference.error(gradient.reshape(-1), numeric) < 1e-7, (name, numeric)
+
+
+def branches(comm, dtypes=("float32",) * 3, channels=(4, 64, 130), **options):
+    """Layers that do not depend on each other, and an x and a dy for each; uneven batches."""
+    layers, xs, dys = [], [], []
+    for i, (dtype, c) in enumerate(zip(dtypes, channels, strict=True)):
+        wide = "float64" if dtype == "float64" else None
+        layers.append(SyncBatchNorm(c, comm=comm, name="abc"[i], dtype=wide, **options))
+        shape = (2 + (comm.rank + i) % 3, c, 3)
+        xs.append(normal(shape, np.dtype(dtype), seed=10 * i + comm.rank))
+        dys.append(normal(shape, np.dtype(dtype), seed=10 * i + comm.rank + 5))
+    return layers, xs, dys
+
+
+def same_sum_at_any_length(comm):
+    """Whether MPI adds up a number in the same order in a message of any length: as measured."""
+    if not hasattr(comm, "mpi_comm") or comm.size != 3:
+        return True
+    from mpi4py import MPI
+
+    return "Open MPI" not in MPI.Get_library_version()
+
+
+def check_coalesce(comm):
+    """Three branches in one message have the bits of one after the other."""
+    for dtypes in (("float32",) * 3, ("float64",) * 3, ("float16", "float64", "float32")):
+        for channels in ((4, 64, 130), (2048, 64, 2048)):
+            spies = Spy(comm), Spy(comm)
+            apart, xs, dys = branches(spies[0], dtypes, channels, activation="relu")
+            joined, _, _ = branches(spies[1], dtypes, channels, activation="relu")
+            ys = [layer.forward(x) for layer, x in zip(apart, xs, strict=True)]
+            dxs = [layer.backward(dy) for layer, dy in zip(apart, dys, strict=True)]
+            forward = [partial(m.forward, x) for m, x in zip(joined, xs, strict=True)]
+            backward = [partial(m.backward, dy) for m, dy in zip(joined, dys, strict=True)]
+            mine = F.coalesce(forward) + F.coalesce(backward)
+            messages = 3 if "float64" in dtypes else 2
+            assert len(spies[1].sent) == (messages if comm.size > 1 else 0), spies[1].sent
+            strict = same_sum_at_any_length(comm)
+            for array, expected in zip(mine, ys + dxs, strict=True):
+                assert array.tobytes() == expected.tobytes() if strict else True
+                limit = 1e-12 if array.dtype == np.float64 else 1e-2 * (array.dtype != "f4") + 1e-5
+                assert reference.error(array, expected) <= limit
+            for layer, other in zip(joined, apart, strict=True):
+                assert layer.saved is None
+                assert bits(layer) == bits(other) if strict else True
+                equal(layer, other, 1e-12 if layer.dtype == np.float64 else 1e-5)
+
+
+def check_coalesced_failure(comm):
+    """One rank fails in one branch: it says why, the others name it, nothing has changed."""
+    for dtypes in (("float32",) * 3, ("float64", "float32", "float64")):
+        for direction in ("forward", "backward"):
+            layers, xs, dys = branches(comm, dtypes)
+            if direction == "backward":
+                F.coalesce([partial(m.forward, x) for m, x in zip(layers, xs, strict=True)])
+            before = [bits(layer) for layer in layers]
+            last = comm.rank == comm.size - 1
+            given = xs if direction == "forward" else dys
+            bad = [given[0], given[1][:, 1:] if last else given[1], given[2]]
+            for arrays, expected in ((bad, True), (given, False)):
+                calls = [partial(getattr(m, direction), a)
+                         for m, a in zip(layers, arrays, strict=True)]  # fmt: skip
+                try:
+                    F.coalesce(calls)
+                except cupybn.ShapeError:
+                    assert last
+                    assert expected
+                except cupybn.PeerError as error:
+                    text = f"rank {comm.size - 1} failed in {direction} of 'b', and raised"
+                    assert text in str(error), error
+                    assert not last
+                    assert expected
+                else:
+                    assert not expected
+                assert ([bits(layer) for layer in layers] == before) == expected
 
 
 def check_alone_is_plain(comm):

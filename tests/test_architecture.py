@@ -14,7 +14,7 @@ FLOORS = [
     {"errors", "arrays", "__version__"},
     {"statistics", "checks", "checkpoint", "communicators"},
     {"backends", "joint"},
-    {"passes", "double_backward", "functional"},
+    {"coalesce", "passes", "double_backward", "functional"},
     {"layers"},
     {"distributed", "testing"},
     {"interop"},
@@ -25,6 +25,7 @@ MAY_IMPORT_BESIDE = {
     ("arrays", "errors"),
     ("functional", "passes"),
     ("functional", "double_backward"),
+    ("functional", "coalesce"),
     ("double_backward", "passes"),
 }
 

@@ -196,12 +196,16 @@ class Layer:
 
     def missing_context(self) -> None:
         """Raises the error of a backward that no forward went before, and tells other ranks."""
-        error = RuntimeError(
+        error = self.no_context()
+        self.leave_backward(error)
+        raise error
+
+    def no_context(self) -> Exception:
+        """The error of a backward that no forward went before."""
+        return RuntimeError(
             f"{self.label}: backward without a saved forward. Call forward first, in training mode "
             "or with save_for_backward=True; each backward uses up its forward"
         )
-        self.leave_backward(error)
-        raise error
 
     def leave_backward(self, error: Exception) -> bool:
         """Tells the ranks that wait in this tree's backward of the error; False if none would."""

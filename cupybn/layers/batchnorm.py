@@ -15,14 +15,13 @@ from ..arrays import (
     check_device,
     device_of,
     is_capturing,
-    on_device_of,
     parameter_dtype,
 )
 from ..checks import check_activation, check_eps, check_momentum
 from ..communicators import Communicator, check_comm, resolve
 from ..errors import DeviceError, DTypeError, ShapeError
-from ..joint import joint
-from ..passes import ALONE, Saved, backward_pass, forward_pass, inference_pass, joint_pass
+from ..joint import Started, Steps, joint, on_its_device
+from ..passes import ALONE, Saved, backward_steps, forward_steps, inference_pass, joint_pass
 from .base import Layer
 
 _ARGUMENTS = """
@@ -171,30 +170,67 @@ class BatchNorm(Layer):
         out: Array | None = None,
         save_for_backward: bool = True,
     ) -> tuple[Array, Saved]:
+        call = self._joint("forward", self.communicator())
+        return Started(call, self._forward_steps(call, x, residual, out, save_for_backward)).run()
+
+    def start_forward(
+        self,
+        x: Array,
+        residual: Array | None = None,
+        *,
+        out: Array | None = None,
+        save_for_backward: bool | None = None,
+    ) -> Started[Array]:
+        """``forward``, for :func:`cupybn.functional.coalesce` to run."""
+        self._check_unchanged("forward", "compute_forward")
+        save = self.training if save_for_backward is None else save_for_backward
+        call = self._joint("forward", self.communicator())
+
+        def steps() -> Steps[Array]:
+            y, context = yield from self._forward_steps(call, x, residual, out, save)
+            if save:
+                self.saved = context
+            return y
+
+        return Started(call, steps())
+
+    def _check_unchanged(self, *methods: str) -> None:
+        for name in methods:
+            if getattr(type(self), name) is not getattr(BatchNorm, name):
+                raise TypeError(
+                    f"{self.label}: {type(self).__name__} has a {name} of its own, which cannot "
+                    "share a message"
+                )
+
+    def _forward_steps(
+        self, call: joint, x: Array, residual: Array | None, out: Array | None, save: bool
+    ) -> Steps[tuple[Array, Saved]]:
         options: dict[str, Any] = {
             "channel_axis": self.channel_axis,
             "activation": self.activation,
             "residual": residual,
             "out": out,
-            "save": save_for_backward,
+            "save": save,
         }
-        with self._joint("forward", self.communicator()) as call:
-            x = as_array(x)
-            self._check_input(x)
-            with on_device_of(x):
-                if not self.training and self.track_running_stats:
-                    return self._inference(x, options)
-                return self._with_batch_statistics(call, x, options)
+        x = as_array(x)
+        self._check_input(x)
+        evaluates = not self.training and self.track_running_stats
+        computed = self._inference_steps if evaluates else self._batch_steps
+        return (yield from on_its_device(x, computed(call, x, options)))
 
-    def _inference(self, x: Array, options: dict[str, Any]) -> tuple[Array, Saved]:
-        mean, var = self.running_mean, self.running_var
-        return inference_pass(x, mean, var, self.weight, self.bias, self.eps, **options)
-
-    def _with_batch_statistics(
+    def _inference_steps(
         self, call: joint, x: Array, options: dict[str, Any]
-    ) -> tuple[Array, Saved]:
+    ) -> Steps[tuple[Array, Saved]]:
+        mean, var = self.running_mean, self.running_var
+        result = inference_pass(x, mean, var, self.weight, self.bias, self.eps, **options)
+        yield None
+        return result
+
+    def _batch_steps(
+        self, call: joint, x: Array, options: dict[str, Any]
+    ) -> Steps[tuple[Array, Saved]]:
         updates = self.training and self.track_running_stats
-        y, saved = forward_pass(
+        y, saved = yield from forward_steps(
             call,
             x,
             self.weight,
@@ -233,15 +269,44 @@ class BatchNorm(Layer):
         return self.running_mean, self.running_var, factor
 
     def compute_backward(self, dy: Array, context: Any, *, out: Array | None = None) -> Any:
-        known = isinstance(context, Saved) and context.layout.channels == self.num_features
-        with self._joint("backward", context.comm if known else self.communicator()) as call:
-            if not known:
-                raise TypeError(f"{self.label}: saved must be a context of this layer's forward")
-            dweight, dbias = self.grads.get("weight"), self.grads.get("bias")
-            with on_device_of(context.x3):
-                dx, dresidual = backward_pass(
-                    call, dy, context, out=out, dweight=dweight, dbias=dbias
-                )
+        call = self._backward_call(context)
+        return Started(call, self._backward_steps(call, dy, context, out)).run()
+
+    def start_backward(
+        self, dy: Array, saved: Any = None, *, out: Array | None = None
+    ) -> Started[Any]:
+        """``backward``, for :func:`cupybn.functional.coalesce` to run."""
+        self._check_unchanged("backward", "compute_backward")
+        context = self.saved if saved is None else saved
+        call = self._backward_call(context)
+
+        def steps() -> Steps[Any]:
+            if context is None:
+                raise self.no_context()
+            dx = yield from self._backward_steps(call, dy, context, out)
+            if self.saved is context:
+                self.saved = None
+            return dx
+
+        return Started(call, steps())
+
+    def _knows(self, context: Any) -> bool:
+        return isinstance(context, Saved) and context.layout.channels == self.num_features
+
+    def _backward_call(self, context: Any) -> joint:
+        comm = context.comm if self._knows(context) else self.communicator()
+        return self._joint("backward", comm)
+
+    def _backward_steps(
+        self, call: joint, dy: Array, context: Any, out: Array | None
+    ) -> Steps[Any]:
+        if not self._knows(context):
+            raise TypeError(f"{self.label}: saved must be a context of this layer's forward")
+        steps = backward_steps(
+            call, dy, context, out=out, dweight=self.grads.get("weight"),
+            dbias=self.grads.get("bias"),
+        )  # fmt: skip
+        dx, dresidual = yield from on_its_device(context.x3, steps)
         return (dx, dresidual) if context.has_residual else dx
 
     def leave_backward(self, error: Exception) -> bool:

@@ -1,0 +1,147 @@
+"""Several calls whose messages travel as one: parallel branches, forward or backward.
+
+One message after another is cheap for bandwidth and dear for latency: three layers that do not
+depend on each other cost three times the latency of one. Here the steps of all of them are taken in
+turn, in the caller's thread: each up to its message; then one message for all; and so on. Nothing
+is written before every call was accepted on every rank, and if one fails while the others write,
+what they wrote is undone. The message is ::
+
+    [16 header words of all | 16 of each call | payload of the first call | of the second | ...]
+
+as long as the next power of two. The header of all carries poison and the fingerprint of the calls
+in their order; those of the calls carry their counts, and say which call failed or differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .arrays import Array, assign, device_of, on_device_of
+from .communicators import Communicator
+from .communicators.base import first_values
+from .errors import DeviceError
+from .joint import Request, Started, joint
+from .statistics import HEADER, Header, header, padded_length, poison, read_header
+
+
+class Together(joint):
+    """The joint call of several calls over one communicator."""
+
+    def __init__(self, comm: Communicator, calls: Sequence[joint]) -> None:
+        self.calls = [call for call in calls if call.ranks > 1]
+        self.heads = HEADER * len(self.calls)
+        size = self.heads + sum(call.room for call in self.calls)
+        names = ", ".join(call.what for call in self.calls)
+        super().__init__(comm, f"{len(calls)} calls in one message ({names})", padded_length(size))
+        self.failed: joint | None = None
+        self._summed: list[Header] = []
+        for call in self.calls:
+            call.together = self
+
+    def agree_on_calls(self) -> None:
+        """Once each call has said what must be equal on all ranks."""
+        messages = max((call.messages for call in self.calls), default=0)
+        self.agree(" | ".join(call.fingerprint for call in self.calls), messages)
+
+    def section(self, call: joint, like: Array) -> Array:
+        """The room of one call's payload in the next message."""
+        if self._message is None:
+            self.payload(like, 0)
+        elif device_of(self._message) != device_of(like):
+            raise DeviceError(
+                f"{call.what} is on {device_of(like)}, the calls before it are on "
+                f"{device_of(self._message)}: calls in one message are on one device"
+            )
+        i = self.calls.index(call)
+        begin = HEADER + self.heads + sum(other.room for other in self.calls[:i])
+        return self._message[begin : begin + call.room]
+
+    def exchange(self, requests: dict[joint, tuple[int, int]]) -> dict[joint, tuple[int, Array]]:
+        """One message for those that ask: the count and payload of each, summed over the ranks."""
+        fingerprints = [call.fingerprint for call in self.calls]
+        counts = [requests.get(call, (0, 0))[0] for call in self.calls]
+        heads = [header(self.dtype, *pair) for pair in zip(fingerprints, counts, strict=True)]
+        assign(self._message[HEADER : HEADER + self.heads], np.concatenate(heads))
+        with on_device_of(self._message):
+            _, total = self.pool(0, self.length - HEADER)
+        self._message = None
+        answers = {}
+        begin = self.heads
+        for call, summed in zip(self.calls, self._summed, strict=True):
+            if call in requests:
+                answers[call] = summed.count, total[begin : begin + requests[call][1]]
+            begin += call.room
+        return answers
+
+    def _read(self, total: Array) -> Header:
+        words = first_values(self.comm, total, HEADER + self.heads).reshape(-1, HEADER)
+        first, *self._summed = (read_header(line, self.ranks) for line in words)
+        return first
+
+    def _farewell(self) -> Array:
+        message = super()._farewell()
+        if self.failed in self.calls:
+            begin = HEADER * (1 + self.calls.index(self.failed))
+            message[begin : begin + HEADER] = poison(self.dtype, self.comm.rank)
+        return message
+
+    def _text(self) -> str:
+        # As long as one call's text, however many there are: the first that differs tells enough.
+        differ = (i for i, summed in enumerate(self._summed) if not summed.agree)
+        i = next(differ, 0)
+        return f"call {i + 1} of {len(self.calls)} in one message: {self.calls[i].fingerprint}"
+
+    def _failed_here(self) -> str:
+        return self.what if self.failed is None else self.failed.what
+
+    def _failed_there(self) -> str:
+        names = [c.what for c, s in zip(self.calls, self._summed, strict=True) if s.failed]
+        return f" in {', '.join(names)}" if names else ""
+
+
+def run_together(started: Sequence[Started[Any]]) -> list[Any]:
+    """Runs calls to their ends with shared messages; what each returned, in order.
+
+    Raises:
+        ValueError: they are over different communicators.
+        The exception of the first call that failed on this rank; else PeerError,
+        CollectiveMismatchError.
+    """
+    comms = {id(s.call.comm): s.call.comm for s in started if s.call.ranks > 1}
+    if len(comms) > 1:
+        raise ValueError(
+            "the calls are over different communicators "
+            f"({', '.join(map(str, comms.values()))}): only calls over one can share a message"
+        )
+    comm = next(iter(comms.values()), started[0].call.comm)
+    results: dict[int, Any] = {}
+    requests: dict[int, Request] = {}
+
+    def advance(i: int, answer: Any = None) -> None:
+        requests.pop(i, None)
+        try:
+            requests[i] = started[i].steps.send(answer)
+        except StopIteration as end:
+            results[i] = end.value
+        except BaseException:
+            together.failed = started[i].call
+            raise
+
+    with Together(comm, [s.call for s in started]) as together:
+        try:
+            for i in range(len(started)):
+                advance(i)
+            together.agree_on_calls()
+            while requests:
+                asking = {started[i].call: r for i, r in requests.items() if r is not None}
+                answers = together.exchange(asking) if asking else {}
+                for i in list(requests):
+                    if not asking or started[i].call in asking:
+                        advance(i, answers.get(started[i].call))
+        finally:
+            for s in reversed(started):
+                s.steps.close()
+    return [results[i] for i in range(len(started))]
