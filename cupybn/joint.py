@@ -187,8 +187,8 @@ class joint:
         if summed.failed_rank is not None:
             who = f"rank {summed.failed_rank}"
         return (
-            f"{self.what}: {who} failed{self._failed_there()}, and raised the exception that says why; "
-            "nothing was changed on this rank"
+            f"{self.what}: {who} failed{self._failed_there()}, and raised the exception that says "
+            "why; nothing was changed on this rank"
         )
 
     def _compare(self) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -121,6 +123,76 @@ def test_4096_ranks(exact):
     assert count == sizes.sum()
     np.testing.assert_allclose(mean, whole.mean(0), rtol=1e-12)
     np.testing.assert_allclose(var, whole.var(0), rtol=1e-12)
+
+
+RANKS = 4096
+
+
+def one_after_the_other(moments):
+    return reduce(Moments.merge, moments)
+
+
+def in_pairs(moments):
+    while len(moments) > 1:
+        moments = [a.merge(b) for a, b in zip(moments[::2], moments[1::2], strict=True)]
+    return moments[0]
+
+
+def through_the_message(moments):
+    """Header and payload of every rank, summed as recursive doubling does."""
+    messages = [
+        np.concatenate([header(np.float64, "forward of 'bn'", m.count), m.pack()]) for m in moments
+    ]
+    while len(messages) > 1:
+        messages = [a + b for a, b in zip(messages[::2], messages[1::2], strict=True)]
+    summed = read_header(messages[0][:HEADER], RANKS)
+    assert summed.agree
+    assert summed.failed == 0
+    return Moments.unpack(summed.count, messages[0][HEADER:])
+
+
+@pytest.mark.parametrize("pooled", [one_after_the_other, in_pairs, through_the_message])
+@pytest.mark.parametrize("sizes", ["even", "uneven", "mostly empty", "one has all"])
+def test_the_moments_of_4096_ranks(sizes, pooled):
+    """Against exactly rounded sums of all values, at 1e-12; means up to 6 deviations from 0."""
+    rng = np.random.default_rng(2)
+    counts = {
+        "even": np.full(RANKS, 5),
+        "uneven": rng.integers(0, 12, RANKS),
+        "mostly empty": rng.integers(1, 9, RANKS) * (rng.random(RANKS) < 0.05),
+        "one has all": np.where(np.arange(RANKS) == 1234, 9000, 0),
+    }[sizes]
+    offsets = [0.0, 3.0, -20.0]
+    parts = [
+        rng.standard_normal((n, 3)) * [1.0, 0.5, 5.0] + offsets + 0.1 * rng.standard_normal(3)
+        for n in counts
+    ]
+    moments = pooled([
+        Moments(len(p), p.mean(0), ((p - p.mean(0)) ** 2).sum(0)) if len(p)
+        else Moments(0, np.zeros(3), np.zeros(3))
+        for p in parts
+    ])  # fmt: skip
+    whole = np.concatenate(parts)
+    assert moments.count == len(whole) == counts.sum()
+    for channel, values in enumerate(whole.T):
+        mean = math.fsum(values) / len(values)
+        m2 = math.fsum((v - mean) ** 2 for v in values)
+        assert abs(moments.mean[channel] - mean) <= 1e-12 * abs(mean) + 1e-15
+        assert abs(moments.m2[channel] - m2) <= 1e-12 * m2
+
+
+@pytest.mark.parametrize("odd", [0, 2047, 4095])
+def test_one_of_4096_ranks_is_found_out(odd):
+    headers = [header(np.float64, "forward of 'bn'", 5) for _ in range(RANKS)]
+    headers[odd] = poison(np.float64, odd)
+    result = read_header(summed(headers), RANKS)
+    assert (result.failed, result.failed_rank) == (1, odd)
+    headers[odd] = header(np.float64, "forward of 'bm'", 5)
+    assert not read_header(summed(headers), RANKS).agree
+    headers[odd] = header(np.float64, "forward of 'bn'", 2**40)
+    result = read_header(summed(headers), RANKS)
+    assert result.agree
+    assert result.count == 2**40 + 5 * (RANKS - 1)
 
 
 def test_merge_is_chan():
