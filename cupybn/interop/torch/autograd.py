@@ -26,9 +26,7 @@ Run = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Saved]]
 
 
 def array_of(tensor: Tensor, what: str = "input") -> Array:
-    """The tensor's memory as a NumPy or CuPy array; None for None."""
-    if tensor is None:
-        return None
+    """The tensor's memory as a NumPy or CuPy array."""
     if not isinstance(tensor, torch.Tensor):
         raise DTypeError(f"{what} must be a torch.Tensor, got {type(tensor).__name__}")
     return as_array(tensor.detach(), what)
@@ -104,7 +102,7 @@ class Gradients(torch.autograd.Function):
                 None if p is None else torch.zeros_like(p, dtype=wide_dtype(x))
                 for p in (weight, bias)
             ]
-            dweight, dbias = (array_of(total) for total in sums)
+            dweight, dbias = (None if total is None else array_of(total) for total in sums)
             backward_pass(
                 call, array_of(dy, "dy"), saved, out=array_of(dx), dweight=dweight, dbias=dbias
             )
