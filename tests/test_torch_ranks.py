@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,18 @@ def test_what_fails_before_the_backward_is_told_to_all():
     assert "modified by an inplace operation" in message
     assert peers is PeerError
     assert "backward of 'bn': rank 0 failed" in told
+
+
+@pytest.mark.mpi
+def test_example_is_the_computation_of_one_process(mpirun):
+    for package in ("sklearn", "tqdm"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    example = Path(__file__).resolve().parent.parent / "examples" / "torch_sync_mpi.py"
+    output = mpirun(4, example, "--images", 99, "--epochs", 2, timeout=110).stdout
+    rows = re.findall(r"^ *\(([abc])\) .*?(\d+\.\d{4}) +(\d+\.\d)%", output, re.MULTILINE)
+    (_, loss_a, share_a), (_, loss_b, share_b), (_, loss_c, _) = rows
+    assert (loss_b, share_b) == (loss_a, share_a)
+    assert loss_c != loss_a
+    b, c = map(float, re.findall(r"synchronised: (\d\.\de[+-]\d+)$", output, re.MULTILINE))
+    assert b < 1e-9
+    assert c > 1e-3
