@@ -100,7 +100,8 @@ def check_messages(comm):
     names = ("left", "right", "last")
     if comm.size > 1:
         assert labels[:6] == [f"forward of '{name}'" for name in names for _ in range(2)]
-        assert sorted(labels[6:]) == sorted(f"backward of '{name}'" for name in names)
+        # Autograd runs what was made last first; the branches are as good as one after the other.
+        assert labels[6:] == [f"backward of '{name}'" for name in reversed(names)]
     with torch.no_grad():
         net(x)
     assert len(spy.sent) == (len(labels) + 6 if comm.size > 1 else 0)
