@@ -21,6 +21,8 @@ from .arrays import (
     Layout,
     as_array,
     check_channel_axis,
+    copy_to_host,
+    is_capturing,
     layout_of,
     overlap,
     parameter_dtype,
@@ -149,6 +151,10 @@ def forward_steps(
     settings = _settings(layout.channels, eps, x.dtype, weight, bias, activation) + settings
     exact = x.dtype == np.float64
     call.agree(settings, messages=2 if exact else 1)
+    if check_finite and is_capturing(x3):
+        raise RuntimeError(
+            f"{call.what}: check_finite=True cannot go into a CUDA graph: it reads the statistics"
+        )
 
     state, factor = (None, 0.0) if running is None else (running[:2], running[2])
     backend.prepare_forward(
@@ -163,7 +169,7 @@ def forward_steps(
             f"{layout.shape}{everywhere}"
         )
     if check_finite:
-        _check_finite(moments)
+        _check_finite(call, moments, form, parameter_dtype(x.dtype))
     yield None
     with _restored_on_error(state or ()):
         mean, var, invstd = backend.finalize_moments(
@@ -350,11 +356,27 @@ def _normalize(saved: Saved, residual3: Array | None, y3: Array) -> None:
     )
 
 
-def _check_finite(moments: Moments) -> None:
-    bad = np.flatnonzero(~np.isfinite(moments.mean + moments.m2)).tolist()
+def _check_finite(call: joint, moments: Moments, form: str, dtype: np.dtype[Any]) -> None:
+    """Raises where the running mean or variance, of `dtype`, would take NaN or Inf.
+
+    The moments are the same on every rank, so every rank raises. Reads (C,) values of a device.
+    """
+    count = moments.count
+    with np.errstate(all="ignore"):
+        if form == "pooled":
+            moments = Moments.unpack(count, np.concatenate([moments.mean, moments.m2]))
+        elif form == "recentred":
+            moments = Moments(count, moments.mean / max(count, 1), moments.m2)
+        largest = float(np.finfo(dtype).max)
+        unbiased = moments.m2 / max(count - 1, 1)
+        finite = (abs(moments.mean) <= largest) & (unbiased <= largest)
+    bad = np.flatnonzero(~copy_to_host(finite)).tolist()
     if bad:
         shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
-        raise FloatingPointError(f"NaN or Inf in the statistics of the batch, in channel {shown}")
+        channels = "channel" if len(bad) == 1 else "channels"
+        raise FloatingPointError(
+            f"{call.what}: NaN or Inf in the statistics of the batch, in {channels} {shown}"
+        )
 
 
 def _output3(layout: Layout, x3: Array, out: Array | None) -> Array:

@@ -42,6 +42,11 @@ OWN_ERROR = {
     "backward, no memory for the message": ("MemoryError", "no room"),
     "backward, no compiler": ("RuntimeError", "the kernel does not compile"),
 }
+NOT_FINITE = [
+    f"forward, {value} in {dtype}, check_finite"
+    for value in ("nan", "inf")
+    for dtype in ("float32", "float64")
+]
 # What the others did, and what the culprit did.
 MISMATCH = {
     "forward, layers swapped": ("forward of 'first': C=4", "forward of 'second': C=4"),
@@ -100,7 +105,7 @@ def outcomes(mpirun):
 @pytest.mark.parametrize("n", RANKS)
 def test_every_case_is_looked_at(outcomes, n):
     seen = {case for case in outcomes(n) if not case.startswith("so far")}
-    assert seen == OWN_ERROR.keys() | MISMATCH.keys()
+    assert seen == OWN_ERROR.keys() | MISMATCH.keys() | set(NOT_FINITE)
 
 
 @pytest.mark.parametrize("n", RANKS)
@@ -118,6 +123,16 @@ def test_the_rank_raises_its_own_error_and_the_others_peer_error(outcomes, n, ca
     if sys.version_info >= (3, 11):
         assert own["notes"] == [f"{direction} of 'first', rank {n - 1} of {n}"]
     assert [line["again"]["error"] for line in lines] == [None] * n  # without the mistake it works
+
+
+@pytest.mark.parametrize("n", RANKS)
+@pytest.mark.parametrize("case", NOT_FINITE)
+def test_with_check_finite_every_rank_raises(outcomes, n, case):
+    lines = outcomes(n, case)
+    text = "forward of 'layer': NaN or Inf in the statistics of the batch, in channel 2"
+    assert [(line["error"], line["text"]) for line in lines] == [("FloatingPointError", text)] * n
+    assert [line["unchanged"] for line in lines] == [True] * n
+    assert [line["again"]["error"] for line in lines] == [None] * n
 
 
 @pytest.mark.parametrize("n", RANKS)

@@ -88,3 +88,31 @@ def test_tensors_as_input_and_state():
 def test_repr_is_the_same_up_to_what_torch_added():
     theirs = repr(torch.nn.BatchNorm2d(4)).replace("bias=True, ", "")
     assert theirs == repr(cupybn.BatchNorm2d(4))
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_nan_and_inf_stay_in_their_channel(poison, dtype):
+    layer, module = (
+        cupybn.BatchNorm2d(5, dtype=dtype),
+        torch.nn.BatchNorm2d(5).to(getattr(torch, dtype)),
+    )
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal((4, 5, 3, 3)).astype(dtype) for _ in range(2))
+    x[1, 2, 0, 0] = poison
+    tx = torch.from_numpy(x).requires_grad_()
+    y, ty = layer.forward(x), module(tx)
+    ty.backward(torch.from_numpy(dy))
+    pairs = [
+        (y.swapaxes(0, 1), ty.detach().numpy().swapaxes(0, 1)),
+        (layer.backward(dy).swapaxes(0, 1), tx.grad.numpy().swapaxes(0, 1)),
+        (layer.grads["weight"], module.weight.grad.numpy()),
+        (layer.running_mean, module.running_mean.numpy()),
+        (layer.running_var, module.running_var.numpy()),
+    ]
+    others = [0, 1, 3, 4]
+    for ours, theirs in pairs:
+        assert reference.error(ours[others], theirs[others]) < 1e-5
+        assert not np.isfinite(ours[2]).any()
+        assert not np.isfinite(theirs[2]).any()
+    assert reference.error(layer.grads["bias"], module.bias.grad.numpy()) < 1e-5

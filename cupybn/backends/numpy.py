@@ -125,6 +125,7 @@ def batch_moments(x3: Data, *, payload: PerChannel | None = None) -> Moments:
     return moments
 
 
+@_quiet
 def recentre_moments(local: Moments, weighted: PerChannel, count: int, payload: PerChannel) -> None:
     """Writes ``m2 + local.count * (mean - weighted / count)**2`` into `payload`, (C,) float64.
 

@@ -39,8 +39,9 @@ _ARGUMENTS = """
         activation: None or "relu", applied to y.
         weight_init: "ones", "uniform" (U(0, 1) from NumPy's global generator), or a function from
             shape to array. On ranks, random ones want ``distributed.broadcast_parameters``.
-        check_finite: whether NaN or Inf in a training batch raises FloatingPointError, before
-            anything is written, instead of going into the running statistics.
+        check_finite: whether NaN or Inf in the statistics of a training batch raises
+            FloatingPointError, on every rank and before anything is written, naming the channels.
+            No message more; on a device one read of C flags. Gradients are not looked at.
         dtype: of parameters and statistics: float32 (default), for float16, bfloat16 and float32
             data; or float64, for float64 data.
         device: None or "cpu", "cuda", "cuda:<n>".

@@ -147,6 +147,22 @@ failing("memory for the message", joint, "payload", MemoryError, "no room")
 failing("compiler", backend, "prepare_{}", RuntimeError, "the kernel does not compile")
 
 
+# ---- what one rank brings and all refuse ---------------------------------------------------------
+
+for dtype in ("float32", "float64"):
+    for value in ("nan", "inf"):
+
+        def prepare(comm, dtype=dtype, value=value):
+            layer = SyncBatchNorm(4, comm=comm, dtype=dtype, check_finite=True, name="layer")
+            good = x.astype(dtype)
+            bad = good.copy()
+            bad[0, 2, 1, 1] = value
+            layer.backward(layer.forward(good))
+            return layer, lambda wrong: layer.forward(bad if wrong else good)
+
+        case(f"forward, {value} in {dtype}, check_finite")(prepare)
+
+
 # ---- ranks that are not at the same call ---------------------------------------------------------
 
 
