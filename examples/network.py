@@ -167,21 +167,26 @@ def softmax_cross_entropy(logits: Array, labels: Array, count: int) -> tuple[Arr
 
 
 class SGD:
-    """Gradient descent with momentum: ``velocity = momentum * velocity + gradient``."""
+    """Gradient descent with momentum: ``velocity = momentum * velocity + gradient``.
+
+    Attributes:
+        velocities: dict from the path of a parameter to its velocity.
+    """
 
     def __init__(self, layer: Layer, rate: float, momentum: float = 0.9) -> None:
+        self.layer = layer
         self.rate = rate
         self.momentum = momentum
-        self._arrays = [
-            (parameter, gradient, array_namespace(parameter).zeros_like(parameter))
-            for (_, parameter), (_, gradient) in zip(
-                layer.named_parameters(), layer.named_gradients(), strict=True
-            )
-        ]
+        self.velocities = {
+            path: array_namespace(parameter).zeros_like(parameter)
+            for path, parameter in layer.named_parameters()
+        }
 
     def step(self) -> None:
         """Changes the parameters in place; leaves the gradients as they are."""
-        for parameter, gradient, velocity in self._arrays:
+        parameters = dict(self.layer.named_parameters())
+        for path, gradient in self.layer.named_gradients():
+            velocity = self.velocities[path]
             velocity *= self.momentum
             velocity += gradient
-            parameter -= self.rate * velocity
+            parameters[path] -= self.rate * velocity

@@ -7,6 +7,10 @@ the whole batch, (b) all ranks with a share each, batch norm synchronised, (c) t
 synchronisation. (a) and (b) are the same computation; in (c) each rank normalises with the
 statistics of its own few images. The network is far too small for more ranks to make it faster.
 ``--help`` lists the options.
+
+With ``--save FILE`` the training (b) leaves a checkpoint every 50 steps; ``--resume FILE``
+goes on from it: with as many ranks exactly as if it had never stopped, with another number up to
+rounding, if ``--batch`` times the ranks stays the same.
 """
 
 from __future__ import annotations
@@ -20,40 +24,21 @@ if __name__ == "__main__":
 
 import argparse
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from network import (
-    SGD,
-    Array,
-    Conv2d,
-    Flatten,
-    Linear,
-    ReLU,
-    array_namespace,
-    softmax_cross_entropy,
-)
+from network import Conv2d, Flatten, Linear, ReLU
 from report import Course, plot, table
+from training import Data, Training, accuracy
 
 import cupybn
 from cupybn.communicators import Communicator, MpiCommunicator
-from cupybn.distributed import allreduce_gradients, broadcast_parameters, local_device, verify_sync
+from cupybn.distributed import local_device, verify_sync
 
 TRAINING_IMAGES = 900  # of 1797
-RATE = 0.02
-
-
-@dataclass(frozen=True)
-class Data:
-    """Images (N, 1, 8, 8) from -1 to 1 and labels (N,), as NumPy arrays."""
-
-    images: Array
-    labels: Array
-    test_images: Array
-    test_labels: Array
 
 
 @dataclass(frozen=True)
@@ -91,79 +76,50 @@ def build_network(seed: int, dtype: str) -> cupybn.Sequential:
     return cupybn.Sequential(*layers, Flatten(), Linear(64 * 2 * 2, 10, rng=rng, dtype=dtype))
 
 
-def train(
-    network: cupybn.Layer, data: Data, comm: Communicator, *, batch: int, epochs: int, seed: int
-) -> Iterator[float]:
-    """Trains in place; yields this rank's part of the loss after each step.
-
-    A step takes ``batch * comm.size`` images, shared out among the ranks. All ranks make the same
-    number of steps: in the last one of an epoch some may have fewer images, or none.
-    """
-    broadcast_parameters(network, comm)
-    network.train()
-    optimizer = SGD(network, RATE)
-    asarray = namespace_of(network).asarray
-    rng = np.random.default_rng(seed)
-    for _ in range(epochs):
-        order = rng.permutation(len(data.images))
-        for start in range(0, len(order), batch * comm.size):
-            chosen = order[start : start + batch * comm.size]
-            mine = np.array_split(chosen, comm.size)[comm.rank]
-            logits = network(asarray(data.images[mine]))
-            labels = asarray(data.labels[mine])
-            # Divided by the count of all ranks: losses and gradients are then summed, not averaged.
-            loss, dlogits = softmax_cross_entropy(logits, labels, count=len(chosen))
-            network.zero_grad()
-            network.backward(dlogits)
-            allreduce_gradients(network, comm, op="sum")
-            optimizer.step()
-            yield float(loss)
-
-
-def accuracy(network: cupybn.Layer, data: Data) -> float:
-    """The share of the test images that are recognised, with this rank's running statistics."""
-    asarray = namespace_of(network).asarray
-    network.eval()
-    logits = network(asarray(data.test_images))
-    network.train()
-    return float((logits.argmax(axis=1) == asarray(data.test_labels)).mean())
-
-
-def namespace_of(network: cupybn.Layer) -> Any:
-    """The module that the network's arrays come from."""
-    return array_namespace(next(network.named_parameters())[1])
-
-
 def run(way: Way, data: Data, args: argparse.Namespace) -> Course:
     """Trains a new network in one way; all ranks of ``way.comm`` call it, rank 0 takes notes."""
     device = local_device() if args.device == "cuda" else args.device
     network: cupybn.Layer = build_network(args.seed, args.dtype).to(device)
     if way.sync:
         network = cupybn.convert_sync_batchnorm(network, way.comm)
-    per_epoch = -(-len(data.images) // (way.batch * way.comm.size))
-    steps: Iterable[float] = train(
-        network, data, way.comm, batch=way.batch, epochs=args.epochs, seed=args.seed
-    )
-    if way.comm.rank == 0:
-        from tqdm import tqdm
-
-        total_steps = per_epoch * args.epochs
-        steps = tqdm(steps, desc=way.title, total=total_steps, leave=False, mininterval=1)
+    training = Training(network, data, way.comm, batch=way.batch, seed=args.seed)
     course = Course(way.title)
+    if args.resume:
+        state = cupybn.load(args.resume)
+        training.load_state_dict(state)
+        course = Course(way.title, **state.metadata["course"])
     begin = time.perf_counter()
-    total = 0.0
-    for step, loss in enumerate(steps, start=1):
-        total += loss
-        if step % per_epoch == 0:
-            pooled = way.comm.allreduce(np.array([total]), "loss")
-            total = 0.0
+    for last in progress(training, args.epochs, way.title):
+        if last:
+            loss = training.pooled_loss() / training.steps_in_epoch
             if way.comm.rank == 0:
-                course.losses.append(float(pooled[0]) / per_epoch)
+                course.losses.append(loss)
                 course.accuracies.append(accuracy(network, data))
+        if args.save and (last or training.steps_done % args.save_every == 0):
+            save(training, course, args.save)
     course.seconds = time.perf_counter() - begin
     if way.sync:
         verify_sync(network, way.comm)
     return course
+
+
+def progress(training: Training, epochs: int, title: str) -> Iterable[bool]:
+    """The steps that are left; with a progress bar on rank 0."""
+    steps = training.steps(epochs)
+    if training.comm.rank != 0:
+        return steps
+    from tqdm import tqdm
+
+    total, done = epochs * training.steps_in_epoch, training.steps_done
+    return tqdm(steps, desc=title, total=total, initial=done, leave=False, mininterval=1)
+
+
+def save(training: Training, course: Course, path: Path) -> None:
+    """Rank 0 writes a checkpoint; all ranks call it."""
+    state = training.state_dict()
+    if training.comm.rank == 0:
+        state.metadata["course"] = {"losses": course.losses, "accuracies": course.accuracies}
+        cupybn.save(state, path)
 
 
 def chosen_ways(args: argparse.Namespace, comm: Communicator) -> list[Way]:
@@ -203,7 +159,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
     add("--plot", type=Path, default=Path("digits.png"), metavar="FILE", help="picture to write")
-    return parser.parse_args()
+    add("--save", type=Path, metavar="FILE", help="a checkpoint to write, .npz or .safetensors")
+    add("--save-every", type=positive, default=50, metavar="STEPS", help="default %(default)s")
+    add("--resume", type=Path, metavar="FILE", help="a checkpoint to go on from")
+    args = parser.parse_args()
+    if args.save or args.resume:
+        if args.sync is False:
+            parser.error("without synchronisation every rank has statistics of its own: use --sync")
+        args.sync = True
+    return args
 
 
 def check_extras() -> None:

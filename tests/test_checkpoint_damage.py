@@ -286,6 +286,14 @@ def test_sizes_that_cannot_be():
     refuse(".npz", patched(data, 1, offset=huge), "claims")
 
 
+def test_a_directory_that_begins_before_the_file():
+    data = npz_of([LISTING_X, X])
+    end = data.rindex(b"PK\5\6")
+    for size, offset in [(end + 10, 0), (46, 2**32 - 2), (2**32 - 2, 0), (end, 2**31)]:
+        forged = data[: end + 12] + struct.pack("<2L", size, offset) + data[end + 20 :]
+        refuse(".npz", forged, "")
+
+
 def test_a_header_that_is_a_bomb():
     header = b" " * 2_000_000
     with zipfile.ZipFile(io.BytesIO(npz_of([("cupybn.json", header)]))) as archive:
@@ -337,22 +345,40 @@ def test_a_newer_format_is_refused_by_name(suffix):
         refuse(suffix, written(suffix, saved), message)
 
 
+PAYLOADS = [["payload", "<f8", [200_000]]]
+
+
+@both
+@pytest.mark.parametrize("version", ["1", True, 0, None, 1.0], ids=repr)
+def test_formats_that_cannot_be(version, suffix):
+    refuse(suffix, written(suffix, packed(format=version)), "names no format")
+
+
 @both
 @pytest.mark.parametrize(
-    "changes",
+    "arrays, message",
     [
-        {"format": "1"}, {"format": True}, {"format": 0}, {"format": None}, {"format": 1.0},
-        {"arrays": None}, {"arrays": [[]]}, {"arrays": [["payload", "<f8", [200_000.0]]]},
-        {"arrays": [["payload", "<f8", [-200_000]]]}, {"arrays": [["payload", ["<f8"], [200_000]]]},
-        {"arrays": [["payload", "<f8", [2**60]]]}, {"arrays": [["../payload", "<f8", [200_000]]]},
-        {"arrays": [["payload", "O", [200_000]]]}, {"arrays": [["payload", "<i8", [200_000]]]},
-        {"arrays": [["payload", "<f8", [400, 500]]]}, {"arrays": [[3, "<f8", [200_000]]]},
-        {"arrays": [["payload", "<f8", 200_000]]}, {"arrays": []},
+        (None, ""),
+        ([[]], ""),
+        ([["payload", "<f8", 200_000]], ""),
+        ([["payload", "<f8", [200_000.0]]], "has the shape"),
+        ([["payload", "<f8", [True, 200_000]]], "has the shape"),
+        ([["payload", "<f8", [-400, -500]]], "has the shape"),
+        ([["payload", ["<f8"], [200_000]]], "has the dtype"),
+        ([["payload", "O", [200_000]]], "has the dtype"),
+        ([["../payload", "<f8", [200_000]]], "is refused"),
+        ([[3, "<f8", [200_000]]], "is refused"),
+        (2 * PAYLOADS, "two arrays have the same name"),
+        ([*PAYLOADS, ["none", "<f8", [0]]], "are not those"),
+        ([], "are not those"),
+        ([["payload", "<f8", [2**60]]], "not"),
+        ([["payload", "<i8", [200_000]]], "not"),
+        ([["payload", "<f8", [400, 500]]], "not"),
     ],
     ids=str,
-)  # fmt: skip
-def test_headers_that_cannot_be(changes, suffix):
-    refuse(suffix, written(suffix, packed(**changes)), "")
+)
+def test_lists_that_cannot_be(arrays, message, suffix):
+    refuse(suffix, written(suffix, packed(arrays=arrays)), message)
 
 
 @both
@@ -430,6 +456,13 @@ def test_a_header_over_the_limit(monkeypatch):
 )
 def test_tables_that_cannot_be(changes):
     refuse(".safetensors", tensors_of(table_of(**changes), DATA), "")
+
+
+def test_a_tensor_in_more_bytes_than_it_has():
+    table = table_of(shape=[2])
+    listed = packed(state={"x": np.zeros(2), "payload": PAYLOAD})
+    table["__metadata__"]["cupybn"] = listed.header
+    refuse(".safetensors", tensors_of(table, DATA), "x claims 16 bytes in 24")
 
 
 def test_tables_and_lists_must_agree():

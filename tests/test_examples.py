@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from conftest import rank_environment
 from network import SGD, Conv2d, Flatten, Linear, ReLU, softmax_cross_entropy
-from train_digits import build_network, load_data, train
+from train_digits import build_network, load_data
+from training import Training
 
 import cupybn
 from cupybn.communicators import MpiCommunicator
@@ -122,7 +123,7 @@ def trajectory(data, comm, *, batch, sync):
     network = build_network(seed=0, dtype="float64")
     if sync:
         network = cupybn.convert_sync_batchnorm(network, comm)
-    steps = train(network, data, comm, batch=batch, epochs=STEPS, seed=1)
+    steps = Training(network, data, comm, batch=batch, seed=1).steps(epochs=STEPS)
     kinds = [network.named_parameters, network.named_buffers]
     course = [
         [np.concatenate([array.ravel() for _, array in kind()]) for kind in kinds]

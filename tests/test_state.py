@@ -105,6 +105,16 @@ def test_a_subclass_upgrades_older_states():
     assert net.state_dict().metadata["a"] == {"version": 3}
 
 
+def test_only_version_1_may_lack_the_counter_whatever_came_after():
+    class Later(BatchNorm1d):
+        version = 4
+
+    for version, missing in ((1, []), (2, ["num_batches_tracked"]), (3, ["num_batches_tracked"])):
+        state = StateDict(Later(3).state_dict(), metadata={"": {"version": version}})
+        del state["num_batches_tracked"]
+        assert Later(3).load_state_dict(state, strict=False).missing_keys == missing
+
+
 def breaking(state, how):
     if how == "missing":
         del state["running_mean"]

@@ -339,7 +339,7 @@ class BatchNorm(Layer):
 
     def upgrade_state_dict(self, state: dict[str, Any], prefix: str, version: int) -> None:
         """Version 1 had no ``num_batches_tracked``: it keeps its current value."""
-        if self.track_running_stats:
+        if version < 2 and self.track_running_stats:
             state.setdefault(f"{prefix}num_batches_tracked", self.num_batches_tracked)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,145 @@
+"""A training that was killed goes on from its checkpoint as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, _mpiexec, rank_environment
+
+import cupybn
+
+SCRIPT = ROOT / "examples" / "train_digits.py"
+WHOLE = 60  # images of a step: 15 steps an epoch
+EPOCHS = 3
+
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(400)]
+
+
+def options(ranks, path, *more):
+    return ["--batch", WHOLE // ranks, "--epochs", EPOCHS, "--save", path, "--save-every", 2,
+            "--plot", path.with_suffix(".png"), *more]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def never_killed(mpirun, tmp_path_factory):
+    """The file with the last state of 4 ranks that nothing happened to."""
+    path = tmp_path_factory.mktemp("whole") / "state.npz"
+    mpirun(4, SCRIPT, *options(4, path))
+    return path
+
+
+def family(pid):
+    """The process and all that descend from it, the youngest generation first."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents[int(entry.name)] = int(fields[1])
+    found = [pid]
+    for member in found:
+        found += [child for child, parent in parents.items() if parent == member]
+    return found[::-1]
+
+
+def run_and_kill(ranks, path, more, saves, delay):
+    """Starts a job and ends all its processes by SIGKILL, some time after so many saves."""
+    command = [_mpiexec(), "-n", ranks, sys.executable, "-m", "mpi4py", SCRIPT,
+               *options(ranks, path, *more)]  # fmt: skip
+    folder = str(path.parent)  # shared memory of Open MPI that nobody is left to remove
+    env = rank_environment(TMPDIR=folder, OMPI_MCA_btl_sm_backing_directory=folder)
+    with subprocess.Popen(
+        [str(word) for word in command], env=env, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, text=True,
+    ) as job:  # fmt: skip
+        last = path.stat().st_ino if path.exists() else None
+        while saves > 0:
+            assert job.poll() is None
+            now = path.stat().st_ino if path.exists() else None
+            saves -= now != last
+            last = now
+            time.sleep(0.001)
+        time.sleep(delay)
+        members = family(job.pid)
+        assert len(members) > ranks
+        for pid in members:
+            os.kill(pid, signal.SIGKILL)
+        assert "test accuracy" not in job.stdout.read()
+    assert job.returncode == -signal.SIGKILL
+
+
+def assert_equal(state, expected, tolerance):
+    assert list(state) == list(expected)
+    for name, array in expected.items():
+        assert (state[name].dtype, state[name].shape) == (array.dtype, array.shape)
+        if tolerance == 0:
+            assert state[name].tobytes() == array.tobytes(), name
+        else:
+            scale = np.maximum(1, np.abs(array))
+            assert (np.abs(state[name] - array) / scale).max() < tolerance, name
+    assert state.metadata.keys() == expected.metadata.keys()
+    ours, theirs = state.metadata["training"], expected.metadata["training"]
+    assert {**ours, "loss": 0} == {**theirs, "loss": 0}
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
+    course, other = state.metadata["course"], expected.metadata["course"]
+    assert course["losses"] == pytest.approx(other["losses"], rel=1e-9)
+    assert course["accuracies"] == other["accuracies"]
+
+
+def steps_in(path):
+    progress = cupybn.load(path).metadata["training"]
+    return progress["epoch"] * 15 + progress["used"] // WHOLE
+
+
+def test_killed_and_resumed_equals_never_killed(never_killed, mpirun, tmp_path):
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    path = tmp_path / "state.npz"
+    run_and_kill(4, path, [], saves=chance.randint(1, 5), delay=chance.uniform(0, 0.1))
+    first = steps_in(path)
+    assert 2 <= first < 30
+    resume = ["--resume", path, "--seed", 9]  # whatever the seed: nothing is drawn anew
+    run_and_kill(4, path, resume, saves=chance.randint(1, 5), delay=chance.uniform(0, 0.1))
+    second = steps_in(path)
+    assert first < second < 45
+    other = tmp_path / "other.npz"
+    mpirun(2, SCRIPT, *options(2, other, *resume))
+    output = mpirun(4, SCRIPT, *options(4, path, *resume)).stdout
+    assert "(b) 4 ranks, synchronised" in output
+    assert_equal(cupybn.load(path), cupybn.load(never_killed), tolerance=0)
+    assert_equal(cupybn.load(other), cupybn.load(never_killed), tolerance=1e-9)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_state_does_not_depend_on_the_number_of_ranks(ranks, never_killed, mpirun, tmp_path):
+    path = tmp_path / "state.npz"
+    mpirun(ranks, SCRIPT, *options(ranks, path))
+    assert_equal(cupybn.load(path), cupybn.load(never_killed), tolerance=1e-9)
+
+
+def test_resuming_what_is_over_trains_no_further(never_killed, mpirun, tmp_path):
+    path = tmp_path / "state.safetensors"
+    output = mpirun(2, SCRIPT, *options(2, path, "--resume", never_killed)).stdout
+    assert not path.exists()
+    course = cupybn.load(never_killed).metadata["course"]
+    assert f"{course['losses'][-1]:.4f} " in output
+    assert f" {course['accuracies'][-1]:.1%}" in output
+
+
+def test_without_synchronisation_there_is_no_one_state():
+    process = subprocess.run(
+        [sys.executable, str(SCRIPT), "--no-sync", "--save", "x.npz"],
+        env=rank_environment(), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert process.returncode == 2
+    assert "every rank has statistics of its own" in process.stderr
