@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
-from conftest import BFLOAT16, DTYPES
+from conftest import BFLOAT16, DTYPES, rank_environment
 from test_layers import normal
 
 import cupybn
@@ -260,3 +263,11 @@ def test_jax_arrays_cannot_be_written_to_nor_traced():
     result = jax.ShapeDtypeStruct(x.shape, x.dtype)
     y = jax.jit(lambda x: jax.pure_callback(lambda x: layer(x), result, x))(x)
     np.testing.assert_array_equal(y, cupybn.BatchNorm1d(3)(x))
+
+
+def test_interop_torch_says_what_is_missing():
+    code = "import sys; sys.modules['torch'] = None; import cupybn.interop.torch"
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=rank_environment(), capture_output=True, text=True
+    )
+    assert "ImportError: cupybn.interop.torch needs PyTorch: pip install torch" in process.stderr

@@ -18,15 +18,34 @@ dy = rng.standard_normal((3, 64, 5, 5)).astype(np.float32)
 """
 
 
+EMBEDDING = ROOT / "docs" / "embedding.md"
+
+
+def python_blocks(path):
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_python_blocks_run(path, mpirun, tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
-    if not blocks:
+    blocks = python_blocks(path)
+    if not blocks or path == EMBEDDING:
         return
     script = tmp_path / "blocks.py"
     script.write_text("\n".join([PREAMBLE, *blocks]))
     mpirun(2, script)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("number", range(len(python_blocks(EMBEDDING))))
+def test_each_program_of_embedding_runs_by_itself(number, n, mpirun, tmp_path):
+    program = python_blocks(EMBEDDING)[number]
+    if "import torch" in program:
+        pytest.importorskip("torch", reason="PyTorch is not installed")
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    mpirun(n, script)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
