@@ -4,6 +4,7 @@ Importing this imports NumPy only; mpi4py is imported when a communicator is fir
 """
 
 from . import communicators, distributed, functional, testing
+from .calibration import fold, recalibrate
 from .checkpoint import StateDict, load, save
 from .communicators import SelfCommunicator
 from .errors import (
@@ -53,8 +54,10 @@ __all__ = [
     "communicators",
     "convert_sync_batchnorm",
     "distributed",
+    "fold",
     "functional",
     "load",
+    "recalibrate",
     "revert_sync_batchnorm",
     "save",
     "testing",

@@ -9,7 +9,7 @@ first message.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -88,7 +88,7 @@ def joint_pass(comm: Communicator, direction: str, name: str | None, channels: i
 
 
 def _pooled_moments(
-    call: joint, backend: Any, x3: Array, exact: bool
+    call: joint, backend: Any, x3: Array, exact: bool, observe: Callable[[Moments], None] | None
 ) -> Steps[tuple[Moments, str]]:
     """The moments of all ranks' values, and the form in which ``finalize_moments`` gets them.
 
@@ -99,6 +99,8 @@ def _pooled_moments(
     size = c if exact else 2 * c
     payload = call.payload(x3, size)
     local = backend.batch_moments(x3, payload=payload)
+    if observe is not None:
+        observe(local)
     if payload is None:
         return local, "local"
     count, total = yield local.count, size
@@ -134,12 +136,13 @@ def forward_steps(
     running: tuple[Array, Array, float] | None = None,
     check_finite: bool = False,
     save: bool = True,
+    observe: Callable[[Moments], None] | None = None,
 ) -> Steps[tuple[Array, Saved]]:
     """:func:`batch_norm_forward` inside a joint call.
 
     `running` is (running mean, running variance, factor), updated when nothing can fail any more;
-    `settings` is what else must agree on all ranks. Without `save` the context is not fit for a
-    backward.
+    `settings` is what else must agree on all ranks; `observe` takes the moments of this rank's
+    batch, before the message. Without `save` the context is not fit for a backward.
     """
     weight = None if weight is None else as_array(weight, "weight")
     bias = None if bias is None else as_array(bias, "bias")
@@ -161,7 +164,7 @@ def forward_steps(
         x3, y3, residual3=residual3, mask=mask, activation=activation,
         running_dtype=None if state is None else state[0].dtype.name, ranks=call.ranks,
     )  # fmt: skip
-    moments, form = yield from _pooled_moments(call, backend, x3, exact)
+    moments, form = yield from _pooled_moments(call, backend, x3, exact, observe)
     if moments.count == 1:
         everywhere = "" if call.ranks == 1 else f" on this rank, 1 value on all {call.ranks} ranks"
         raise ShapeError(

@@ -440,6 +440,36 @@ def check_coalesced_failure(comm):
                 assert ([bits(layer) for layer in layers] == before) == expected
 
 
+def calibration_batches(comm):
+    """Batches by rank and step: of any size, the last rank none, rank 0 three, the others one."""
+    counts = [3] if comm.size == 1 else [3, *[1] * (comm.size - 2), 0]
+    return [
+        [normal((1 + (rank + 2 * k) % 4, 4, 3, 3), seed=10 * rank + k, mean=rank + k)
+         for k in range(n)]
+        for rank, n in enumerate(counts)
+    ]  # fmt: skip
+
+
+def check_recalibrate(comm):
+    """Ranks with different numbers of batches equal one process, synchronised or not."""
+    batches = calibration_batches(comm)
+    steps = [np.concatenate([b[k] for b in batches if k < len(b)]) for k in range(3)]
+    everything = [batch for of_rank in batches for batch in of_rank]
+    for sync, one_process in ((True, steps), (False, everything)):
+        single, net = network(), network(comm, sync=sync)
+        cupybn.recalibrate(single, one_process, SelfCommunicator())
+        cupybn.recalibrate(net, iter(batches[comm.rank]), comm)
+        for path in ("a", "b"):
+            mine, theirs = net.children[path], single.children[path]
+            np.testing.assert_allclose(mine.running_mean, theirs.running_mean, 1e-12, 1e-12)
+            np.testing.assert_allclose(mine.running_var, theirs.running_var, 1e-12)
+            assert mine.num_batches_tracked == len(everything)
+        whole = np.concatenate(everything)
+        np.testing.assert_allclose(net.a.running_mean, whole.mean(axis=(0, 2, 3)), 1e-12)
+        np.testing.assert_allclose(net.a.running_var, whole.var(axis=(0, 2, 3), ddof=1), 1e-12)
+        distributed.verify_sync(net, comm)
+
+
 def check_alone_is_plain(comm):
     """SyncBatchNorm on one rank has the same bits as BatchNorm."""
     sync, plain = SyncBatchNorm(3, comm=SelfCommunicator()), BatchNorm2d(3)

@@ -16,7 +16,7 @@ FLOORS = [
     {"backends", "joint"},
     {"coalesce", "passes", "double_backward", "functional"},
     {"layers"},
-    {"distributed", "testing"},
+    {"calibration", "distributed", "testing"},
     {"interop"},
     {"cli"},
     {"__main__"},

@@ -22,6 +22,7 @@ from ..communicators import Communicator, check_comm, resolve
 from ..errors import DeviceError, DTypeError, ShapeError
 from ..joint import Started, Steps, joint, on_its_device
 from ..passes import ALONE, Saved, backward_steps, forward_steps, inference_pass, joint_pass
+from ..statistics import Moments
 from .base import Layer
 
 _ARGUMENTS = """
@@ -83,6 +84,8 @@ class BatchNorm(Layer):
     host_buffers = frozenset({"num_batches_tracked"})
     _ranks_of_input: ClassVar[tuple[int, ...]] = ()
     _expected: ClassVar[str] = ""
+    observe: Callable[[Moments], None] | None = None
+    """Takes the moments of this rank's batch, in place of the running statistics."""
 
     def __init__(
         self,
@@ -230,7 +233,7 @@ class BatchNorm(Layer):
     def _batch_steps(
         self, call: joint, x: Array, options: dict[str, Any]
     ) -> Steps[tuple[Array, Saved]]:
-        updates = self.training and self.track_running_stats
+        updates = self.training and self.track_running_stats and self.observe is None
         y, saved = yield from forward_steps(
             call,
             x,
@@ -241,6 +244,7 @@ class BatchNorm(Layer):
             settings=self._settings(),
             running=self._running() if updates else None,
             check_finite=self.check_finite and self.training,
+            observe=self.observe,
             **options,
         )
         if updates and saved.count:

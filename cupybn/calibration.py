@@ -1,0 +1,242 @@
+"""Running statistics from a data set, and batch norms as a scale and a shift."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from .arrays import Array, as_array, assign, copy_to_host, move, on_device_of
+from .communicators import Communicator, resolve
+from .joint import joint
+from .layers import Layer, SyncBatchNorm
+from .layers.batchnorm import BatchNorm
+from .statistics import Moments, padded_length
+
+_TEXT = 256  # characters that say what a batch looks like
+
+
+def recalibrate(layer: Layer, batches: Iterable[Any], comm: Any = None) -> None:
+    """Sets the running statistics of every batch norm of the tree to those of a data set.
+
+    Each batch goes forward through the tree, once. Batch norms normalise it as in training, with
+    the statistics of the batch (of all ranks' batches where they are synchronised); all other
+    layers are in evaluation mode. The running mean and variance become the mean and the unbiased
+    variance of everything the batch norm was given, on all ranks together: counts, means and m2 are
+    merged exactly, nothing is averaged, and batches may be of any sizes. A batch norm behind
+    another one is given what that one makes of each batch, so large batches are better.
+    ``num_batches_tracked`` becomes the number of batches of all ranks. Weights stay as they are.
+
+    Ranks may have different numbers of batches, also none. With synchronised layers a rank that has
+    run out takes part with empty batches, which the other layers of the tree must be able to take.
+
+    Args:
+        layer: the root of the tree, the same on all ranks. Batch norms without running statistics
+            are evaluated, and left alone.
+        batches: this rank's inputs; of a tuple or list the first entry is the input. Iterated over
+            once, so it may be a generator, or one wrapped in a progress bar.
+        comm: who holds the data set together; None is ``MPI.COMM_WORLD``. Synchronised layers must
+            not reach beyond it.
+
+    Raises:
+        ValueError: there is no batch on any rank; or a layer is synchronised over more ranks than
+            `comm` has.
+        PeerError: another rank failed, in a batch norm or in its `batches`; without synchronised
+            layers, anywhere. An exception in other code on one rank leaves the others waiting in
+            the next synchronised layer, as in training.
+        Otherwise whatever the layers and `batches` raise. Nothing has changed then, on any rank:
+        no statistics, and every layer is in the mode that it was in.
+    """
+    communicator = resolve(comm)
+    norms = [
+        (path, norm)
+        for path, norm in layer.named_layers()
+        if isinstance(norm, BatchNorm) and norm.track_running_stats
+    ]
+    if not norms:
+        return
+    with _observed(layer, [norm for _, norm in norms]) as observed:
+        reach = max((norm.communicator().size for _, norm in norms), default=1)
+        if reach > communicator.size:
+            raise ValueError(
+                f"a layer is synchronised over {reach} ranks, but comm has {communicator.size}: "
+                "pass the communicator of all of them"
+            )
+        length = padded_length(len(norms) + sum(norm.num_features for _, norm in norms))
+        # By the tree alone, which all ranks share: a rank may be the only one of its group.
+        synchronised = any(isinstance(norm, SyncBatchNorm) for _, norm in norms)
+        in_step = synchronised and communicator.size > 1
+        number = 0
+        if in_step:
+            number = _run(layer, _in_step(batches, communicator, norms[0][1].device))
+        # Without synchronised layers nothing is sent before this, and whatever fails is told here.
+        with joint(communicator, "recalibrate", length) as call:
+            if not in_step:
+                number = _run(layer, _inputs(batches))
+            call.agree(_outline(norms), messages=2)
+            number, pooled = _pool(
+                call, number, [_on_host(observed[norm], norm) for _, norm in norms]
+            )
+            if number == 0:
+                raise ValueError(
+                    "there are no batches on any rank; an iterator that was used up before?"
+                )
+    for (_, norm), moments in zip(norms, pooled, strict=True):
+        if moments.count:
+            assign(norm.running_mean, moments.mean)
+            assign(norm.running_var, moments.m2 / max(moments.count - 1, 1))
+            norm.num_batches_tracked[...] = number
+
+
+def fold(layer: BatchNorm) -> tuple[Array, Array]:
+    """The scale and shift, (C,) each, of a batch norm in evaluation mode.
+
+    Before its residual and activation it is ``y = scale * x + shift``, with
+    ``scale = weight / sqrt(running_var + eps)``, ``shift = bias - running_mean * scale``, computed
+    in float64, in the dtype and on the device of the layer's statistics. Into a convolution or
+    linear map before it they fold as ``weight * scale`` per output channel and ``bias * scale +
+    shift``.
+
+    Raises:
+        TypeError: layer is no batch norm.
+        ValueError: it has no running statistics.
+    """
+    if not isinstance(layer, BatchNorm):
+        raise TypeError(f"fold takes a batch norm, got {type(layer).__name__}")
+    mean, var = layer.running_mean, layer.running_var
+    if mean is None:
+        raise ValueError(
+            f"{layer.label}: track_running_stats=False, so there are no statistics to fold"
+        )
+    with on_device_of(mean):
+        scale = 1.0 / np.sqrt(var.astype(np.float64) + layer.eps)
+        if layer.weight is not None:
+            scale = scale * layer.weight
+        shift = -mean * scale
+        if layer.bias is not None:
+            shift = shift + layer.bias
+        return scale.astype(mean.dtype), shift.astype(mean.dtype)
+
+
+def _outline(norms: list[tuple[str, BatchNorm]]) -> str:
+    """A text for the other ranks, which see its beginning; equal only for equal trees."""
+    names = ", ".join(f"{path!r}: {norm.num_features} channels" for path, norm in norms)
+    digest = hashlib.blake2b(names.encode(), digest_size=8).hexdigest()
+    return f"{len(norms)} batch norms (outline {digest}), {names}"
+
+
+@contextmanager
+def _observed(layer: Layer, norms: list[BatchNorm]) -> Iterator[dict[BatchNorm, Moments]]:
+    """`norms` in training mode, all else in evaluation; what they are given is merged."""
+    modes = [(each, each.training) for _, each in layer.named_layers()]
+    observed = {norm: Moments(0, np.zeros(0), np.zeros(0)) for norm in norms}
+
+    def watch(norm: BatchNorm) -> None:
+        def observe(moments: Moments) -> None:
+            observed[norm] = observed[norm].merge(moments)
+
+        norm.observe = observe
+        norm.training = True
+
+    try:
+        layer.eval()
+        for norm in norms:
+            watch(norm)
+        yield observed
+    finally:
+        for norm in norms:
+            norm.__dict__.pop("observe", None)
+        for each, mode in modes:
+            each.training = mode
+
+
+def _run(layer: Layer, inputs: Iterable[tuple[Array, bool]]) -> int:
+    """Forward with each input; how many there were that are this rank's own."""
+    number = 0
+    for x, own in inputs:
+        layer.forward(x, save_for_backward=False)
+        number += own
+    return number
+
+
+def _inputs(batches: Iterable[Any]) -> Iterator[tuple[Array, bool]]:
+    for batch in batches:
+        yield batch[0] if isinstance(batch, tuple | list) else batch, True
+
+
+def _in_step(
+    batches: Iterable[Any], comm: Communicator, device: str
+) -> Iterator[tuple[Array, bool]]:
+    """This rank's inputs, then empty ones like them until no rank has more.
+
+    One message before each; a second where a rank has yet to see what a batch looks like.
+    """
+    inputs, like = _inputs(batches), None
+    host = np.zeros(0)
+    length = padded_length(max(comm.size + 1, _TEXT))
+    while True:
+        with joint(comm, "a step of recalibrate", length) as call:
+            x, own = next(inputs, (None, False))
+            if own:
+                x = as_array(x)
+                like = x[:0]
+            presence = call.payload(host, comm.size + 1)
+            assert presence is not None, "with one rank there are no steps to agree on"
+            presence[comm.rank], presence[-1] = own, like is None
+            _, total = call.pool(0, comm.size + 1)
+            having = np.flatnonzero(total[:-1])
+            if having.size == 0:
+                return
+            if total[-1]:
+                call.messages = 1
+                text = call.payload(host, _TEXT)
+                if comm.rank == having[0]:
+                    text[...] = _description(like)  # type: ignore[index]
+                _, text = call.pool(0, _TEXT)
+                like = _empty(text, device) if like is None else like
+        yield (x, True) if own else (like, False)
+
+
+def _description(x: Array) -> Array:
+    """Shape and dtype as the numbers of a text."""
+    text = " ".join([x.dtype.name, *map(str, x.shape)]).encode()
+    return np.frombuffer(text.ljust(_TEXT), np.uint8)
+
+
+def _empty(description: Array, device: str) -> Array:
+    name, *shape = description.astype(np.uint8).tobytes().decode().split()
+    if name == "bfloat16":
+        import ml_dtypes
+
+        name = ml_dtypes.bfloat16
+    return move(np.empty([int(size) for size in shape], name), device)
+
+
+def _on_host(moments: Moments, norm: BatchNorm) -> Moments:
+    if moments.count == 0:
+        return Moments(0, np.zeros(norm.num_features), np.zeros(norm.num_features))
+    return Moments(moments.count, copy_to_host(moments.mean), copy_to_host(moments.m2))
+
+
+def _pool(call: joint, number: int, local: list[Moments]) -> tuple[int, list[Moments]]:
+    """Sums of `number` and merged moments, over the ranks: the means first, then m2 about them."""
+    counts = np.array([float(m.count) for m in local])
+    payload = call.payload(counts, counts.size + sum(m.mean.size for m in local))
+    if payload is None:
+        return number, local
+    cuts = np.cumsum([counts.size, *(m.mean.size for m in local)])[:-1]
+    payload[...] = np.concatenate([counts, *(m.count * m.mean for m in local)])
+    number, total = call.pool(number, payload.size)
+    counts, *weighted = np.split(total.copy(), cuts)
+    means = [w / max(n, 1.0) for w, n in zip(weighted, counts, strict=True)]
+    payload = call.payload(counts, sum(m.mean.size for m in local))
+    payload[...] = np.concatenate(  # type: ignore[index]
+        [m.m2 + m.count * (m.mean - mean) ** 2 for m, mean in zip(local, means, strict=True)]
+    )
+    _, total = call.pool(0, total.size - counts.size)
+    m2s = np.split(total, cuts[1:] - cuts[0])
+    pooled = zip(map(int, counts), means, m2s, strict=True)
+    return number, [Moments(*moments) for moments in pooled]
