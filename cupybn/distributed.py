@@ -4,9 +4,9 @@ All of these are collective: every rank calls them, in the same order. A rank th
 others raise ``PeerError``; ranks whose trees differ all raise ``CollectiveMismatchError``.
 
 ``allreduce_gradients`` takes one message, as long as the gradients are many: there, trees that
-differ so much that their messages have different lengths (a power of two of numbers) or dtypes end
-the job. ``broadcast_parameters`` and ``verify_sync`` first compare the trees in a message of fixed
-length, so either of them at the start of a run finds such a difference.
+differ so much that their messages have different lengths (a header and a power of two of numbers)
+or dtypes end the job. ``broadcast_parameters`` and ``verify_sync`` first compare the trees in a
+message of fixed length, so either of them at the start of a run finds such a difference.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ def batch_norm_forward(
         out: like x, takes the result; may be `residual`, must not overlap x.
 
     With a communicator and without a weight, an x that has no shape on one rank only cannot be told
-    to the others if they have more than 120 channels: then the job ends.
+    to the others if they have more than 128 channels: then the job ends.
 
     Returns:
         (y, saved): y like x, in the layout of x where x is contiguous or channels-last.

@@ -5,9 +5,10 @@ formulae and a pairwise algorithm for computing sample variances" (1979), for ``
 form ``count * mean``, ``m2 + count * mean**2`` is the same sum taken about zero, exact in its
 weighting and a single SUM over any number of ranks.
 
-A message is ``[16 header words | payload]``. Its length is a power of two of at least 256 numbers,
-so that forward and backward, and layers of neighbouring sizes, meet in one collective and are told
-apart by the header instead of ending the job.
+A message is ``[16 header words | payload]``. The payload's length is a power of two of at least 256
+numbers, so that forward and backward, and layers of neighbouring sizes, meet in one collective and
+are told apart by the header instead of ending the job. The header is not part of that power of two:
+most layers have a power of two of channels, and their messages would be twice as long.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from .arrays import Array
 
 HEADER = 16
-_MIN_LENGTH = 256
+_MIN_PAYLOAD = 256
 _FAILED, _FAILED_RANKS, _COUNT, _FINGERPRINT = 0, 1, 2, 3
 
 
@@ -86,7 +87,7 @@ def message_length(num_features: int) -> int:
 
 def padded_length(payload: int) -> int:
     """The length of a message that carries `payload` numbers behind its header."""
-    return max(_MIN_LENGTH, 1 << (HEADER + payload - 1).bit_length())
+    return HEADER + max(_MIN_PAYLOAD, 1 << max(payload - 1, 0).bit_length())
 
 
 @lru_cache(maxsize=4096)

@@ -126,8 +126,8 @@ def test_comm_under_mpiexec_speaks_once(mpirun, tmp_path):
 @pytest.mark.parametrize(
     ("given", "env", "says"),
     [
-        (["--cpu"], {"PMI_RANK": "0"}, "under mpiexec only --comm"),
-        (["--comm", "--ranks", "2"], {"PMI_RANK": "0"}, "--ranks starts mpiexec itself"),
+        (["--cpu"], {"PMI_SIZE": "2"}, "under mpiexec only --comm"),
+        (["--comm", "--ranks", "2"], {"PMI_SIZE": "2"}, "--ranks starts mpiexec itself"),
         (["--ranks", "0"], {}, "must be a number from 1, got '0'"),
         (["--shapes", "32"], {}, "must look like 32x64x56x56, got '32'"),
     ],

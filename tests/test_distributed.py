@@ -62,11 +62,11 @@ def test_messages(n):
         return spy.sent
 
     expected = [
-        ("allreduce_gradients", 1025),
-        ("verify_sync", 256),
-        ("verify_sync", 256),
-        ("broadcast_parameters", 256),
-        ("broadcast_parameters", 2048),
+        ("allreduce_gradients", 1041),
+        ("verify_sync", 272),
+        ("verify_sync", 272),
+        ("broadcast_parameters", 272),
+        ("broadcast_parameters", 2064),
     ]
     assert run_ranks(n, rank) == [expected if n > 1 else []] * n
 

@@ -30,14 +30,16 @@ def summed(messages):
     return np.sum(messages, axis=0, dtype=messages[0].dtype)
 
 
-@pytest.mark.parametrize("c", [1, 100, 120, 121, 1000, 2040, 2041, 70000])
-def test_length_is_a_power_of_two_that_fits(c):
-    length = message_length(c)
-    assert length >= HEADER + 2 * c
-    assert length >= 256
-    assert length & (length - 1) == 0
-    assert length == 256 or length < 2 * (HEADER + 2 * c)
-    assert padded_length(0) == 256
+@pytest.mark.parametrize("c", [1, 100, 128, 129, 1000, 2048, 2049, 70000])
+def test_length_is_a_header_and_a_power_of_two_that_fits(c):
+    payload = message_length(c) - HEADER
+    assert payload >= 256
+    assert payload & (payload - 1) == 0
+    assert 2 * c <= payload
+    assert payload == 256 or payload < 4 * c
+    assert message_length(64) == message_length(128) == HEADER + 256
+    assert message_length(2048) == HEADER + 4096
+    assert padded_length(0) == padded_length(1) == HEADER + 256
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int64, np.float32])

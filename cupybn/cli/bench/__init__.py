@@ -16,11 +16,12 @@ every case, so that a run that is cut off leaves what it has.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+
+from ..launch import launched_processes
 
 SECTIONS = {
     "cpu": "the CPU backends beside PyTorch on the CPU",
@@ -31,7 +32,6 @@ SECTIONS = {
 }
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 LAYOUTS = ("rows", "columns")
-_RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     chosen = [name for name in SECTIONS if getattr(args, name)]
-    launched = any(name in os.environ for name in _RANK_VARIABLES)
+    launched = launched_processes() > 1
     left_out: dict[str, str] = {}
     if not chosen:
         left_out = {"comm": "it is measured between ranks: mpiexec -n 2 python -m cupybn bench "
