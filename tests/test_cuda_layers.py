@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from kernel_cases import host_kernels
 from rank_checks import CHECKS, Spy, bits
 from test_layers import layer_for, layouts, normal
 
-from cupybn import BatchNorm2d, SyncBatchNorm, backends
+from cupybn import BatchNorm2d, PeerError, SyncBatchNorm, backends
 from cupybn import functional as F
-from cupybn.backends import cuda, source
+from cupybn.backends import cuda, device, source
 from cupybn.backends import numpy as numpy_backend
 from cupybn.testing import check_gradients, run_ranks
 
@@ -150,6 +151,35 @@ def test_a_kernel_that_does_not_compile_changes_nothing(monkeypatch, direction, 
         return len(spy.sent) - sent
 
     assert run_ranks(n, rank) == [int(n > 1)] * n  # the poison
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_kernel_that_does_not_compile_on_one_rank(monkeypatch, direction):
+    last = {"forward": "normalize", "backward": "backward_input"}[direction]
+    get_kernel, broken = source.get_kernel, threading.local()
+
+    def failing(kernel, **defines):
+        if kernel == last and getattr(broken, "here", False):
+            raise RuntimeError("no compiler")
+        return get_kernel(kernel, **defines)
+
+    def rank(comm):
+        layer, x = SyncBatchNorm(4, comm=comm), normal((2, 4, 3, 3))
+        layer.forward(x)
+        before = bits(layer)
+        broken.here = comm.rank == 1
+        error = PeerError if comm.rank == 0 else RuntimeError
+        match = "rank 1 failed" if comm.rank == 0 else "no compiler"
+        with pytest.raises(error, match=match):
+            getattr(layer, direction)(x)
+        assert bits(layer) == before
+        broken.here = False
+        getattr(layer, direction)(x)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(device, "_launch", device._launch.__wrapped__)  # else it is not compiled
+        patched.setattr(source, "get_kernel", failing)
+        run_ranks(2, rank)
 
 
 @pytest.mark.parametrize(

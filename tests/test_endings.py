@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import rank_environment
 
-from cupybn.communicators.watchdog import EXIT_CODE
+from cupybn.communicators.watchdog import EXIT_CODE, Watch, _give_up
 
 PROGRAM = Path(__file__).parent / "mpi" / "endings.py"
 TIMEOUT = 3
@@ -153,19 +155,55 @@ def test_a_waiting_rank_ends_the_job_even_if_it_cannot_say_why(endings, n, case)
     assert left_over(job.ranks) == []
 
 
+WAITING = """
+import os, time
+from cupybn.communicators.watchdog import Watch, watchdog
+watch = Watch("rank 0 of 2", {timeout}, lambda code: {abort})
+watchdog.add(watch)
+watch.sequence, watch.label = 1, "a message"
+print("waiting", flush=True)
+time.sleep({waits})
+watch.label = None
+"""
+
+
+def waiting(timeout, waits, abort):
+    """A process under the watchdog that waits."""
+    program = WAITING.format(timeout=timeout, waits=waits, abort=abort)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "waiting\n"
+    return process
+
+
 def test_a_process_whose_abort_hangs_ends_itself():
-    program = (
-        "import time\n"
-        "from cupybn.communicators.watchdog import Watch, watchdog\n"
-        "watch = Watch('rank 0 of 2', 0.5, lambda code: time.sleep(60))\n"
-        "watchdog.add(watch)\n"
-        "watch.label = 'a message'\n"
-        "time.sleep(60)\n"
-    )
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", program], env=rank_environment(), timeout=20)
-    assert done.returncode == EXIT_CODE
-    assert time.monotonic() - began < 0.5 + 5 + 2  # and Python's start
+    with waiting(timeout=0.5, waits=60, abort="time.sleep(60)") as process:
+        assert process.wait(20) == EXIT_CODE
+    assert time.monotonic() - began < 0.5 + 5
+
+
+def test_time_for_which_the_whole_job_is_suspended_does_not_count():
+    """Some schedulers stop all ranks, and go on with them much later."""
+    with waiting(timeout=3, waits=5.8, abort="os._exit(code)") as process:
+        time.sleep(0.6)  # it has been seen waiting
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(20) == 0
+
+
+def test_the_job_is_aborted_even_if_no_thread_can_be_started(monkeypatch):
+    def refused(timer):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Timer, "start", refused)
+    monkeypatch.setattr("cupybn.communicators.watchdog._tell", lambda *args: None)
+    codes = []
+    _give_up(Watch("rank 0 of 2", 1, codes.append), 1.5)
+    assert codes == [EXIT_CODE]
 
 
 @pytest.mark.parametrize("n", RANKS)

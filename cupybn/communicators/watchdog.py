@@ -14,10 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from weakref import WeakSet
 
 EXIT_CODE = 124
 _POLL = 0.25  # seconds
+_LONGEST_LOOK = 1.0  # seconds that count between two looks
 _GRACE = 3.0  # seconds for the abort to work before this process ends by itself
 
 
@@ -42,7 +44,7 @@ class Watch:
         self.since = 0.0
 
     def waited(self, now: float) -> float:
-        """Seconds for which the present call has been seen waiting; 0 between calls."""
+        """Seconds, by the clock of `now`, for which the present call was seen waiting, or 0."""
         sequence, label = self.sequence, self.label
         if label is None or sequence != self.seen:
             self.seen, self.since = sequence, now
@@ -75,13 +77,17 @@ class Watchdog:
         return watch in self._watches
 
     def _look(self) -> None:
+        clock, last = 0.0, time.monotonic()
         while True:
             time.sleep(_POLL)
+            now = time.monotonic()
+            # While the whole job is suspended nobody looks, and that time must not count.
+            clock += min(now - last, _LONGEST_LOOK)
+            last = now
             with self._lock:
                 watches = list(self._watches)
-            now = time.monotonic()
             for watch in watches:
-                waited = watch.waited(now)
+                waited = watch.waited(clock)
                 if waited > watch.timeout:
                     _give_up(watch, waited)
 
@@ -92,7 +98,8 @@ def _give_up(watch: Watch, waited: float) -> None:
     finally:  # also where nobody reads what this rank has to say
         last_resort = threading.Timer(_GRACE, os._exit, (EXIT_CODE,))
         last_resort.daemon = True
-        last_resort.start()
+        with suppress(RuntimeError):  # where no thread can be started any more
+            last_resort.start()
         watch.abort(EXIT_CODE)
 
 
