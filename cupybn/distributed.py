@@ -12,7 +12,6 @@ message of fixed length, so either of them at the start of a run finds such a di
 from __future__ import annotations
 
 import hashlib
-import os
 from typing import Any
 
 import numpy as np
@@ -21,17 +20,10 @@ from .arrays import Array, assign, copy_to_host, device_of, is_floating, on_devi
 from .communicators import Communicator, MpiCommunicator, resolve
 from .errors import CollectiveMismatchError, DeviceError, DTypeError
 from .joint import joint
+from .launcher import local_rank
 from .layers import Layer
 from .statistics import padded_length
 
-LOCAL_RANK_VARIABLES = (
-    "OMPI_COMM_WORLD_LOCAL_RANK",  # Open MPI
-    "MPI_LOCALRANKID",  # MPICH, Intel MPI
-    "MV2_COMM_WORLD_LOCAL_RANK",  # MVAPICH
-    "PALS_LOCAL_RANKID",  # Cray
-    "PMI_LOCAL_RANK",
-    "SLURM_LOCALID",
-)
 _HOST = np.zeros(0)
 _PIECES = 3  # of 20 bits each, of the hash of one array
 
@@ -170,21 +162,6 @@ def split_comm(comm: Any, group_size: int) -> Any:
             raise ValueError(f"group_size must be an integer of at least 1, got {group_size!r}")
         _compare(call, f"group_size={int(group_size)}")
     return communicator.split(communicator.rank // int(group_size))
-
-
-def local_rank() -> int:
-    """This rank's number among those on its machine, from the launcher's variables; 0 if unset.
-
-    Raises:
-        ValueError: a launcher's variable is no number.
-    """
-    for variable in LOCAL_RANK_VARIABLES:
-        text = os.environ.get(variable, "")
-        if text.isdecimal():
-            return int(text)
-        if text:
-            raise ValueError(f"{variable} must be the number of a rank, got {text!r}")
-    return 0
 
 
 def local_device() -> str:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,10 @@ try:
     BFLOAT16 = [np.dtype(ml_dtypes.bfloat16)]
 except ImportError:
     BFLOAT16 = []
+
+NUMBA = find_spec("numba") is not None
+# The reference computes, unless a run of the tests says otherwise; test_primitives.py takes both.
+os.environ.setdefault("CUPYBN_CPU_BACKEND", "numpy")
 
 DTYPES = [np.dtype(name) for name in ("float16", "float32", "float64")] + BFLOAT16
 TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5, "float64": 1e-10}

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "cupybn"
 FLOORS = [
-    {"errors", "arrays", "__version__"},
+    {"errors", "arrays", "launcher", "__version__"},
     {"statistics", "checks", "checkpoint", "communicators"},
     {"backends", "joint"},
     {"coalesce", "passes", "double_backward", "functional"},

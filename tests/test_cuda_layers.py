@@ -46,7 +46,7 @@ def launched(monkeypatch):
         def get_function(self, name):
             return Launches(self.module.get_function(name), names, name)
 
-    monkeypatch.setattr(backends, "numpy_backend", cuda)
+    monkeypatch.setattr(backends, "cpu_backend", lambda: cuda)
     with host_kernels(Module):
         yield names
 

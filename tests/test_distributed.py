@@ -11,7 +11,7 @@ import pytest
 from rank_checks import Spy, bits
 
 import cupybn
-from cupybn import BatchNorm1d, Sequential, distributed
+from cupybn import BatchNorm1d, Sequential, distributed, launcher
 from cupybn.communicators import ThreadCommunicator
 from cupybn.testing import run_ranks
 
@@ -105,11 +105,11 @@ def test_over_mpi(mpirun, n):
 
 @pytest.fixture
 def no_launcher(monkeypatch):
-    for variable in distributed.LOCAL_RANK_VARIABLES:
+    for variable in launcher.LOCAL_RANK_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
 
 
-@pytest.mark.parametrize("variable", distributed.LOCAL_RANK_VARIABLES)
+@pytest.mark.parametrize("variable", launcher.LOCAL_RANK_VARIABLES)
 def test_local_rank(no_launcher, monkeypatch, variable):
     assert distributed.local_rank() == 0
     monkeypatch.setenv(variable, "3")

@@ -1,14 +1,69 @@
-"""Which module computes: the backends offer the same five primitives under the same names."""
+"""Which module computes: the backends offer the same five primitives under the same names.
+
+On NumPy arrays that is ``numba.py`` where Numba is installed (extra ``cpu``), else ``numpy.py``.
+The environment variable ``CUPYBN_CPU_BACKEND``, read at the first call, forces one: "numpy" or
+"numba"; "auto" is the default.
+"""
 
 from __future__ import annotations
 
+import os
+import warnings
+from importlib.util import find_spec
 from types import ModuleType
 
 from ..arrays import Array, is_cupy
 from . import cuda as cuda_backend
+from . import numba as numba_backend
 from . import numpy as numpy_backend
+
+_VARIABLE = "CUPYBN_CPU_BACKEND"
+_cpu: ModuleType | None = None
 
 
 def backend_for(x: Array) -> ModuleType:
     """The backend for the array's device."""
-    return cuda_backend if is_cupy(x) else numpy_backend
+    return cuda_backend if is_cupy(x) else cpu_backend()
+
+
+def cpu_backend() -> ModuleType:
+    """The backend for NumPy arrays. The first call may import Numba.
+
+    Raises:
+        ImportError: Numba was asked for and cannot be imported.
+        ValueError: ``CUPYBN_CPU_BACKEND`` names no backend.
+    """
+    return _cpu if _cpu is not None else use_cpu_backend(os.environ.get(_VARIABLE) or "auto")
+
+
+def use_cpu_backend(name: str | ModuleType) -> ModuleType:
+    """Sets the backend for NumPy arrays: "numpy", "numba", "auto", or a module. Returns it.
+
+    Raises:
+        As :func:`cpu_backend`.
+    """
+    global _cpu
+    if isinstance(name, ModuleType):
+        _cpu = name
+        return name
+    if name not in ("auto", "numba", "numpy"):
+        raise ValueError(f"{_VARIABLE} must be 'auto', 'numba' or 'numpy', got {name!r}")
+    found: ModuleType = numpy_backend
+    if name == "numba" or (name == "auto" and find_spec("numba") is not None):
+        try:
+            numba_backend.load()
+            found = numba_backend
+        except ImportError as error:
+            if name == "numba":
+                raise ImportError(
+                    f"the CPU backend 'numba' cannot be used ({error}): pip install 'cupybn[cpu]', "
+                    f"or {_VARIABLE}=numpy"
+                ) from error
+            warnings.warn(
+                f"Numba is installed, but cannot be used ({error}); NumPy computes instead. "
+                f"{_VARIABLE}=numpy says that this is meant",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    _cpu = found
+    return found

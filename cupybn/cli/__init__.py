@@ -13,6 +13,7 @@ from .. import __version__
 
 COMMANDS = {
     "bench": "how fast it is here, beside PyTorch, a copy and a bare Allreduce",
+    "compile": "compiles the CPU loops of the extra 'cpu' to disk, before they are needed",
     "info": "what this installation consists of: versions, GPUs, the MPI library",
     "selftest": "whether synchronised layers work here; start it with mpiexec -n 4",
 }

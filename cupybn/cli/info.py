@@ -8,14 +8,15 @@ import os
 import platform
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .. import __version__
-from ..backends import backend_for
+from .. import __version__, backends
 from ..backends.source import source_directory
+from ..backends.threads import thread_count
 from ..communicators import MpiCommunicator
 from ..communicators.mpi import load_mpi
 from ..distributed import local_device
@@ -88,11 +89,23 @@ def here() -> dict[str, Any]:
         "cupybn": f"{__version__} ({Path(__file__).parents[1]})",
         "python": f"{platform.python_version()} ({sys.executable})",
         "numpy": np.__version__,
-        "cpu_backend": backend_for(np.zeros(1)).__name__.rpartition(".")[2],
+        "cpu_backend": cpu_backend_line(),
         "kernel_sources": str(source_directory()),
         "local_rank": local_rank_variables(),
         "local_device": device,
     }
+
+
+def cpu_backend_line() -> str:
+    """Which backend computes on NumPy arrays here, and why not the fast one if it is not."""
+    try:
+        name = backends.cpu_backend().__name__.rpartition(".")[2]
+    except (ImportError, ValueError) as error:
+        return f"none: {error}"
+    if name != "numba":
+        missing = find_spec("numba") is None
+        return f"{name} (pip install 'cupybn[cpu]' for the fast one)" if missing else name
+    return f"numba {metadata.version('numba')}, {thread_count()} threads"
 
 
 def cuda() -> dict[str, Any]:

@@ -46,7 +46,7 @@ Path = dict[str, Callable[[], Any]]
 def backend_names() -> list[str]:
     """The backends for NumPy arrays that can be imported here."""
     there = ["numpy"]
-    if find_spec("cupybn.backends.numba") and find_spec("numba"):
+    if find_spec("numba"):
         there.append("numba")
     return there
 
@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         report.say("threadpoolctl is not installed: the number of threads is the environment's")
     section["cases"] = records = []
     section["copy rate"] = rates = {}
-    chosen_by_library = backends.numpy_backend
+    chosen_by_library = backends.cpu_backend()
     for threads in choices([1] if args.quick else args.threads):
         with limited(threads):
             rate = rates[str(threads)] = copy_rate(threads, 1 << 24 if args.quick else _COPIED)
@@ -94,7 +94,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
                 records.append(record)
                 report.flush()
                 report.say(_line(table, record, names, rate))
-    backends.numpy_backend = chosen_by_library
+    backends.use_cpu_backend(chosen_by_library)
     section["totals"] = totals(records, rates, (*names, "torch"), ("torch",))
     print_totals(report, section["totals"], (*names, "torch"))
 
@@ -154,7 +154,7 @@ def ours(name: str, t: Tensors, case: Case, results: dict[str, Any]) -> Path:
     )
 
     def forward() -> None:
-        backends.numpy_backend = backend
+        backends.use_cpu_backend(backend)
         results["y"] = layer.forward(t.x)
 
     def backward() -> None:

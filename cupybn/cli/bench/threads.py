@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
+from ...backends.threads import set_threads
+
 
 def cores() -> int:
     """Of this process, where the system says."""
@@ -33,10 +35,10 @@ def _from_environment() -> int:
 
 @contextmanager
 def limited(threads: int) -> Iterator[None]:
-    """Sets NumPy's BLAS, PyTorch and Numba, each where it is loaded, to so many threads."""
-    for name in ("torch", "numba"):
-        if name in sys.modules:
-            sys.modules[name].set_num_threads(threads)
+    """Sets NumPy's BLAS, PyTorch where it is loaded, and the compiled loops to so many threads."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+    set_threads(threads)
     if find_spec("threadpoolctl") is None:
         yield
         return

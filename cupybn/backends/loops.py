@@ -1,0 +1,592 @@
+"""The loops of ``backends/numba.py``, compiled by Numba when they are first needed.
+
+Data come flat, in the order (N, C, L); float16 is seen as int16 and bfloat16 as uint16, because
+Numba has neither on the CPU. Each call of a loop does one piece of a plan (``pieces.py``): of rows,
+which are runs of one channel with a number for each coefficient; or of columns, where runs are
+short: then there is one coefficient a column.
+
+Only adding up may be reassociated, to make it a vector loop: differences from a pivot or mean are
+taken as written, and nothing may assume that there is no NaN or Inf. Inside the loops arrays are
+pointers: Numba would count references for every run, and check every index for its sign.
+
+All in one file, because Numba finds out that a loop on disk is out of date by this file alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+from .pieces import WIDE
+
+if numba.config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set")
+
+RUN = 4096  # values in one float32 sum, at most
+ROWS = 16  # of columns in one float32 sum
+SAMPLE = 16  # values that make a pivot
+KINDS = 5  # of coefficients: high, scale, shift, slope, offset
+
+_options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+
+
+# ---- values --------------------------------------------------------------------------------------
+
+
+def _arithmetic(dtype):
+    return types.float64 if dtype == types.float64 else types.float32
+
+
+@intrinsic
+def pointer(_, array, offset):
+    """To array[offset]. The array must be an argument of the kernel: those live long enough."""
+
+    def code(context, builder, signature, arguments):
+        data = context.make_array(array)(context, builder, arguments[0]).data
+        return builder.gep(data, [arguments[1]])
+
+    return types.CPointer(array.dtype)(array, types.intp), code
+
+
+@intrinsic
+def buffer(_, x):
+    """To WIDE values and a few more in the dtype of the arithmetic on x, on the stack."""
+    dtype = _arithmetic(x.dtype)
+
+    def code(context, builder, signature, arguments):
+        return cgutils.alloca_once(builder, context.get_data_type(dtype), size=WIDE + 16)
+
+    return types.CPointer(dtype)(x), code
+
+
+@intrinsic
+def zero(_, x):
+    """0 in the dtype of the arithmetic on x."""
+    dtype = _arithmetic(x.dtype)
+    return dtype(x), lambda context, builder, *_: context.get_constant(dtype, 0.0)
+
+
+@intrinsic
+def load(_, x, i):
+    """x[i] in the dtype of the arithmetic."""
+    dtype = x.dtype
+
+    def code(context, builder, signature, arguments):
+        value = builder.load(builder.gep(arguments[0], [arguments[1]]))
+        if dtype == types.int16:
+            return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
+        if dtype == types.uint16:
+            word = ir.IntType(32)
+            return builder.bitcast(builder.shl(builder.zext(value, word), word(16)), ir.FloatType())
+        return value
+
+    return _arithmetic(dtype)(x, types.intp), code
+
+
+@intrinsic
+def store(_, y, i, value):
+    """``y[i] = value``, rounded to nearest, ties to even."""
+    dtype = y.dtype
+
+    def code(context, builder, signature, arguments):
+        target, index, value = arguments
+        if dtype == types.int16:
+            value = builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
+        elif dtype == types.uint16:
+            value = _to_bfloat16(builder, value)
+        builder.store(value, builder.gep(target, [index]))
+        return context.get_dummy_value()
+
+    return types.none(y, types.intp, _arithmetic(dtype)), code
+
+
+def _to_bfloat16(builder, value):
+    word = ir.IntType(32)
+    bits = builder.bitcast(value, word)
+    odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+    rounded = builder.add(bits, builder.add(odd, word(0x7FFF)))
+    quiet = builder.or_(bits, word(0x400000))  # rounding a NaN's bits up could give Inf or 0
+    nan = builder.fcmp_unordered("uno", value, value)
+    return builder.trunc(
+        builder.lshr(builder.select(nan, quiet, rounded), word(16)), ir.IntType(16)
+    )
+
+
+@intrinsic
+def plus(_, total, value):
+    """``total + value``, in any order with the other terms of the sum."""
+
+    def code(context, builder, signature, arguments):
+        return builder.fadd(*arguments, flags=("reassoc", "nsz", "contract"))
+
+    return total(total, value), code
+
+
+def coefficient(coefficients, k, c, j):
+    """Coefficient k: of rows, (k, channels), a number; of columns, (k, 1, columns), a pointer."""
+
+
+@overload(coefficient)
+def _coefficient(coefficients, k, c, j):
+    if coefficients.ndim == 2:
+        return lambda coefficients, k, c, j: coefficients[k, c]
+    return lambda coefficients, k, c, j: pointer(coefficients, k * coefficients.shape[2] + j)
+
+
+def at(coefficient, i):
+    """The coefficient at place i of a run."""
+
+
+@overload(at)
+def _at(coefficient, i):
+    if isinstance(coefficient, types.CPointer):
+        return lambda coefficient, i: coefficient[i]
+    return lambda coefficient, i: coefficient
+
+
+_kernels: list[Any] = []
+
+
+def _kernel(function):
+    try:
+        kernel = numba.njit(cache=True, **_options)(function)
+    except RuntimeError:  # nowhere to keep it
+        kernel = numba.njit(**_options)(function)
+    _kernels.append(kernel)
+    return kernel
+
+
+def compiled():
+    """How many loops this process has compiled, as opposed to read from disk."""
+    return sum(sum(kernel.stats.cache_misses.values()) for kernel in _kernels)
+
+
+_inside = numba.njit(forceinline=True, **_options)
+
+
+# ---- per channel ---------------------------------------------------------------------------------
+
+
+@_inside
+def _merge(mean, m2, c, count, other_count, other_mean, other_m2):
+    """Chan's formula, into mean[c] and m2[c]."""
+    delta = other_mean - mean[c]
+    total = count + other_count
+    mean[c] += delta * (other_count / total)
+    m2[c] += other_m2 + delta * delta * (count * other_count / total)
+
+
+@_kernel
+def merge_moments(means, m2s, counts):
+    """All segments into the first, in their order."""
+    count = counts[0]
+    for s in range(1, counts.size):
+        for c in range(means.shape[1]):
+            _merge(means[0], m2s[0], c, count, counts[s], means[s, c], m2s[s, c])
+        count += counts[s]
+
+
+@_kernel
+def pack_moments(mean, m2, count, payload):
+    channels = mean.size
+    for c in range(channels):
+        payload[c] = mean[c] * count
+    if payload.size > channels:
+        for c in range(channels):
+            payload[channels + c] = m2[c] + payload[c] * mean[c]
+
+
+@_kernel
+def finalize_moments(
+    first, second, count, eps, form, mean, var, invstd, running_mean, running_var, factor
+):
+    """`form`: 0 local, 1 pooled, 2 recentred; see ``backends/numpy.py``."""
+    n = max(count, 1.0)
+    for c in range(mean.size):
+        m2 = second[c]
+        mean[c] = first[c] if form == 0 else first[c] / n
+        if form == 1:
+            m2 -= first[c] * mean[c]
+        var[c] = (0.0 if m2 < 0.0 else m2) / n
+        invstd[c] = 1.0 / np.sqrt(var[c] + eps)
+    if count > 0:
+        unbiased = count / max(count - 1.0, 1.0)
+        for c in range(running_mean.size):
+            running_mean[c] = (1.0 - factor) * running_mean[c] + factor * mean[c]
+            running_var[c] = (1.0 - factor) * running_var[c] + factor * (var[c] * unbiased)
+
+
+@_kernel
+def fill_affine(coefficients, length, mean, invstd, weight, bias):
+    """0 to 2: high, scale and shift, as ``_Affine`` of ``backends/numpy.py``.
+
+    A channel has `length` columns side by side, and all channels are repeated to the end.
+    """
+    width = coefficients.size // KINDS
+    high, scale = pointer(coefficients, 0), pointer(coefficients, width)
+    shift = pointer(coefficients, 2 * width)
+    j = 0
+    while j < width:
+        for c in range(mean.size):
+            high[j] = mean[c]
+            scaled = invstd[c] * weight[c] if weight.size else invstd[c]
+            scale[j] = scaled
+            shift[j] = (bias[c] if bias.size else 0.0) - (mean[c] - high[j]) * scaled
+            for k in range(j + 1, j + length):
+                high[k] = high[j]
+                scale[k] = scale[j]
+                shift[k] = shift[j]
+            j += length
+
+
+@_kernel
+def fill_slope(coefficients, length, mean, invstd, sum_dy, sum_dy_xmu, count):
+    """3 and 4 of ``dx = ((x - high) * slope + dy + offset) * scale``."""
+    width = coefficients.size // KINDS
+    high, slope = pointer(coefficients, 0), pointer(coefficients, 3 * width)
+    offset = pointer(coefficients, 4 * width)
+    j = 0
+    while j < width:
+        for c in range(mean.size):
+            steep = sum_dy_xmu[c] * invstd[c] * invstd[c] / count
+            slope[j] = -steep
+            offset[j] = (mean[c] - high[j]) * steep - sum_dy[c] / count
+            for k in range(j + 1, j + length):
+                slope[k] = slope[j]
+                offset[k] = offset[j]
+            j += length
+
+
+@_kernel
+def add_segments(sums_dy, sums_dy_xmu, mean, coefficients, length):
+    """All segments into the first, in their order; then about the mean, not its high part."""
+    for s in range(1, sums_dy.shape[0]):
+        for c in range(mean.size):
+            sums_dy[0, c] += sums_dy[s, c]
+            sums_dy_xmu[0, c] += sums_dy_xmu[s, c]
+    high = pointer(coefficients, 0)
+    for c in range(mean.size):
+        sums_dy_xmu[0, c] -= (mean[c] - high[c * length]) * sums_dy[0, c]
+
+
+@_kernel
+def add_gradients(dweight, dbias, sum_dy, sum_dy_xmu, invstd):
+    for c in range(dweight.size):
+        dweight[c] += sum_dy_xmu[c] * invstd[c]
+    for c in range(dbias.size):
+        dbias[c] += sum_dy[c]
+
+
+# ---- moments -------------------------------------------------------------------------------------
+
+
+@_inside
+def _rough_mean(x, begin, size):
+    first = load(x, begin)
+    total = zero(x)
+    count = zero(x)
+    for i in range(begin, begin + min(size, SAMPLE)):
+        total = plus(total, load(x, i) - first)
+        count += 1
+    return first + total / count
+
+
+@_inside
+def _deviations(x, begin, size, pivot):
+    total = zero(x)
+    squares = zero(x)
+    for i in range(begin, begin + size):
+        d = load(x, i) - pivot
+        total = plus(total, d)
+        squares = plus(squares, d * d)
+    return total, squares
+
+
+@_kernel
+def row_moments(x, means, m2s, _, s, start, channels, length, c0, c1, n0, n1, l0, l1):
+    x = pointer(x, start)
+    mean, m2 = means[s], m2s[s]
+    mean[c0:c1] = 0.0
+    m2[c0:c1] = 0.0
+    pivot = np.full(c1 - c0, zero(x))
+    sums = np.empty(c1 - c0)
+    squares = np.empty(c1 - c0)
+    count = 0.0
+    rows = max(1, RUN // max(1, l1 - l0))
+    for n in range(n0, n1, rows):
+        last = min(n + rows, n1)
+        for j in range(l0, l1, RUN):
+            run = min(RUN, l1 - j)
+            for c in range(c1 - c0):
+                pivot[c] = _rough_mean(x, (n * channels + c0 + c) * length + j, run)
+                sums[c] = 0.0
+                squares[c] = 0.0
+            for i in range(n, last):
+                for c in range(c1 - c0):
+                    a, b = _deviations(x, (i * channels + c0 + c) * length + j, run, pivot[c])
+                    sums[c] += a
+                    squares[c] += b
+            size = float((last - n) * run)
+            for c in range(c1 - c0):
+                shift = sums[c] / size
+                m = squares[c] - sums[c] * shift
+                _merge(mean, m2, c0 + c, count, size, pivot[c] + shift, m)
+            count += size
+
+
+@_kernel
+def column_moments(x, means, m2s, length, s, start, _, width, c0, c1, m0, m1, j0, j1):
+    x = pointer(x, start + j0)
+    columns = j1 - j0
+    first = m0 * width
+    pivot = np.full(columns, zero(x))
+    samples = zero(x)
+    for m in range(m0, m1, max(1, (m1 - m0) // SAMPLE)):
+        for j in range(columns):
+            pivot[j] += load(x, m * width + j) - load(x, first + j)
+        samples += 1
+    repeat = min(columns, means.shape[1] * length)
+    for j in range(0, repeat, length):
+        rough = load(x, first + j) + pivot[j] / samples
+        for k in range(j, columns, repeat):
+            pivot[k : k + length] = rough
+    partial = np.empty_like(pivot)
+    partial_squares = np.empty_like(pivot)
+    sums = np.zeros(columns)
+    squares = np.zeros(columns)
+    for block in range(m0, m1, ROWS):
+        partial[:] = 0
+        partial_squares[:] = 0
+        for m in range(block, min(block + ROWS, m1)):
+            for j in range(columns):
+                d = load(x, m * width + j) - pivot[j]
+                partial[j] += d
+                partial_squares[j] += d * d
+        for j in range(columns):
+            sums[j] += partial[j]
+            squares[j] += partial_squares[j]
+    size = float((m1 - m0) * length * (columns // repeat))
+    for j in range(0, repeat, length):
+        c = (j0 + j) // length
+        total = _channel_sum(sums, j, length, repeat)
+        shift = total / size
+        means[s, c] = pivot[j] + shift
+        m2s[s, c] = _channel_sum(squares, j, length, repeat) - total * shift
+
+
+@_inside
+def _channel_sum(sums, j, length, repeat):
+    """Of the columns of one channel: `length` from j on, again after `repeat`, and so on."""
+    total = 0.0
+    for begin in range(j, sums.size, repeat):
+        for k in range(begin, begin + length):
+            total += sums[k]
+    return total
+
+
+# ---- normalize -----------------------------------------------------------------------------------
+
+
+@_inside
+def _normalize_run(y, x, residual, begin, size, staged, fused, relu, high, scale, shift, work):
+    # Written straight over the x it was read from, y would not come out of a vector loop.
+    if not staged:
+        for i in range(size):
+            z = (load(x, begin + i) - at(high, i)) * at(scale, i) + at(shift, i)
+            store(y, begin + i, z)
+        return
+    for i in range(size):
+        work[i] = (load(x, begin + i) - at(high, i)) * at(scale, i) + at(shift, i)
+    if fused:
+        for i in range(size):
+            work[i] += load(residual, begin + i)
+    if relu:
+        for i in range(size):
+            work[i] = zero(x) if work[i] < 0 else work[i]
+    for i in range(size):
+        store(y, begin + i, work[i])
+
+
+@_kernel
+def normalize(
+    y, x, residual, relu, coefficients, s, start, channels, length, c0, c1, n0, n1, l0, l1
+):  # fmt: skip
+    fused = residual.size > 0
+    staged = fused or relu or y.ctypes.data == x.ctypes.data
+    y, x, residual = pointer(y, start), pointer(x, start), pointer(residual, start)
+    work = buffer(x)
+    for n in range(n0, n1):
+        for c in range(c0, c1):
+            for i in range(l0, l1, WIDE):
+                high, scale, shift = _affine(coefficients, c, i)
+                _normalize_run(
+                    y, x, residual, (n * channels + c) * length + i, min(WIDE, l1 - i),
+                    staged, fused, relu, high, scale, shift, work,
+                )  # fmt: skip
+
+
+@_inside
+def _affine(coefficients, c, j):
+    return (
+        coefficient(coefficients, 0, c, j),
+        coefficient(coefficients, 1, c, j),
+        coefficient(coefficients, 2, c, j),
+    )
+
+
+@_kernel
+def pack_mask(y, mask, begin, end):
+    """One bit for each y above 0, into the bytes from `begin` to `end`, as ``np.packbits``."""
+    size = y.size
+    y = pointer(y, 0)
+    for i in range(begin, end):
+        byte = 0
+        if 8 * i + 8 <= size:
+            for k in range(8):
+                byte |= (load(y, 8 * i + k) > 0) << (7 - k)
+        else:
+            for k in range(size - 8 * i):
+                byte |= (load(y, 8 * i + k) > 0) << (7 - k)
+        mask[i] = byte
+
+
+# ---- backward ------------------------------------------------------------------------------------
+
+
+@_inside
+def _passing(passed, dy, x, begin, size, activation, mask, high, scale, shift):
+    """dy where the activation let y through; 0 none, 1 found again from x, 2 in `mask`."""
+    if activation == 1:
+        for i in range(size):
+            y = (load(x, begin + i) - at(high, i)) * at(scale, i) + at(shift, i)
+            passed[i] = load(dy, begin + i) if y > 0 else zero(x)
+        return
+    if activation == 0:
+        for i in range(size):
+            passed[i] = load(dy, begin + i)
+        return
+    bits = buffer(x)
+    before = begin & 7
+    for byte in range((before + size + 7) >> 3):
+        for k in range(8):
+            bits[8 * byte + k] = (mask[(begin >> 3) + byte] >> (7 - k)) & 1
+    for i in range(size):
+        passed[i] = load(dy, begin + i) if bits[before + i] else zero(x)
+
+
+@_inside
+def _gradient_sums(dy, x, begin, size, high):
+    total = zero(x)
+    products = zero(x)
+    for i in range(begin, begin + size):
+        total = plus(total, load(dy, i))
+        products = plus(products, load(dy, i) * (load(x, i) - high))
+    return total, products
+
+
+@_inside
+def _passed_sums(passed, x, begin, size, high):
+    total = zero(x)
+    products = zero(x)
+    for i in range(size):
+        total = plus(total, passed[i])
+        products = plus(products, passed[i] * (load(x, begin + i) - high))
+    return total, products
+
+
+@_kernel
+def row_reduce(
+    sums_dy, sums_dy_xmu, dy, x, activation, mask, coefficients, _,
+    s, start, channels, length, c0, c1, n0, n1, l0, l1,
+):  # fmt: skip
+    sum_dy, sum_dy_xmu = sums_dy[s], sums_dy_xmu[s]
+    sum_dy[c0:c1] = 0.0
+    sum_dy_xmu[c0:c1] = 0.0
+    dy, x, mask = pointer(dy, 0), pointer(x, 0), pointer(mask, 0)
+    work = buffer(x)
+    for n in range(n0, n1):
+        for c in range(c0, c1):
+            high, scale, shift = _affine(coefficients, c, 0)
+            for i in range(l0, l1, WIDE):
+                begin, run = start + (n * channels + c) * length + i, min(WIDE, l1 - i)
+                if activation == 0:
+                    a, b = _gradient_sums(dy, x, begin, run, high)
+                else:
+                    _passing(work, dy, x, begin, run, activation, mask, high, scale, shift)
+                    a, b = _passed_sums(work, x, begin, run, high)
+                sum_dy[c] += a
+                sum_dy_xmu[c] += b
+
+
+@_kernel
+def column_reduce(
+    sums_dy, sums_dy_xmu, dy, x, activation, mask, coefficients, length,
+    s, start, _, width, c0, c1, m0, m1, j0, j1,
+):  # fmt: skip
+    columns = j1 - j0
+    high, scale, shift = _affine(coefficients, 0, j0)
+    dy, x, mask = pointer(dy, 0), pointer(x, 0), pointer(mask, 0)
+    work, partial, partial_products = buffer(x), buffer(x), buffer(x)
+    sums = np.zeros(columns)
+    products = np.zeros(columns)
+    for block in range(m0, m1, ROWS):
+        for j in range(columns):
+            partial[j] = zero(x)
+            partial_products[j] = zero(x)
+        for m in range(block, min(block + ROWS, m1)):
+            begin = start + m * width + j0
+            _passing(work, dy, x, begin, columns, activation, mask, high, scale, shift)
+            for j in range(columns):
+                partial[j] += work[j]
+                partial_products[j] += work[j] * (load(x, begin + j) - high[j])
+        for j in range(columns):
+            sums[j] += partial[j]
+            products[j] += partial_products[j]
+    repeat = min(columns, sums_dy.shape[1] * length)
+    for j in range(0, repeat, length):
+        c = (j0 + j) // length
+        sums_dy[s, c] = _channel_sum(sums, j, length, repeat)
+        sums_dy_xmu[s, c] = _channel_sum(products, j, length, repeat)
+
+
+@_inside
+def _input_run(dx, passed, x, dresidual, begin, size, constant, fused, high, scale, slope, offset):
+    if fused:
+        for i in range(size):
+            store(dresidual, begin + i, passed[i])
+    if constant:
+        for i in range(size):
+            store(dx, begin + i, passed[i] * at(scale, i))
+        return
+    for i in range(size):
+        d = (load(x, begin + i) - at(high, i)) * at(slope, i) + passed[i] + at(offset, i)
+        store(dx, begin + i, d * at(scale, i))
+
+
+@_kernel
+def backward_input(
+    dx, dresidual, dy, x, activation, mask, constant, coefficients,
+    s, start, channels, length, c0, c1, n0, n1, l0, l1,
+):  # fmt: skip
+    fused = dresidual.size > 0
+    dx, dresidual, dy = pointer(dx, 0), pointer(dresidual, 0), pointer(dy, 0)
+    x, mask = pointer(x, 0), pointer(mask, 0)
+    work = buffer(x)
+    for n in range(n0, n1):
+        for c in range(c0, c1):
+            for i in range(l0, l1, WIDE):
+                begin, run = start + (n * channels + c) * length + i, min(WIDE, l1 - i)
+                high, scale, shift = _affine(coefficients, c, i)
+                slope = coefficient(coefficients, 3, c, i)
+                offset = coefficient(coefficients, 4, c, i)
+                _passing(work, dy, x, begin, run, activation, mask, high, scale, shift)
+                _input_run(
+                    dx, work, x, dresidual, begin, run, constant, fused,
+                    high, scale, slope, offset,
+                )  # fmt: skip

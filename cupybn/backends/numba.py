@@ -1,0 +1,340 @@
+"""The five primitives on NumPy arrays, compiled by Numba: the fast path on the CPU (extra ``cpu``).
+
+Same names and meanings as in ``backends/numpy.py``. The loops are in ``loops.py``, which compiles
+them for a dtype when they are first needed and keeps them on disk; how the work is cut, from the
+shape alone, in ``pieces.py``; so the bits of a result do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import lru_cache
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from ..arrays import parameter_dtype
+from ..statistics import BackwardSums, Moments
+from . import numpy as reference
+from .numpy import Data, PerChannel
+from .pieces import Plan, plan_for
+from .threads import spread
+
+_BITS = {"float16": np.dtype(np.int16), "bfloat16": np.dtype(np.uint16)}
+_FORMS = {"local": 0, "pooled": 1, "recentred": 2}
+_MASK_PIECE = 1 << 15  # bytes
+_ready: set[tuple[Any, ...]] = set()
+_log = logging.getLogger("cupybn")
+
+recentre_moments = reference.recentre_moments
+update_running = reference.update_running
+
+
+@lru_cache(maxsize=1)
+def load() -> ModuleType:
+    """The loops; imports Numba.
+
+    Raises:
+        ImportError: Numba cannot be imported.
+    """
+    from . import loops
+
+    return loops
+
+
+def batch_moments(x3: Data, *, payload: PerChannel | None = None) -> Moments:
+    """Count, mean and m2 of each channel of an (N, C, L) array.
+
+    `payload` takes this rank's part of the first message: (2C,) for ``count * mean`` and
+    ``m2 + count * mean**2``, or (C,) for the first of them alone.
+    """
+    n, c, length = x3.shape
+    if x3.size == 0:
+        if payload is not None:
+            payload[...] = 0
+        return Moments(n * length, np.zeros(c), np.zeros(c))
+    plan = plan_for(n, c, length)
+    means, m2s = np.empty((2, len(plan.counts), c))
+    loop = load().column_moments if plan.columns else load().row_moments
+    spread(loop, (_flat(x3), means, m2s, plan.repeats), plan.pieces)
+    if len(plan.counts) > 1:
+        load().merge_moments(means, m2s, np.array(plan.counts))
+    moments = Moments(n * length, means[0], m2s[0])
+    if payload is not None:
+        load().pack_moments(moments.mean, moments.m2, float(moments.count), payload)
+    return moments
+
+
+def finalize_moments(
+    moments: Moments,
+    eps: float,
+    *,
+    running: tuple[Data, Data] | None = None,
+    factor: float = 0.0,
+    form: str = "local",
+) -> tuple[PerChannel, PerChannel, PerChannel]:
+    """(mean, biased variance, invstd), (C,) float64 each; updates `running` in place.
+
+    `form` says what `moments.mean` and `moments.m2` hold; see ``backends/numpy.py``.
+    """
+    mean, var, invstd = np.empty((3, moments.mean.size))
+    states = running or (None, None)
+    dense = [_vector(state, np.float32 if state is None else state.dtype) for state in states]
+    load().finalize_moments(
+        _vector(moments.mean), _vector(moments.m2), float(moments.count), float(eps),
+        _FORMS[form], mean, var, invstd, *dense, float(factor),
+    )  # fmt: skip
+    _copy_back(states, dense)
+    return mean, var, invstd
+
+
+def normalize(
+    x3: Data,
+    mean: PerChannel,
+    invstd: PerChannel,
+    weight: Data | None = None,
+    bias: Data | None = None,
+    *,
+    activation: str | None = None,
+    residual3: Data | None = None,
+    out3: Data | None = None,
+    mask: Data | None = None,
+) -> Data:
+    """``activation((x - mean) * invstd * weight + bias + residual)``, (N, C, L).
+
+    `mask`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
+    """
+    y3 = np.empty_like(x3) if out3 is None else out3
+    if x3.size == 0:
+        return y3
+    plan = plan_for(*x3.shape)
+    dense = _dense(y3)
+    y, residual = _flat(dense), _flat(residual3, x3)
+    coefficients = _coefficients(plan, x3, mean, invstd, weight, bias)
+    arguments = y, _flat(x3), residual, activation is not None, coefficients
+    spread(load().normalize, arguments, plan.pieces)
+    if mask is not None:
+        bounds = range(0, mask.size, _MASK_PIECE)
+        pieces = [(begin, min(begin + _MASK_PIECE, mask.size)) for begin in bounds]
+        spread(load().pack_mask, (y, mask), pieces)
+    _copy_back((y3,), (dense,))
+    return y3
+
+
+def backward_reduce(
+    dy3: Data,
+    x3: Data,
+    mean: PerChannel,
+    invstd: PerChannel,
+    weight: Data | None = None,
+    bias: Data | None = None,
+    *,
+    activation: str | None = None,
+    mask: Data | None = None,
+    payload: PerChannel | None = None,
+) -> BackwardSums:
+    """The sums of dy and of dy * (x - mean), after the activation's backward, per channel.
+
+    Where y passed a ReLU is read from `mask` if given, else computed again from x. `payload`,
+    (2C,), takes a copy of both for the message.
+    """
+    c = x3.shape[1]
+    if x3.size == 0:
+        sums = BackwardSums(*np.zeros((2, c)))
+    else:
+        plan = plan_for(*x3.shape)
+        sums_dy, sums_dy_xmu = np.empty((2, len(plan.counts), c))
+        coefficients = _coefficients(plan, x3, mean, invstd, weight, bias)
+        arguments = (
+            sums_dy, sums_dy_xmu, _flat(dy3), _flat(x3), *_activation(activation, mask),
+            coefficients, plan.repeats,
+        )  # fmt: skip
+        spread(load().column_reduce if plan.columns else load().row_reduce, arguments, plan.pieces)
+        load().add_segments(sums_dy, sums_dy_xmu, _vector(mean), coefficients, plan.repeats)
+        sums = BackwardSums(sums_dy[0], sums_dy_xmu[0])
+    if payload is not None:
+        np.concatenate(sums, out=payload)
+    return sums
+
+
+def backward_input(
+    dy3: Data,
+    x3: Data,
+    mean: PerChannel,
+    invstd: PerChannel,
+    weight: Data | None = None,
+    bias: Data | None = None,
+    *,
+    sums: BackwardSums | None = None,
+    count: int = 0,
+    activation: str | None = None,
+    mask: Data | None = None,
+    out3: Data | None = None,
+    dresidual3: Data | None = None,
+    local: BackwardSums | None = None,
+    dweight: Data | None = None,
+    dbias: Data | None = None,
+) -> Data:
+    """The gradient of x, (N, C, L); see ``backends/numpy.py``."""
+    dx3 = np.empty_like(x3) if out3 is None else out3
+    if local is not None:
+        gradients = dweight, dbias
+        vectors = [_vector(g, np.float32 if g is None else g.dtype) for g in gradients]
+        load().add_gradients(*vectors, *map(_vector, local), _vector(invstd))
+        _copy_back(gradients, vectors)
+    if x3.size == 0:
+        return dx3
+    plan = plan_for(*x3.shape)
+    dense = _dense(dx3), _dense(dresidual3)
+    coefficients = _coefficients(plan, x3, mean, invstd, weight, bias)
+    if sums is not None:
+        load().fill_slope(
+            coefficients, plan.repeats, _vector(mean), _vector(invstd), *map(_vector, sums),
+            float(max(count, 1)),
+        )  # fmt: skip
+    arguments = (
+        _flat(dense[0]), _flat(dense[1], x3), _flat(dy3), _flat(x3),
+        *_activation(activation, mask), sums is None, coefficients,
+    )  # fmt: skip
+    spread(load().backward_input, arguments, plan.pieces)
+    _copy_back((dx3, dresidual3), dense)
+    return dx3
+
+
+def prepare_forward(
+    x3: Data,
+    y3: Data,
+    *,
+    residual3: Data | None = None,
+    mask: Data | None = None,
+    activation: str | None = None,
+    running_dtype: str | None = None,
+    ranks: int = 1,
+) -> None:
+    """Compiles the loops of a forward, or reads them from disk: before its first message.
+
+    Once for a dtype, for rows and for columns; what happened goes to the log ``cupybn``.
+    """
+    _prepare("forward", x3, mask is not None, running_dtype)
+
+
+def prepare_backward(
+    dy3: Data,
+    x3: Data,
+    dx3: Data,
+    *,
+    dresidual3: Data | None = None,
+    mask: Data | None = None,
+    activation: str | None = None,
+    constant: bool = False,
+) -> None:
+    """As :func:`prepare_forward`, for a backward."""
+    _prepare("backward", x3)
+
+
+def _prepare(
+    direction: str, x3: Data, mask: bool = False, running_dtype: str | None = None
+) -> None:
+    columns = x3.size > 0 and plan_for(*x3.shape).columns
+    key = direction, x3.dtype, columns, mask, running_dtype
+    if key not in _ready:
+        compiled, seconds = rehearse(*key)
+        _log.log(
+            logging.INFO if compiled else logging.DEBUG,
+            "%s of %s %s: %d loops compiled, the others read from disk, in %.1f s",
+            direction, x3.dtype, "columns" if columns else "rows", compiled, seconds,
+        )  # fmt: skip
+        _ready.add(key)
+
+
+def rehearse(
+    direction: str, dtype: Any, columns: bool, mask: bool, running_dtype: str | None
+) -> tuple[int, float]:
+    """A pass over next to nothing, after which its loops are compiled.
+
+    Returns:
+        How many were not on disk, and the seconds it took.
+    """
+    began, before = time.perf_counter(), load().compiled()
+    x3 = np.zeros((2, 1, 1 if columns else 64), dtype)
+    one = np.ones(1, parameter_dtype(dtype))
+    if direction == "forward":
+        state = None if running_dtype is None else (np.zeros(1, running_dtype),) * 2
+        bits = np.zeros(-(-x3.size // 8), np.uint8) if mask else None
+        moments = batch_moments(x3, payload=np.zeros(2))
+        mean, _, invstd = finalize_moments(moments, 1.0, running=state)
+        normalize(x3, mean, invstd, one, one, mask=bits)
+    else:
+        mean, invstd = np.zeros((2, 1))
+        sums = backward_reduce(x3, x3, mean, invstd, one, one)
+        backward_input(
+            x3, x3, mean, invstd, one, one, sums=sums, local=sums, dweight=one, dbias=one
+        )
+    return load().compiled() - before, time.perf_counter() - began
+
+
+def _coefficients(
+    plan: Plan,
+    x3: Data,
+    mean: PerChannel,
+    invstd: PerChannel,
+    weight: Data | None,
+    bias: Data | None,
+) -> Data:
+    """What the loops multiply and add, for each channel or column; slope and offset come later."""
+    dtype = parameter_dtype(x3.dtype)
+    kinds = load().KINDS
+    coefficients = np.empty((kinds, 1, plan.width) if plan.columns else (kinds, plan.width), dtype)
+    load().fill_affine(
+        coefficients, plan.repeats, _vector(mean), _vector(invstd),
+        _vector(weight, dtype), _vector(bias, dtype),
+    )  # fmt: skip
+    return coefficients
+
+
+def _activation(activation: str | None, mask: Data | None) -> tuple[int, Data]:
+    number = 0 if activation is None else 1 if mask is None else 2
+    return number, _vector(mask, np.uint8)
+
+
+# ---- arrays as the loops take them: contiguous, writable, of a dtype that Numba knows ------------
+
+
+@lru_cache(maxsize=16)
+def _nothing(dtype: Any) -> Data:
+    return np.empty(0, dtype)
+
+
+def _flat(a3: Data | None, like: Data | None = None) -> Data:
+    """The values one after the other; none of the dtype of `like` for None."""
+    if a3 is None:
+        assert like is not None
+        return _nothing(_BITS.get(like.dtype.name, like.dtype))
+    flat = _writable(np.ascontiguousarray(a3).reshape(-1))
+    bits = _BITS.get(flat.dtype.name)
+    return flat if bits is None else flat.view(bits)
+
+
+def _vector(values: Data | None, dtype: Any = np.float64) -> Data:
+    return _nothing(dtype) if values is None else _writable(np.ascontiguousarray(values, dtype))
+
+
+def _writable(a: Data) -> Data:
+    """The same memory as an array that may be written: a read-only one is another type to Numba."""
+    if a.flags.writeable:
+        return a
+    interface = a.__array_interface__
+    interface["data"] = interface["data"][0], False
+    return np.asarray(SimpleNamespace(__array_interface__=interface, owner=a))
+
+
+def _dense(a3: Data | None) -> Data | None:
+    return a3 if a3 is None or a3.flags.c_contiguous else np.empty(a3.shape, a3.dtype)
+
+
+def _copy_back(given: Any, written: Any) -> None:
+    for target, values in zip(given, written, strict=True):
+        if target is not None and values is not target:
+            target[...] = values

@@ -1,0 +1,93 @@
+"""How the work on an (N, C, L) array is cut for ``loops.py``: pure integers, from the shape alone.
+
+So that sums have the same bits for any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+_SHORT = 32  # runs below this are done by columns
+WIDE = 2048  # columns of a piece, at most: their coefficients stay in L1
+_NARROW = 128  # columns below this are done several rows at a time
+_PIECE = 1 << 18  # values of a piece, about
+_LEAST = 1 << 16  # values per channel that are worth a segment
+_UNITS = 256  # channels times segments that keep any number of threads busy
+
+Piece = tuple[int, int, int, int, int, int, int, int, int, int]
+"""Segment; where in the data it starts; C and L; and the bounds of c, n and l.
+
+A piece of columns has one channel, which is as long as there are columns.
+"""
+
+
+class Plan(NamedTuple):
+    """The pieces of a shape.
+
+    Attributes:
+        columns: which loops.
+        pieces: the last arguments of the loops.
+        counts: values per channel of each segment. Sums over a segment are merged in this order.
+        width: columns of the widest row of pieces; for row loops the channels.
+        repeats: columns a channel has side by side.
+    """
+
+    columns: bool
+    pieces: tuple[Piece, ...]
+    counts: tuple[float, ...]
+    width: int
+    repeats: int
+
+
+@lru_cache(maxsize=1024)
+def plan_for(n: int, channels: int, length: int) -> Plan:
+    """The plan for an array that is not empty."""
+    if length < _SHORT:
+        return _columns(n, channels, length)
+    return _rows(n, channels, length)
+
+
+def _rows(n: int, channels: int, length: int) -> Plan:
+    segments = max(1, min(_UNITS // channels, n * length // _LEAST))
+    pieces: list[Piece] = []
+    counts: list[float] = []
+    parts = min(n, segments)
+    for n0, n1 in _cut(n, parts):
+        for l0, l1 in _cut(length, -(-segments // parts)):
+            count = (n1 - n0) * (l1 - l0)
+            step = max(1, _PIECE // count)
+            pieces += (
+                (len(counts), 0, channels, length, c, min(c + step, channels), n0, n1, l0, l1)
+                for c in range(0, channels, step)
+            )
+            counts.append(float(count))
+    return Plan(False, tuple(pieces), tuple(counts), channels, 1)
+
+
+def _columns(n: int, channels: int, length: int) -> Plan:
+    width = channels * length
+    together = max(1, min(n, _NARROW // width))
+    whole = n // together
+    tile = width * together if width <= WIDE else WIDE // length * length
+    step = max(1, _PIECE // tile)
+    pieces: list[Piece] = []
+    counts: list[float] = []
+    for start, rows, wide in (
+        (0, whole, width * together),
+        (whole * together * width, n - whole * together, width),
+    ):
+        for m0 in range(0, rows, step):
+            m1 = min(m0 + step, rows)
+            pieces += (
+                (len(counts), start, 1, wide, 0, 1, m0, m1, j, min(j + tile, wide))
+                for j in range(0, wide, tile)
+            )
+            counts.append(float((m1 - m0) * wide // channels))
+    return Plan(True, tuple(pieces), tuple(counts), width * together, length)
+
+
+def _cut(size: int, parts: int) -> Iterator[tuple[int, int]]:
+    for i in range(parts):
+        yield size * i // parts, size * (i + 1) // parts

@@ -1,0 +1,90 @@
+"""Threads for compiled loops: how many, and handing them the pieces of one call.
+
+The loops release Python's lock, so Python's own threads do. Any number of callers may hand in work
+at once: each does its own pieces too, and takes back what no thread has begun.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ..launcher import leading_number, local_size
+
+_NUMBER_VARIABLES = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS")
+_threads: int | None = None
+_pool: ThreadPoolExecutor | None = None
+
+
+def thread_count() -> int:
+    """Threads for one call: what :func:`set_threads` said, or the environment, or a fair share.
+
+    ``NUMBA_NUM_THREADS``, then ``OMP_NUM_THREADS``; where neither is set, the cores this process
+    may run on divided by the ranks on this machine.
+    """
+    global _threads
+    if _threads is None:
+        _threads = _default_threads()
+    return _threads
+
+
+def set_threads(number: int | None) -> None:
+    """Sets the threads for one call; None goes back to the default of :func:`thread_count`."""
+    global _threads
+    if number is not None and number < 1:
+        raise ValueError(f"the number of threads must be at least 1, got {number}")
+    _threads = number
+    _forget_pool()
+
+
+def spread(loop: Callable[..., Any], arguments: Sequence[Any], pieces: Sequence[Any]) -> None:
+    """``loop(*arguments, *piece)`` for each piece, on as many threads as are of use."""
+    helpers = min(thread_count(), len(pieces)) - 1
+    if helpers <= 0:
+        for piece in pieces:
+            loop(*arguments, *piece)
+        return
+    rest = iter(pieces)  # taking the next one holds Python's lock
+
+    def work() -> None:
+        for piece in rest:
+            loop(*arguments, *piece)
+
+    pool = _workers()
+    started = [pool.submit(work) for _ in range(helpers)]
+    try:
+        work()
+    finally:
+        for future in started:
+            if not future.cancel():
+                future.result()
+
+
+def _default_threads() -> int:
+    for variable in _NUMBER_VARIABLES:
+        number = leading_number(os.environ.get(variable, ""))
+        if number:
+            return number
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows have no such call
+        cores = os.cpu_count() or 1
+    return max(1, cores // local_size())
+
+
+def _workers() -> ThreadPoolExecutor:
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(thread_count() - 1, "cupybn")
+    return _pool
+
+
+def _forget_pool() -> None:
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)  # its threads are the parent's

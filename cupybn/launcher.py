@@ -1,0 +1,53 @@
+"""What the MPI launcher says of this process, in its environment variables: read before MPI is."""
+
+from __future__ import annotations
+
+import os
+
+LOCAL_RANK_VARIABLES = (
+    "OMPI_COMM_WORLD_LOCAL_RANK",  # Open MPI
+    "MPI_LOCALRANKID",  # MPICH, Intel MPI
+    "MV2_COMM_WORLD_LOCAL_RANK",  # MVAPICH
+    "PALS_LOCAL_RANKID",  # Cray
+    "PMI_LOCAL_RANK",
+    "SLURM_LOCALID",
+)
+LOCAL_SIZE_VARIABLES = (
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MPI_LOCALNRANKS",
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+    "PALS_LOCAL_SIZE",
+    "PMI_LOCAL_SIZE",
+    "SLURM_NTASKS_PER_NODE",
+    "SLURM_TASKS_PER_NODE",  # "4(x2),3": of the nodes in turn
+)
+
+
+def local_rank() -> int:
+    """This rank's number among those on its machine, from the launcher's variables; 0 if unset.
+
+    Raises:
+        ValueError: a launcher's variable is no number.
+    """
+    for variable in LOCAL_RANK_VARIABLES:
+        text = os.environ.get(variable, "")
+        if text.isdecimal():
+            return int(text)
+        if text:
+            raise ValueError(f"{variable} must be the number of a rank, got {text!r}")
+    return 0
+
+
+def local_size() -> int:
+    """How many ranks share this machine, from the launcher's variables; 1 if unset."""
+    for variable in LOCAL_SIZE_VARIABLES:
+        number = leading_number(os.environ.get(variable, ""))
+        if number:
+            return number
+    return 1
+
+
+def leading_number(text: str) -> int:
+    """4 of "4", of "4,2" and of "4(x2)"; 0 where there is none."""
+    digits = len(text) - len(text.lstrip("0123456789"))
+    return int(text[:digits] or 0)

@@ -1,0 +1,389 @@
+"""The compiled CPU backend: threads, arrays of every kind, compiling in time, and who chooses it.
+
+That its numbers are right is in test_primitives.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from conftest import BFLOAT16, DTYPES, NUMBA, ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cupybn
+from cupybn import backends, launcher
+from cupybn.backends import numba as compiled
+from cupybn.backends import numpy as plain
+from cupybn.backends import pieces, threads
+from cupybn.errors import PeerError
+from cupybn.testing import run_ranks
+
+needs_numba = pytest.mark.skipif(not NUMBA, reason="Numba is not installed")
+SHAPES = [(8, 31, 100), (9, 5, 49), (300, 33, 1), (5, 40, 4), (3, 1, 200_003), (1, 2, 150_000)]
+SHAPES += [(2501, 3, 1), (40, 3000, 1), (70_000, 5, 1)]
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    backend = backends.cpu_backend()
+    yield
+    backends.use_cpu_backend(backend)
+    threads.set_threads(None)
+
+
+def normal(shape, dtype=np.float32, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def everything(backend, x, dy, relu=True):
+    """All results of a forward and a backward through the primitives."""
+    c = x.shape[1]
+    weight, bias = normal(c, seed=1) + 1, normal(c, seed=2)
+    residual = normal(x.shape, seed=3).astype(x.dtype) if relu else None
+    mask = np.empty(-(-x.size // 8), np.uint8) if relu else None
+    activation = "relu" if relu else None
+    moments = backend.batch_moments(x)
+    mean, var, invstd = backend.finalize_moments(moments, 1e-5)
+    y = backend.normalize(
+        x, mean, invstd, weight, bias, residual3=residual, mask=mask, activation=activation
+    )
+    options = {"activation": activation, "mask": mask}
+    sums = backend.backward_reduce(dy, x, mean, invstd, weight, bias, **options)
+    gradients = [np.zeros(c, np.float32), np.zeros(c, np.float32)]
+    dresidual = np.empty_like(x)
+    dx = backend.backward_input(
+        dy, x, mean, invstd, weight, bias, sums=sums, count=moments.count, local=sums,
+        dweight=gradients[0], dbias=gradients[1], dresidual3=dresidual, **options,
+    )  # fmt: skip
+    return [mean, var, y, mask if relu else mean, *sums, dx, dresidual, *gradients]
+
+
+# ---- who computes --------------------------------------------------------------------------------
+
+
+def chosen(code, **env):
+    """What a fresh interpreter prints."""
+    path = os.pathsep.join([env.pop("first_path", ""), str(ROOT)]).strip(os.pathsep)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("CUPYBN")}
+    return subprocess.run(
+        [sys.executable, "-c", "import warnings, sys; from cupybn import backends; " + code],
+        env=clean | {"PYTHONPATH": path} | env, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_the_environment_chooses():
+    name = "print(backends.cpu_backend().__name__, 'numba' in sys.modules)"
+    assert chosen(name, CUPYBN_CPU_BACKEND="numpy").stdout.split() == [plain.__name__, "False"]
+    wrong = chosen(name, CUPYBN_CPU_BACKEND="Numba").stderr
+    assert "CUPYBN_CPU_BACKEND must be 'auto', 'numba' or 'numpy', got 'Numba'" in wrong
+    for env in ({}, {"CUPYBN_CPU_BACKEND": "auto"}, {"CUPYBN_CPU_BACKEND": ""}):
+        expected = [compiled.__name__, "True"] if NUMBA else [plain.__name__, "False"]
+        assert chosen(name, **env).stdout.split() == expected
+
+
+def test_without_numba_numpy_computes(monkeypatch):
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    assert backends.use_cpu_backend("auto") is plain
+
+
+def test_a_broken_numba_is_not_passed_over_in_silence(tmp_path):
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs another NumPy')\n")
+    name = "print(backends.cpu_backend().__name__)"
+    forced = chosen(name, first_path=str(tmp_path), CUPYBN_CPU_BACKEND="numba")
+    assert forced.returncode != 0
+    assert "(Numba needs another NumPy): pip install 'cupybn[cpu]'" in forced.stderr
+    auto = chosen(name, first_path=str(tmp_path))
+    assert auto.stdout.split() == [plain.__name__]
+    assert "RuntimeWarning: Numba is installed, but cannot be used" in auto.stderr
+
+
+@needs_numba
+def test_python_in_place_of_compiled_loops_is_refused():
+    code = "print(backends.cpu_backend().__name__)"
+    forced = chosen(code, NUMBA_DISABLE_JIT="1", CUPYBN_CPU_BACKEND="numba")
+    assert "NUMBA_DISABLE_JIT is set" in forced.stderr.splitlines()[-1]
+
+
+# ---- threads -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "env, expected",
+    [
+        ({}, 8), ({"OMP_NUM_THREADS": "3"}, 3), ({"OMP_NUM_THREADS": "3,2"}, 3),
+        ({"NUMBA_NUM_THREADS": "5", "OMP_NUM_THREADS": "3"}, 5),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 2), ({"MPI_LOCALNRANKS": "3"}, 2),
+        ({"SLURM_TASKS_PER_NODE": "2(x3),1"}, 4), ({"PMI_LOCAL_SIZE": "100"}, 1),
+        ({"OMP_NUM_THREADS": "none"}, 8),
+    ],
+)  # fmt: skip
+def test_ranks_share_the_cores(monkeypatch, env, expected):
+    for name in (*launcher.LOCAL_SIZE_VARIABLES, "OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    threads.set_threads(None)
+    assert threads.thread_count() == expected
+
+
+def test_every_piece_is_done_once_whoever_calls():
+    threads.set_threads(3)
+    done = []
+
+    def loop(call, piece):
+        done.append((call, piece))
+
+    callers = [
+        threading.Thread(target=threads.spread, args=(loop, (call,), [(i,) for i in range(50)]))
+        for call in range(6)
+    ]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(timeout=30)
+    assert sorted(done) == [(call, i) for call in range(6) for i in range(50)]
+
+
+def test_an_error_in_any_piece_is_raised():
+    threads.set_threads(2)
+
+    def loop(piece):
+        if piece == 7:
+            raise MemoryError("piece 7")
+
+    with pytest.raises(MemoryError, match="piece 7"):
+        threads.spread(loop, (), [(i,) for i in range(10)])
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        threads.set_threads(0)
+
+
+@needs_numba
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("relu", [False, True])
+def test_the_bits_do_not_depend_on_the_number_of_threads(shape, relu):
+    x, dy = normal(shape), normal(shape, seed=4)
+    threads.set_threads(1)
+    expected = everything(compiled, x, dy, relu)
+    for number in (2, 5):
+        threads.set_threads(number)
+        for actual, value in zip(everything(compiled, x, dy, relu), expected, strict=True):
+            np.testing.assert_array_equal(actual, value)
+
+
+@needs_numba
+def test_ranks_that_are_threads_compute_at_once():
+    backends.use_cpu_backend("numba")
+    threads.set_threads(3)
+    x, dy = normal((32, 8, 50, 50)), normal((32, 8, 50, 50), seed=1)
+    whole = cupybn.BatchNorm2d(8)
+    y, dx = whole(x), whole.backward(dy)
+
+    def rank(comm):
+        layer = cupybn.SyncBatchNorm(8, comm=comm)
+        mine = slice(8 * comm.rank, 8 * comm.rank + 8)
+        for _ in range(5):
+            results = layer(x[mine]), layer.backward(dy[mine])
+        return results
+
+    for i, (y_rank, dx_rank) in enumerate(run_ranks(4, rank)):
+        np.testing.assert_allclose(y_rank, y[8 * i : 8 * i + 8], atol=1e-6)
+        np.testing.assert_allclose(dx_rank, dx[8 * i : 8 * i + 8], atol=1e-6)
+
+
+@needs_numba
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_has_threads_of_its_own():
+    code = """if True:
+        import os, numpy as np, cupybn
+        from cupybn.backends import threads
+        threads.set_threads(2)
+        warnings.simplefilter("ignore")
+        layer, x = cupybn.BatchNorm2d(40), np.ones((32, 40, 40, 40), np.float32)
+        layer(x)
+        child = os.fork()
+        layer(x)
+        if child == 0:
+            os._exit(7)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    process = chosen(f"exec({code!r})", CUPYBN_CPU_BACKEND="numba")
+    assert process.stdout.split() == ["7"], process.stderr
+
+
+# ---- arrays --------------------------------------------------------------------------------------
+
+
+@needs_numba
+@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
+def test_arrays_that_are_strided_or_read_only(shape):
+    x, dy = normal(shape), normal(shape, seed=4)
+    expected = everything(compiled, x, dy)
+    fixed = x.copy(), dy.copy()
+    for array in fixed:
+        array.flags.writeable = False
+    wide = np.repeat(x, 2, axis=1)[:, ::2], np.repeat(dy, 2, axis=0)[::-2][::-1]
+    for arrays in (fixed, wide):
+        for actual, value in zip(everything(compiled, *arrays), expected, strict=True):
+            np.testing.assert_array_equal(actual, value)
+    mean, invstd = expected[0], np.ones(shape[1])
+    weight = np.repeat(np.float32([2]), shape[1])
+    weight.flags.writeable = False
+    y = compiled.normalize(x, mean, invstd, weight)
+    strided = np.zeros((shape[0], 2 * shape[1], shape[2]), np.float32)[:, ::2]
+    assert compiled.normalize(x, mean[::-1][::-1], invstd, weight, out3=strided) is strided
+    np.testing.assert_array_equal(strided, y)
+    compiled.backward_input(dy, x, mean, invstd, weight, out3=strided)
+    np.testing.assert_array_equal(strided, dy * 2)
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
+def test_writing_over_what_is_read(shape, dtype):
+    x, dy = normal(shape).astype(dtype), normal(shape, seed=4).astype(dtype)
+    mean, invstd = normal(shape[1], np.float64), np.abs(normal(shape[1], np.float64, 1)) + 1
+    for activation in (None, "relu"):
+        y = compiled.normalize(x, mean, invstd, residual3=dy, activation=activation)
+        onto = dy.copy()
+        compiled.normalize(x, mean, invstd, residual3=onto, out3=onto, activation=activation)
+        np.testing.assert_array_equal(onto, y)
+        onto = x.copy()
+        compiled.normalize(onto, mean, invstd, out3=onto, activation=activation)
+        y = compiled.normalize(x, mean, invstd, activation=activation)
+        np.testing.assert_array_equal(onto, y)
+        sums = compiled.backward_reduce(dy, x, mean, invstd, activation=activation)
+        dx = compiled.backward_input(dy, x, mean, invstd, sums=sums, count=9, activation=activation)
+        onto = dy.copy()
+        compiled.backward_input(
+            onto, x, mean, invstd, sums=sums, count=9, activation=activation, out3=onto
+        )
+        np.testing.assert_array_equal(onto, dx)
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [np.dtype(np.float16), *BFLOAT16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1 / 3, 0.7071, 3e-3])
+def test_every_16_bit_value_is_read_and_rounded_as_by_numpy(dtype, scale):
+    x = np.arange(65536, dtype=np.uint16).view(dtype).reshape(1, 1, -1)
+    with np.errstate(all="ignore"):
+        expected = (x.astype(np.float32) * np.float32(scale)).astype(dtype)
+    for columns in (False, True):
+        x3 = x.reshape(-1, 1, 1) if columns else x
+        y = compiled.normalize(x3, np.zeros(1), np.full(1, scale)).reshape(x.shape)
+        nan = np.isnan(expected)
+        np.testing.assert_array_equal(np.isnan(y), nan)
+        # no bits of NaN, and no sign of 0: x - 0 + 0
+        np.testing.assert_array_equal(y[~nan], expected[~nan])
+
+
+@given(
+    n=st.integers(1, 5000), c=st.integers(1, 3000), length=st.integers(1, 5000),
+)  # fmt: skip
+@settings(deadline=None, max_examples=300)
+def test_pieces_cover_every_value_once(n, c, length):
+    n = min(n, max(1, 20_000_000 // (c * length)))
+    plan = pieces.plan_for(n, c, length)
+    assert sum(plan.counts) == n * length
+    seen = np.zeros(n * c * length, np.uint8)
+    per_segment = np.zeros(len(plan.counts))
+    for s, start, channels, run, c0, c1, n0, n1, l0, l1 in plan.pieces:
+        whole = seen[start:][: seen[start:].size // (channels * run) * channels * run]
+        whole.reshape(-1, channels, run)[n0:n1, c0:c1, l0:l1] += 1
+        per_segment[s] += (c1 - c0) * (n1 - n0) * (l1 - l0)
+        assert not plan.columns or l1 - l0 <= pieces.WIDE
+    assert (seen == 1).all()
+    np.testing.assert_array_equal(per_segment, np.array(plan.counts) * c)
+
+
+# ---- compiling -----------------------------------------------------------------------------------
+
+
+@needs_numba
+@pytest.mark.parametrize("columns", [False, True])
+def test_preparing_compiles_all_that_comes_after_a_message(columns):
+    code = f"""if True:
+        import numpy as np
+        from cupybn.backends import numba as b
+        def there():
+            return sum(len(kernel.signatures) for kernel in b.load()._kernels)
+        x = np.ones((6, 2, {1 if columns else 40}), np.float32)
+        w, mask = np.ones(2, np.float32), np.zeros(60, np.uint8)
+        moments = b.batch_moments(x, payload=np.zeros(4))
+        b.prepare_forward(x, x, residual3=x, mask=mask, activation="relu", running_dtype="float32")
+        before = there()
+        mean, var, invstd = b.finalize_moments(moments, 1.0, running=(w, w))
+        b.normalize(x, mean, invstd, w, None, activation="relu", residual3=x, mask=mask)
+        assert there() == before, "forward"
+        sums = b.backward_reduce(x, x, mean, invstd, payload=np.zeros(4))
+        b.prepare_backward(x, x, x)
+        before = there()
+        b.backward_input(x, x, mean, invstd, w, sums=sums, local=sums, dweight=w, dresidual3=x)
+        b.backward_input(x, x, mean, invstd, w, dbias=w, activation="relu", mask=mask)
+        assert there() == before, "backward"
+        print("done")
+    """
+    process = chosen(f"exec({code!r})")
+    assert process.stdout.split() == ["done"], process.stderr
+
+
+@needs_numba
+def test_a_rank_that_cannot_compile_tells_the_others(monkeypatch):
+    backends.use_cpu_backend("numba")
+    prepare = {name: getattr(compiled, name) for name in ("prepare_forward", "prepare_backward")}
+
+    def rank(comm, direction):
+        layer = cupybn.SyncBatchNorm(3, comm=comm)
+        x = np.full((4, 3, 5, 5), comm.rank, np.float32) + normal((4, 3, 5, 5)) / 9
+
+        def fails_on_rank_1(*arrays, **options):
+            if threading.current_thread() is culprit[0]:
+                raise OSError("no compiler")
+            prepare[f"prepare_{direction}"](*arrays, **options)
+
+        if comm.rank == 1:
+            culprit.append(threading.current_thread())
+        comm.allreduce(np.zeros(1))
+        if direction == "backward":
+            layer(x)
+        comm.allreduce(np.zeros(1))
+        monkeypatch.setattr(compiled, f"prepare_{direction}", fails_on_rank_1)
+        comm.allreduce(np.zeros(1))
+        with pytest.raises(OSError if comm.rank == 1 else PeerError):
+            layer(x) if direction == "forward" else layer.backward(x)
+        return layer.grads["weight"].any() or layer.num_batches_tracked
+
+    for direction, tracked in (("forward", 0), ("backward", 1)):
+        culprit = []
+        assert run_ranks(3, rank, direction) == [tracked] * 3
+        monkeypatch.undo()
+
+
+@needs_numba
+def test_compiling_is_told(caplog):
+    compiled._ready.clear()
+    x = normal((4, 3, 8))
+    with caplog.at_level("DEBUG", logger="cupybn"):
+        compiled.prepare_forward(x, x)
+        compiled.prepare_forward(x, x)
+    (record,) = caplog.records
+    assert "forward of float32 columns: " in record.getMessage()
+
+
+@needs_numba
+def test_compile_command(capsys):
+    from cupybn.cli import main
+
+    assert main(["compile", "--dtypes", "float32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines] == [
+        ["float32", layout, direction]
+        for layout in ("rows", "columns")
+        for direction in ("forward", "backward")
+    ]
