@@ -409,6 +409,7 @@ def check_coalesce(comm):
                 assert layer.saved is None
                 assert bits(layer) == bits(other) if strict else True
                 equal(layer, other, 1e-12 if layer.dtype == np.float64 else 1e-5)
+            distributed.verify_sync(Sequential(*joined), comm)
 
 
 def check_coalesced_failure(comm):
