@@ -8,8 +8,9 @@ what they wrote is undone. The message is ::
 
     [16 header words of all | 16 of each call | payload of the first call | of the second | ...]
 
-as long as the next power of two. The header of all carries poison and the fingerprint of the calls
-in their order; those of the calls carry their counts, and say which call failed or differs.
+the headers and payloads of the calls together as long as the next power of two. The header of all
+carries poison and the fingerprint of the calls in their order; those of the calls carry their
+counts, and say which call failed or differs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .communicators import Communicator
 from .communicators.base import first_values
 from .errors import DeviceError
 from .joint import Request, Started, joint
-from .statistics import HEADER, Header, header, padded_length, poison, read_header
+from .statistics import COUNT, HEADER, Header, header, padded_length, poison, read_header
 
 
 class Together(joint):
@@ -37,7 +38,7 @@ class Together(joint):
         names = ", ".join(call.what for call in self.calls)
         super().__init__(comm, f"{len(calls)} calls in one message ({names})", padded_length(size))
         self.failed: joint | None = None
-        self._summed: list[Header] = []
+        self._heads: Any = None
         for call in self.calls:
             call.together = self
 
@@ -70,16 +71,22 @@ class Together(joint):
         self._message = None
         answers = {}
         begin = self.heads
-        for call, summed in zip(self.calls, self._summed, strict=True):
+        for call, words in zip(self.calls, self._heads, strict=True):
             if call in requests:
-                answers[call] = summed.count, total[begin : begin + requests[call][1]]
+                answers[call] = int(words[COUNT]), total[begin : begin + requests[call][1]]
             begin += call.room
         return answers
 
     def _read(self, total: Array) -> Header:
         words = first_values(self.comm, total, HEADER + self.heads).reshape(-1, HEADER)
-        first, *self._summed = (read_header(line, self.ranks) for line in words)
-        return first
+        self._heads = words[1:]
+        return read_header(words[0], self.ranks)
+
+    def _read_heads(self) -> list[tuple[joint, Header]]:
+        return [
+            (call, read_header(words, self.ranks))
+            for call, words in zip(self.calls, self._heads, strict=True)
+        ]
 
     def _farewell(self) -> Array:
         message = super()._farewell()
@@ -90,7 +97,7 @@ class Together(joint):
 
     def _text(self) -> str:
         # As long as one call's text, however many there are: the first that differs tells enough.
-        differ = (i for i, summed in enumerate(self._summed) if not summed.agree)
+        differ = (i for i, (_, summed) in enumerate(self._read_heads()) if not summed.agree)
         i = next(differ, 0)
         return f"call {i + 1} of {len(self.calls)} in one message: {self.calls[i].fingerprint}"
 
@@ -98,7 +105,7 @@ class Together(joint):
         return self.what if self.failed is None else self.failed.what
 
     def _failed_there(self) -> str:
-        names = [c.what for c, s in zip(self.calls, self._summed, strict=True) if s.failed]
+        names = [call.what for call, summed in self._read_heads() if summed.failed]
         return f" in {', '.join(names)}" if names else ""
 
 

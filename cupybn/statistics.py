@@ -24,7 +24,7 @@ from .arrays import Array
 
 HEADER = 16
 _MIN_PAYLOAD = 256
-_FAILED, _FAILED_RANKS, _COUNT, _FINGERPRINT = 0, 1, 2, 3
+_FAILED, _FAILED_RANKS, COUNT, _FINGERPRINT = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _fingerprint_words(dtype: Any, text: str) -> np.ndarray[Any, Any]:
 def header(dtype: Any, fingerprint: str, count: int) -> np.ndarray[Any, Any]:
     """The 16 words before the payload of a rank that did not fail."""
     words: np.ndarray[Any, Any] = _fingerprint_words(dtype, fingerprint).copy()
-    words[_COUNT] = count
+    words[COUNT] = count
     return words
 
 
@@ -151,7 +151,7 @@ def read_header(summed: np.ndarray[Any, Any], ranks: int) -> Header:
         mean = words[i] / ranks
         agree = agree and mean * mean * ranks == words[i + 1] and mean % 1 == 0
     failed_rank = int(words[_FAILED_RANKS]) - 1 if failed == 1 else None
-    return Header(failed, failed_rank, int(words[_COUNT]), agree)
+    return Header(failed, failed_rank, int(words[COUNT]), agree)
 
 
 def pack_texts(text: str, rank: int, ranks: int, width: int = 256) -> Any:

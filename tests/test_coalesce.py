@@ -38,7 +38,7 @@ def forwards(layers, xs):
 
 
 def test_the_message():
-    """As long as the next power of two: 16 words of all, 16 a call, 2C numbers a call."""
+    """16 words of all; then 16 and 2C numbers a call, as long as the next power of two."""
 
     def rank(comm):
         spy = Spy(comm)
@@ -48,7 +48,7 @@ def test_the_message():
         return spy.sent
 
     length = padded_length(3 * 16 + 2 * (4 + 64 + 130))
-    assert length == 512
+    assert length == 16 + 512
     for sent in run_ranks(2, rank):
         assert sent == [
             (f"3 calls in one message ({NAMES})", length),
