@@ -64,7 +64,11 @@ def on_stream_of(tensor: Tensor) -> Iterator[None]:
     device = tensor.device
     cupy = cupy_for("the tensor")
     stream = torch.cuda.current_stream(device).cuda_stream
-    with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream, device.index):
+    with (
+        torch.cuda.device(device),  # without which PyTorch does not hand the tensor over
+        cupy.cuda.Device(device.index),
+        cupy.cuda.ExternalStream(stream, device.index),
+    ):
         yield
 
 
