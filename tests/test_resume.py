@@ -51,12 +51,20 @@ def family(pid):
     return found[::-1]
 
 
+def shared_memory(pids):
+    """The files by which these processes share memory; an MPI that is killed leaves them."""
+    found = set()
+    for pid in pids:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        found |= {Path(line.split()[5]) for line in lines if "/dev/shm/" in line}
+    return found
+
+
 def run_and_kill(ranks, path, more, saves, delay):
     """Starts a job and ends all its processes by SIGKILL, some time after so many saves."""
     command = [_mpiexec(), "-n", ranks, sys.executable, "-m", "mpi4py", SCRIPT,
                *options(ranks, path, *more)]  # fmt: skip
-    folder = str(path.parent)  # shared memory of Open MPI that nobody is left to remove
-    env = rank_environment(TMPDIR=folder, OMPI_MCA_btl_sm_backing_directory=folder)
+    env = rank_environment(TMPDIR=str(path.parent))  # where Open MPI would leave files
     with subprocess.Popen(
         [str(word) for word in command], env=env, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, text=True,
@@ -71,10 +79,13 @@ def run_and_kill(ranks, path, more, saves, delay):
         time.sleep(delay)
         members = family(job.pid)
         assert len(members) > ranks
+        orphans = shared_memory(members)
         for pid in members:
             os.kill(pid, signal.SIGKILL)
         assert "test accuracy" not in job.stdout.read()
     assert job.returncode == -signal.SIGKILL
+    for orphan in orphans:
+        orphan.unlink(missing_ok=True)
 
 
 def assert_equal(state, expected, tolerance):
