@@ -209,6 +209,16 @@ def test_dlpack_and_cupy_arrays_come_back_as_numpy(suffix, tmp_path, monkeypatch
     assert_same(loaded, {"device": host, "tensor": host})
 
 
+@pytest.mark.gpu
+@both
+def test_arrays_on_a_gpu(suffix, tmp_path):
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    host = {"x": np.arange(6.0).reshape(2, 3).T[::2], "count": np.array(3), "none": np.ones((0, 2))}
+    state = {name: cupy.asarray(array) for name, array in host.items()}
+    state["x"] = cupy.asarray(np.arange(6.0).reshape(2, 3)).T[::2]
+    assert_same(round_trip(state, tmp_path / f"x{suffix}"), host)
+
+
 # ---- what cannot be saved ----------------------------------------------------------------------
 
 
