@@ -69,7 +69,7 @@ def evaluates_for_one_step():
 
 
 def sends_another_length():
-    """512 numbers, while the others send 256."""
+    """A longer one: its layer has 200 channels, that of the others 4."""
     wide = SyncBatchNorm(200, name="wide")
     layer = wide if culprit else net.first
     batch = np.ones((2, layer.num_features), np.float32)
@@ -83,7 +83,7 @@ def sends_another_length():
 
 
 def is_at_the_gradients():
-    """It skipped the backward, and pools gradients in a message of 257 float32 numbers."""
+    """It skipped the backward, and pools gradients, in a message of float32."""
     distributed.allreduce_gradients(net) if culprit else net.backward(x)
 
 
