@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
@@ -18,7 +19,7 @@ from hypothesis.extra import numpy as npst
 
 import cupybn
 from cupybn import CheckpointError, StateDict
-from cupybn.checkpoint import content
+from cupybn.checkpoint import content, npz
 
 SUFFIXES = [".npz", ".safetensors"]
 BIG_ENDIAN = [np.dtype(name) for name in (">f2", ">f4", ">f8", ">i2", ">i4", ">i8", ">u4")]
@@ -350,6 +351,19 @@ def test_errors_of_the_system_stay_what_they_are(suffix, tmp_path):
     (tmp_path / f"folder{suffix}").mkdir()
     with pytest.raises(IsADirectoryError):
         cupybn.load(tmp_path / f"folder{suffix}")
+
+
+def test_a_seek_that_cannot_be_is_damage_and_a_broken_disk_is_not(tmp_path, monkeypatch):
+    cupybn.save({}, tmp_path / "x.npz")
+    for code, kind in ((errno.EINVAL, CheckpointError), (errno.EIO, OSError)):
+        error = OSError(code, "of the system")
+
+        def fail(file, error=error):
+            raise error
+
+        monkeypatch.setattr(npz, "ZipFile", fail)
+        with pytest.raises(kind, match="of the system"):
+            cupybn.load(tmp_path / "x.npz")
 
 
 @both
