@@ -1,16 +1,8 @@
-// What both backward kernels do with dy: the part which the activation let through. RELU computes
-// the forward's sign again from x; MASK reads it from the bits which forward wrote.
+// What both backward kernels do with dy: the part which the activation let through. Behind a ReLU
+// that is read from the bits which forward wrote, or, without a mask, computed again from x.
 #pragma once
 #include "numeric.cuh"
 #include "geometry.cuh"
-
-constexpr bool NEEDS_AFFINE = RELU && !MASK;
-
-// Of `mean` alone, but where the forward's sign is computed again.
-__device__ __forceinline__ Affine affine_of(const ChannelArrays& arrays, bool active, i64 c) {
-  if (NEEDS_AFFINE) return Affine::of(arrays.load(active, c));
-  return {static_cast<acc_t>(load_if(active, arrays.mean + c)), 0, 0};
-}
 
 // The bits of one vector, element 0 the highest of V. They may lie across two bytes.
 __device__ __forceinline__ unsigned load_mask(const unsigned char* mask, const slot_t& slot) {
@@ -33,9 +25,9 @@ __device__ __forceinline__ unsigned load_mask(const unsigned char* mask, const s
   return bits;
 }
 
-__device__ __forceinline__ acc_t passing(acc_t dy, acc_t x, const Affine& affine, unsigned bits,
-                                         int j) {
-  if (!RELU) return dy;
-  bool kept = MASK ? (bits >> (V - 1 - j) & 1u) != 0 : affine.apply(x) > 0;
+// `bits` counts, all ones where there was no ReLU, unless y is computed again.
+__device__ __forceinline__ acc_t passing(acc_t dy, acc_t x, const Affine& affine, bool again,
+                                         unsigned bits, int j) {
+  bool kept = again ? affine.apply(x) > 0 : (bits >> (V - 1 - j) & 1u) != 0;
   return kept ? dy : acc_t(0);
 }

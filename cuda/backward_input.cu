@@ -1,13 +1,12 @@
 // dx = (dy - sum_dy / n - (x - mean) * invstd^2 * sum_dy_xmu / n) * invstd * weight, with the sums of
-// all ranks; with CONSTANT statistics dx = dy * invstd * weight. The gradients of weight and bias,
-// from this rank's own sums, are added on the way.
+// all ranks; without sums the statistics are constants and dx = dy * invstd * weight. The gradients
+// of weight and bias, from this rank's own sums, are added on the way. `share` is 1 / n.
 #include "memory.cuh"
 #include "numeric.cuh"
 #include "geometry.cuh"
 #include "backward.cuh"
 
 constexpr int UNROLL = 2;
-constexpr bool NEEDS_X = !CONSTANT || NEEDS_AFFINE;
 
 struct Gradient {
   Affine affine;
@@ -15,16 +14,16 @@ struct Gradient {
 };
 
 struct Sums {
-  const double* dy;
+  const double* dy;  // or null
   const double* dy_xmu;
 };
 
 __device__ __forceinline__ Gradient gradient_of(const Channel& channel, bool active, i64 c,
-                                                const Sums& sums, double count) {
+                                                const Sums& sums, double share) {
   Gradient gradient{Affine::of(channel), 0, 0};
-  if (!CONSTANT) {
-    double slope = load_if(active, sums.dy_xmu + c) * channel.invstd * channel.invstd / count;
-    double offset = Affine::low(channel.mean) * slope - load_if(active, sums.dy + c) / count;
+  if (sums.dy) {
+    double slope = load_if(active, sums.dy_xmu + c) * channel.invstd * channel.invstd * share;
+    double offset = Affine::low(channel.mean) * slope - load_if(active, sums.dy + c) * share;
     gradient.slope = static_cast<acc_t>(-slope);
     gradient.offset = static_cast<acc_t>(offset);
   }
@@ -35,6 +34,7 @@ __device__ __forceinline__ Gradient gradient_of(const Channel& channel, bool act
 __device__ __forceinline__ void add_parameter_gradients(const Walk& walk, i64 channels,
                                                         param_t* dweight, param_t* dbias,
                                                         const Sums& local, const double* invstd) {
+#pragma unroll 1
   for (int i = threadIdx.x, rest = walk.group(); rest > 0; i += blockDim.x, rest -= blockDim.x) {
     i64 c = walk.first_channel() + i;
     bool active = walk.slice == 0 && i < walk.group() && c < channels;
@@ -54,31 +54,32 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
                const scalar_t* dy, const scalar_t* x, const unsigned char* mask, const double* mean,
                const double* invstd, const param_t* weight, const param_t* bias,
                const double* sum_dy, const double* sum_dy_xmu, const double* local_dy,
-               const double* local_dy_xmu, double count, i64 n, i64 c, i64 l, i64 span, i64 group,
-               i64 fold) {
+               const double* local_dy_xmu, double share, i64 relu, i64 n, i64 c, i64 l, i64 span,
+               i64 group, i64 fold) {
   const Shape shape{n, c, l, span, group, fold};
   const ChannelArrays arrays{mean, invstd, weight, bias};
   const Sums sums{sum_dy, sum_dy_xmu}, local{local_dy, local_dy_xmu};
+  const bool masked = relu && mask, again = relu && !mask, needs_x = sum_dy || again;
   // backwards: what the reduction read last may still be in the cache
   Walk walk(shape, gridDim.x - 1 - blockIdx.x, gridDim.y - 1 - blockIdx.y, skew_of(dy));
   __shared__ Gradient table[MAX_GROUP];
   fill_table(table, walk, c, [&](bool active, i64 channel) {
-    return gradient_of(arrays.load(active, channel), active, channel, sums, count);
+    return gradient_of(arrays.load(active, channel), active, channel, sums, share);
   });
   Gradient gradient[Walk::CHANNELS];
   pick(gradient, table, walk);
   add_parameter_gradients(walk, c, dweight, dbias, local, invstd);
 
-  for (i64 rounds = walk.rounds(UNROLL); rounds > 0; --rounds) {
+  while (walk.left > 0) {
     slot_t slot[UNROLL];
-    Pack<scalar_t, V> pack_x[UNROLL], pack[UNROLL];
-    unsigned bits[UNROLL] = {};
+    Pack<scalar_t, V> pack_x[UNROLL] = {}, pack[UNROLL];
+    unsigned bits[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       slot[u] = walk.next();
       pack[u] = load_slot(dy, slot[u], shape.size());
-      if (NEEDS_X) pack_x[u] = load_slot(x, slot[u], shape.size());
-      if (MASK) bits[u] = load_mask(mask, slot[u]);
+      if (needs_x) pack_x[u] = load_slot(x, slot[u], shape.size());
+      bits[u] = masked ? load_mask(mask, slot[u]) : ~0u;
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
@@ -86,16 +87,14 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const Gradient& own = gradient[Walk::CHANNELS == 1 ? 0 : j];
-        acc_t value = NEEDS_X ? widen(pack_x[u].v[j]) : acc_t(0);
-        acc_t d = passing(widen(pack[u].v[j]), value, own.affine, bits[u], j);
+        acc_t value = widen(pack_x[u].v[j]);
+        acc_t d = passing(widen(pack[u].v[j]), value, own.affine, again, bits[u], j);
         narrow(d, passed.v[j]);
-        if (!CONSTANT) d = fused(value - own.affine.high, own.slope, d) + own.offset;
+        if (sum_dy) d = fused(value - own.affine.high, own.slope, d) + own.offset;
         narrow(d * own.affine.scale, pack[u].v[j]);
       }
       store_slot(dx, slot[u], pack[u]);
-#if RESIDUAL
-      store_slot(dresidual, slot[u], passed);
-#endif
+      if (dresidual) store_slot(dresidual, slot[u], passed);
     }
   }
 }

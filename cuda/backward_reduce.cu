@@ -12,29 +12,31 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* message_dy_xmu,
                 double* partials, unsigned* counters, const scalar_t* dy, const scalar_t* x,
                 const unsigned char* mask, const double* mean, const double* invstd,
-                const param_t* weight, const param_t* bias, i64 n, i64 c, i64 l, i64 span,
-                i64 group, i64 fold) {
+                const param_t* weight, const param_t* bias, i64 relu, i64 n, i64 c, i64 l,
+                i64 span, i64 group, i64 fold) {
   const Shape shape{n, c, l, span, group, fold};
   const ChannelArrays arrays{mean, invstd, weight, bias};
+  const bool masked = relu && mask, again = relu && !mask;
   Walk walk(shape, blockIdx.x, blockIdx.y, skew_of(x));
   __shared__ Affine table[MAX_GROUP];
   fill_table(table, walk, c, [&](bool active, i64 channel) {
-    return affine_of(arrays, active, channel);
+    if (again) return Affine::of(arrays.load(active, channel));
+    return Affine{static_cast<acc_t>(load_if(active, mean + channel)), 0, 0};
   });
   Affine affine[Walk::CHANNELS];
   pick(affine, table, walk);
 
   acc_t of_dy[V] = {}, of_dy_xmu[V] = {};
-  for (i64 rounds = walk.rounds(UNROLL); rounds > 0; --rounds) {
+  while (walk.left > 0) {
     slot_t slot[UNROLL];
     Pack<scalar_t, V> pack_x[UNROLL], pack_dy[UNROLL];
-    unsigned bits[UNROLL] = {};
+    unsigned bits[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       slot[u] = walk.next();
       pack_x[u] = load_slot(x, slot[u], shape.size());
       pack_dy[u] = load_slot(dy, slot[u], shape.size());
-      if (MASK) bits[u] = load_mask(mask, slot[u]);
+      bits[u] = masked ? load_mask(mask, slot[u]) : ~0u;
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
@@ -43,7 +45,7 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
         if (!slot[u].has(j)) continue;
         const Affine& own = affine[Walk::CHANNELS == 1 ? 0 : j];
         acc_t value = widen(pack_x[u].v[j]);
-        acc_t d = passing(widen(pack_dy[u].v[j]), value, own, bits[u], j);
+        acc_t d = passing(widen(pack_dy[u].v[j]), value, own, again, bits[u], j);
         of_dy[j] += d;
         of_dy_xmu[j] = fused(d, value - own.high, of_dy_xmu[j]);
       }

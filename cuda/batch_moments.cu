@@ -25,7 +25,7 @@ batch_moments(double* mean, double* m2, double* weighted, double* about_zero, do
   const MomentArrays out{mean, m2, weighted, about_zero};
   Walk walk(shape, blockIdx.x, blockIdx.y, skew_of(x));
   ThreadMoments<UNROLL> moments;
-  for (i64 rounds = walk.rounds(UNROLL); rounds > 0; --rounds) {
+  while (walk.left > 0) {
     slot_t slot[UNROLL];
     Pack<scalar_t, V> pack[UNROLL];
 #pragma unroll
@@ -42,9 +42,11 @@ batch_moments(double* mean, double* m2, double* weighted, double* about_zero, do
   fill_table(pivots, walk, c, [&](bool active, i64 channel) {
     return static_cast<double>(widen(load_if(active, x + channel * l)));
   });
+  double pivot_of[Walk::CHANNELS];
+  pick(pivot_of, pivots, walk);
   Pair own[V];
 #pragma unroll
-  for (int j = 0; j < V; ++j) own[j] = moments.about(pivots[walk.channel_of(j)], j);
+  for (int j = 0; j < V; ++j) own[j] = moments.about(pivot_of[Walk::CHANNELS == 1 ? 0 : j], j);
 
   reduce_tile(own, walk, shape, Scratch{partials, counters},
               [&](bool active, i64 channel, Pair sums) {

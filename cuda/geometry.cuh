@@ -7,15 +7,13 @@
 // no whole number of vectors, `fold` samples make one line, and all channels are one run.
 //
 // With RAGGED, vectors may lie across the ends of a row or of the tensor: elements outside
-// [first, last) are not the block's. Every thread of a block takes the same number of rounds.
+// [first, last) are not the block's. `left` counts down what is left to the block, in all threads
+// alike: they take the same number of rounds.
 #pragma once
 #include "memory.cuh"
 
 constexpr int MAX_THREADS = 256;
 constexpr int MAX_GROUP = 256;
-// of a multiprocessor: 128 registers a thread. Without it ptxas spills to reach a higher occupancy.
-constexpr int MIN_BLOCKS = 2;
-
 struct Shape {
   i64 n, c, l;
   i64 span;   // vectors of a channel (rows) or lines (runs) in a slice
@@ -54,22 +52,18 @@ template <int V_, bool RAGGED_> struct Rows {
       : length(shape.l), row_pitch(shape.c * shape.l), tile(tile), slice(slice), skew(skew) {
     slots = RAGGED ? (length + V - 2) / V + 1 : length / V;
     i64 begin = slice * shape.span;
-    i64 total = shape.n * slots - begin;
-    left = (total < shape.span ? total : shape.span) - threadIdx.x;
+    left = shape.n * slots - begin;
+    if (left > shape.span) left = shape.span;
     i64 index = begin + threadIdx.x;
     k = index % slots;
     base = index / slots * row_pitch + tile * length;
-    step_k = blockDim.x % slots;
-    step_base = blockDim.x / slots * row_pitch;
-  }
-
-  __device__ i64 rounds(int unroll) const {
-    i64 per_round = static_cast<i64>(blockDim.x) * unroll;
-    return (left + threadIdx.x + per_round - 1) / per_round;
+    int threads = blockDim.x, short_slots = slots > threads ? threads + 1 : slots;
+    step_k = threads % short_slots;
+    step_base = threads / short_slots * row_pitch;
   }
 
   __device__ __forceinline__ slot_t next() {
-    slot_t slot{base + k * V, 0, V, left > 0};
+    slot_t slot{base + k * V, 0, V, threadIdx.x < left};
     if (RAGGED) {
       i64 start = k * V - ((base + skew) & (V - 1));
       slot.offset = base + start;
@@ -89,7 +83,7 @@ template <int V_, bool RAGGED_> struct Rows {
 
   __device__ __forceinline__ i64 first_channel() const { return tile; }
   __device__ __forceinline__ int group() const { return 1; }
-  __device__ __forceinline__ int channel_of(int) const { return 0; }
+  __device__ __forceinline__ void channels(int (&own)[CHANNELS]) const { own[0] = 0; }
 };
 
 template <int V_, bool RAGGED_> struct Runs {
@@ -98,49 +92,52 @@ template <int V_, bool RAGGED_> struct Runs {
   static constexpr int CHANNELS = V;
   using slot_t = Slot<V, RAGGED>;
 
-  i64 line, lines, offset, step, total;
-  i64 tile, slice, channels, begin;
+  i64 left, offset, step, total;
+  i64 tile, slice, all_channels;
   int slots, lanes, k, lane, length, group_, fold;
   bool on;
 
   __device__ Runs(const Shape& shape, i64 tile, i64 slice, int)
-      : total(shape.size()), tile(tile), slice(slice), channels(shape.c), length(shape.l),
+      : total(shape.size()), tile(tile), slice(slice), all_channels(shape.c), length(shape.l),
         group_(shape.group), fold(shape.fold) {
     slots = group_ * fold * length / V;
     lanes = blockDim.x / slots;
     k = threadIdx.x % slots;
     lane = threadIdx.x / slots;
-    i64 rest = channels - tile * group_;
+    i64 rest = all_channels - tile * group_;
     on = lane < lanes && k * V < (rest < group_ ? rest : group_) * fold * length;
-    begin = slice * shape.span;
-    line = begin + lane;
-    lines = (shape.n + fold - 1) / fold;
-    if (begin + shape.span < lines) lines = begin + shape.span;
-    i64 pitch = fold * channels * length;
-    offset = line * pitch + tile * group_ * length + k * V;
+    i64 begin = slice * shape.span;
+    left = (shape.n + fold - 1) / fold - begin;
+    if (left > shape.span) left = shape.span;
+    i64 pitch = fold * all_channels * length;
+    offset = (begin + lane) * pitch + tile * group_ * length + k * V;
     step = lanes * pitch;
   }
 
-  __device__ i64 rounds(int unroll) const {
-    i64 per_round = static_cast<i64>(lanes) * unroll;
-    return (lines - begin + per_round - 1) / per_round;
-  }
-
   __device__ __forceinline__ slot_t next() {
-    slot_t slot{offset, 0, V, on && line < lines};
+    slot_t slot{offset, 0, V, on && lane < left};
     if (RAGGED) {
       slot.last_ = total - offset < V ? total - offset : V;
       slot.active = slot.active && slot.last_ > 0;
     }
-    line += lanes;
+    left -= lanes;
     offset += step;
     return slot;
   }
 
   __device__ __forceinline__ i64 first_channel() const { return tile * group_; }
   __device__ __forceinline__ int group() const { return group_; }
-  // of element j, counted from first_channel()
-  __device__ __forceinline__ int channel_of(int j) const { return (k * V + j) / length % group_; }
+  // of the elements of the thread's vector, counted from first_channel()
+  __device__ __forceinline__ void channels(int (&own)[CHANNELS]) const {
+    int row = k * V / length, rest = k * V % length, channel = row % group_;
+#pragma unroll
+    for (int j = 0; j < CHANNELS; ++j) {
+      own[j] = channel;
+      if (++rest < length) continue;
+      rest = 0;
+      if (++channel == group_) channel = 0;
+    }
+  }
 
   // The elements of one channel in a line of the block, and where they lie.
   __device__ int members() const { return fold * length; }
@@ -156,6 +153,10 @@ using Walk = Runs<VECTOR, RAGGED_VECTORS>;
 #endif
 using slot_t = Walk::slot_t;
 constexpr int V = VECTOR;
+
+// of a multiprocessor: up to 128 registers a thread where vectors are ragged or a thread has the
+// coefficients of eight channels, else 80. Then ptxas spills none; left alone, it would.
+constexpr int MIN_BLOCKS = RAGGED_VECTORS || Walk::CHANNELS == 8 ? 2 : 3;
 
 template <typename T> __device__ __forceinline__ int skew_of(const T* tensor) {
   return reinterpret_cast<size_t>(tensor) / sizeof(T) % V;
@@ -194,6 +195,7 @@ __device__ __forceinline__ void store_slot(T* tensor, const slot_t& slot, const 
 // What `make(active, c)` gives for every channel of the block, computed once and shared.
 template <typename Value, typename Make>
 __device__ __forceinline__ void fill_table(Value* table, const Walk& walk, i64 channels, Make make) {
+#pragma unroll 1
   for (int i = threadIdx.x, rest = walk.group(); rest > 0; i += blockDim.x, rest -= blockDim.x) {
     i64 c = walk.first_channel() + i;
     bool active = i < walk.group() && c < channels;
@@ -206,6 +208,8 @@ __device__ __forceinline__ void fill_table(Value* table, const Walk& walk, i64 c
 template <typename Value>
 __device__ __forceinline__ void pick(Value (&own)[Walk::CHANNELS], const Value* table,
                                      const Walk& walk) {
+  int channel[Walk::CHANNELS];
+  walk.channels(channel);
 #pragma unroll
-  for (int j = 0; j < Walk::CHANNELS; ++j) own[j] = table[walk.channel_of(j)];
+  for (int j = 0; j < Walk::CHANNELS; ++j) own[j] = table[channel[j]];
 }

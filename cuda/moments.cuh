@@ -25,7 +25,7 @@ template <int UNROLL> struct ThreadMoments {
   __device__ __forceinline__ void start(const packs_t& x, const slots_t& slot) {
     if (rows) {
 #pragma unroll
-      for (int u = 0; u < UNROLL; ++u) {
+      for (int u = 0; u < (slot_t::ragged ? UNROLL : 1); ++u) {
         if (!started && slot[u].active) start_row(x[u], slot[u]);
       }
     } else if (slot[0].active) {
@@ -56,7 +56,7 @@ template <int UNROLL> struct ThreadMoments {
       for (int u = 1; u < UNROLL; ++u) {
         if (slot[u].has(j)) deviation += widen(x[u].v[j]) - first, n += 1;
       }
-      pivot[j] = first + deviation / n;
+      pivot[j] = first + deviation * (1 / n);
     }
   }
 

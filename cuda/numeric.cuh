@@ -25,6 +25,12 @@ __device__ __forceinline__ void narrow(double v, double& out) { out = v; }
 __device__ __forceinline__ float fused(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double fused(double a, double b, double c) { return fma(a, b, c); }
 
+// not fmax: that would turn NaN into 0
+__device__ __forceinline__ acc_t activate(acc_t y, bool relu) { return relu && y < 0 ? 0 : y; }
+
+// Of the mask.
+__device__ __forceinline__ unsigned bit_of(scalar_t y) { return widen(y) > 0 ? 1u : 0u; }
+
 // The statistics and parameters of one channel, as they lie in memory.
 struct Channel {
   double mean, invstd, weight, bias;

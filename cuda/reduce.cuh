@@ -16,7 +16,7 @@ struct Scratch {
 };
 
 __device__ __forceinline__ Pair warp_sum(Pair sum) {
-#pragma unroll
+#pragma unroll 1
   for (int distance = 16; distance > 0; distance /= 2) {
     Pair other;
     other.a = __shfl_xor_sync(0xffffffffu, sum.a, distance);
@@ -45,6 +45,7 @@ __device__ __forceinline__ Pair block_sum(Pair sum) {
 __device__ __forceinline__ void add_rows(Pair* table, int width, int height) {
   while (height > 1) {
     int half = (height + 1) / 2;
+#pragma unroll 1
     for (int i = threadIdx.x; i < (height - half) * width; i += blockDim.x) {
       table[i] = table[i] + table[half * width + i];
     }
@@ -92,6 +93,7 @@ __device__ __forceinline__ void reduce_tile(const Pair (&own)[V], const Rows<V, 
     store_partial(first, scratch.partials, walk.slice * shape.c + c, sum);
     if (!is_last_slice(scratch.counters + c, slices)) return;
     sum = {0, 0};
+#pragma unroll 1
     for (int begin = 0; begin < slices; begin += blockDim.x) {
       int slice = begin + threadIdx.x;
       bool active = slice < slices;
@@ -107,8 +109,10 @@ __device__ __forceinline__ void add_members(Pair* channels, const Pair* elements
                                             const Runs<V, RAGGED_VECTORS>& walk) {
   int members = walk.members();
   int team = members == 1 ? 1 : 32;
+#pragma unroll 1
   for (int channel = threadIdx.x / team; channel < walk.group(); channel += blockDim.x / team) {
     Pair sum{0, 0};
+#pragma unroll 1
     for (int i = threadIdx.x % team; i < members; i += team) {
       sum = sum + elements[walk.member(channel, i)];
     }
@@ -136,6 +140,7 @@ __device__ __forceinline__ void reduce_tile(const Pair (&own)[V], const Runs<V, 
   int group = walk.group();
   int slices = gridDim.y;
   if (slices > 1) {
+#pragma unroll 1
     for (int begin = 0; begin < group; begin += blockDim.x) {
       int i = begin + threadIdx.x;
       i64 c = walk.first_channel() + i;
@@ -145,11 +150,13 @@ __device__ __forceinline__ void reduce_tile(const Pair (&own)[V], const Runs<V, 
     }
     if (!is_last_slice(scratch.counters + walk.tile, slices)) return;
     int height = blockDim.x < group ? 1 : blockDim.x / group;
+#pragma unroll 1
     for (int begin = 0; begin < group * height; begin += blockDim.x) {
       int item = begin + threadIdx.x;
       i64 c = walk.first_channel() + item % group;
       bool active = item < group * height && c < shape.c;
       Pair sum{0, 0};
+#pragma unroll 4  // loads that do not wait for each other
       for (int step = 0; step < slices; step += height) {
         int slice = step + item / group;
         sum = sum + load_partial(active && slice < slices, scratch.partials, slice * shape.c + c);
@@ -161,6 +168,7 @@ __device__ __forceinline__ void reduce_tile(const Pair (&own)[V], const Runs<V, 
     add_rows(elements, group, height);
   }
   const Pair* sums = slices > 1 ? elements : channels;
+#pragma unroll 1
   for (int begin = 0; begin < group; begin += blockDim.x) {
     int i = begin + threadIdx.x;
     i64 c = walk.first_channel() + i;

@@ -245,10 +245,10 @@ def inference_pass(
         check_overlap(out, x, "x", may_be_same=True)
     for what, array in (("mean", mean), ("var", var)):
         check_parameter(what, array, x, layout)
-    mean, var = mean.astype(np.float64), var.astype(np.float64)
+    mean, var, invstd = backend_for(x3).given_statistics(mean, var, eps)
     saved = Saved(
-        mean, var, 1.0 / np.sqrt(var + eps), 0, ALONE, x3, layout, weight, bias, activation,
-        "", "", residual is not None, mask, constant=True,
+        mean, var, invstd, 0, ALONE, x3, layout, weight, bias, activation, "", "",
+        residual is not None, mask, constant=True,
     )  # fmt: skip
     _normalize(saved, residual3, y3)
     return _finish(layout, y3, out), saved

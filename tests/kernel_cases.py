@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from itertools import combinations, product
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from hostcuda.build import host_module, host_modules
@@ -18,26 +19,38 @@ CS = (1, 2, 3, 31, 32, 33, 65, 127, 1025)
 LS = (1, 2, 3, 9, 15, 49, 64, 196, 784, 3136, 10007)
 ODD_ONES = [(4, 1, 81), (4, 9, 1), (3, 8, 49), (2, 16, 3), (2, 6, 196), (65, 24, 1), (300, 3, 1)]
 SPLIT = [(4, 2, 10007), (2, 2, 31360), (40000, 3, 1), (3000, 64, 1), (700, 8, 49), (65, 3, 784)]
-LARGE = [(2, 70000, 1), (1, 70000, 3), (880801, 1, 1)]
+LARGE = [(8, 70000, 1), (3, 70000, 3), (880801, 1, 1)]
 MODES = ["plain", "relu", "residual", "residual relu"]
 
 
-def covering(limit: int = 1_000_000) -> list[tuple[int, int, int]]:
-    """A few shapes with every pair of values that fits `limit` elements; small ones first."""
-    shapes = sorted(
-        (s for s in product(NS, CS, LS) if np.prod(s) <= limit), key=lambda s: (np.prod(s), s)
-    )
+def pairs(values: Iterable[Any]) -> set[Any]:
+    """Every two of the values, with their places."""
+    return set(combinations(enumerate(values), 2))
 
-    def pairs(shape):
-        return {(i, shape[i], j, shape[j]) for i, j in combinations(range(3), 2)}
 
-    missing = set().union(*map(pairs, shapes))
-    chosen = []
+def covering(*others: Iterable[Any], limit: int = 1_000_000) -> list[tuple[Any, ...]]:
+    """A few (shape, *others) with all pairs of values of N, C, L and the others.
+
+    Pairs of N, C and L that come to more than `limit` elements are left out.
+    """
+    shapes = [s for s in product(NS, CS, LS) if np.prod(s) <= limit]
+    shapes.sort(key=lambda s: (np.prod(s), s))
+    chosen, missing = [], {s: pairs(s) for s in shapes}
     while missing:
-        best = max(shapes, key=lambda s: (len(pairs(s) & missing), -np.prod(s)))
-        chosen.append(best)
-        missing -= pairs(best)
-    return chosen
+        chosen.append(max(missing, key=lambda s: len(missing[s])))  # the smallest of those
+        done = pairs(chosen[-1])
+        missing = {s: left - done for s, left in missing.items() if left - done}
+    factors = [[(i, v) for v in values] for i, values in enumerate((NS, CS, LS, *others))]
+    left = set().union(*(product(a, b) for a, b in combinations(factors, 2) if b[0][0] > 2))
+    more, cases = list(product(*others)), []
+    for i, shape in enumerate([*chosen, *shapes]):
+        best = max(more, key=lambda m: len(pairs((*shape, *m)) & left))
+        if i < len(chosen) or left & pairs((*shape, *best)):
+            cases.append((shape, *best))
+            left -= pairs((*shape, *best))
+        if i >= len(chosen) and not left:
+            break
+    return cases
 
 
 def parameter_dtype(dtype):
@@ -139,7 +152,8 @@ def run(backend, case):
     y, dx, dresidual = case.outputs
     x, dy = case.x, case.dy
     moments = backend.batch_moments(x)
-    mean, var, invstd = backend.finalize_moments(moments, case.eps)
+    running = np.zeros_like(case.weight), np.ones_like(case.weight)
+    mean, var, invstd = backend.finalize_moments(moments, case.eps, running=running, factor=0.5)
     mask = np.full((x.size + 7) // 8, 0xAA, np.uint8) if case.needs_mask else None
     transform = (mean, invstd, case.weight, case.bias)
     options = {"activation": case.activation, "mask": mask}
@@ -154,6 +168,7 @@ def run(backend, case):
     return SimpleNamespace(
         count=moments.count, mean=mean, var=var, invstd=invstd, y=y, mask=mask, sums=sums, dx=dx,
         dresidual=dresidual, dweight=dweight - 1, dbias=dbias - 1,
+        running=running,
     )  # fmt: skip
 
 
@@ -184,10 +199,11 @@ class _Collector:
         return lambda grid, block, arguments: None
 
 
-def compile_ahead(cases: Iterable[Case]) -> None:
-    """Compiles what the cases need, on all cores."""
+def compile_ahead(cases: Iterable[Case]) -> set[str]:
+    """Compiles what the cases need, on all cores; the texts."""
     collector = _Collector()
     with host_kernels(collector):
         for case in cases:
             run(cuda, case)
     host_modules(collector.texts)
+    return {text for text, _ in collector.texts}

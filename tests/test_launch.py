@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cupybn.backends.launch import MAX_GROUP, MAX_SLICES, MAX_TILES, THREADS, plan_launch
+from cupybn.backends.launch import (
+    MAX_GROUP,
+    MAX_SLICES,
+    MAX_TILES,
+    THREADS,
+    geometries,
+    plan_launch,
+)
 
 ISSUE_SHAPES = [
     *product((1, 2, 3, 8, 33), (1, 2, 3, 31, 32, 33, 65, 127, 1025),
@@ -66,6 +73,7 @@ def check(shape, itemsize, alignment, congruence, whole_bytes=False, multiproces
     assert plan.threads % 32 == 0
     assert v * itemsize <= congruence
     if not plan.flat:
+        assert (plan.rows, v, plan.ragged) in set(geometries(itemsize))
         assert plan.ragged or v * itemsize <= alignment
         assert 1 <= plan.group <= MAX_GROUP
         shift = 0 if alignment >= v * itemsize else alignment // itemsize

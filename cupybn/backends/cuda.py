@@ -7,17 +7,17 @@ the data and kernels come from ``source.py``, so that the tests run this module 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from ..arrays import Array
 from ..statistics import BackwardSums, Moments
 from . import numpy as reference
-from . import source
-from .device import NULL, Launch, namespace, on_its_device, prepare, scratch_for
+from .device import NULL, Launch, namespace, on_its_device, over_channels, prepare, scratch_for
 
 _THREADS_PER_CHANNEL_BLOCK = 128
+_FLOAT64 = np.dtype(np.float64)
+_RELU = {None: np.int64(0), "relu": np.int64(1)}
+_FORMS = ("local", "pooled", "recentred", "running")  # as in finalize_moments.cu
 
 
 @on_its_device
@@ -36,7 +36,7 @@ def batch_moments(x3: Array, *, payload: Array | None = None) -> Moments:
         return Moments(n * length, zeros[0], zeros[1])
     mean, m2 = xp.empty((2, c))
     weighted, about_zero = _halves(payload, c)
-    launch = prepare("batch_moments", (), x3, (x3,))
+    launch = prepare("batch_moments", x3, (x3,))
     partials, counters = scratch_for(x3, launch.plan)
     launch(mean, m2, weighted, about_zero, partials, counters, x3)
     return Moments(n * length, mean, m2)
@@ -60,21 +60,33 @@ def finalize_moments(
     xp = namespace(moments.mean)
     c = moments.mean.size
     first, second = _dense(moments.mean), _dense(moments.m2)
-    number = ("local", "pooled", "recentred").index(form)
+    number = _FORMS.index(form)
     outputs = xp.empty((3 if number else 2, c))
     mean = outputs[2] if number else moments.mean
-    dtype = "float64" if running is None else running[0].dtype.name
+    dtype = _FLOAT64 if running is None else running[0].dtype
     states = [_dense(state) for state in running or ()]
-    kernel = _finalize_kernel(dtype, number)
-    arguments = (
+    over_channels("finalize_moments", dtype)(*_channel_grid(c), (
         mean, outputs[0], outputs[1], *(states or (NULL, NULL)), first, second,
-        np.float64(moments.count), np.float64(eps), np.float64(factor), np.int64(c),
-    )  # fmt: skip
-    kernel(*_channel_grid(c), arguments)
+        np.float64(moments.count), np.float64(eps), np.float64(factor), np.int64(number),
+        np.int64(c),
+    ))  # fmt: skip
     for state, dense in zip(running or (), states, strict=True):
         if dense is not state:
             state[...] = dense
     return mean, outputs[0], outputs[1]
+
+
+@on_its_device
+def given_statistics(mean: Array, var: Array, eps: float) -> tuple[Array, Array, Array]:
+    """(mean, variance, invstd), (C,) float64 each, of a given mean and variance."""
+    c = mean.size
+    outputs = namespace(mean).empty((3, c))
+    zero = np.float64(0)
+    over_channels("finalize_moments", mean.dtype)(*_channel_grid(c), (
+        *outputs, _dense(mean), _dense(var), NULL, NULL, zero, np.float64(eps), zero,
+        np.int64(_FORMS.index("running")), np.int64(c),
+    ))  # fmt: skip
+    return outputs[0], outputs[1], outputs[2]
 
 
 update_running = on_its_device(reference.update_running)
@@ -87,9 +99,9 @@ def recentre_moments(local: Moments, weighted: Array, count: int, payload: Array
     The second message of float64 data; `weighted` and `count` are what came back of the first.
     """
     c = local.mean.size
-    kernel = _recentre_kernel()
     totals = (np.float64(local.count), np.float64(count), np.int64(c))
-    kernel(*_channel_grid(c), (payload, local.mean, local.m2, weighted, *totals))
+    arguments = (payload, local.mean, local.m2, weighted, *totals)
+    over_channels("recentre_moments")(*_channel_grid(c), arguments)
 
 
 @on_its_device
@@ -112,8 +124,9 @@ def normalize(
     y3 = namespace(x3).empty_like(x3) if out3 is None else out3
     if x3.size == 0:
         return y3
-    launch = _normalize_launch(x3, y3, residual3, mask, activation)
-    launch(y3, mask, x3, residual3, *_channels(mean, invstd, weight, bias))
+    launch = _normalize_launch(x3, y3, residual3, mask)
+    channels = _channels(mean, invstd, weight, bias)
+    launch(y3, mask, x3, residual3, *channels, _RELU[activation])
     return y3
 
 
@@ -142,10 +155,10 @@ def backward_reduce(
             payload[...] = 0
         return BackwardSums(*xp.zeros((2, c)))
     sums = BackwardSums(*xp.empty((2, c)))
-    launch = prepare("backward_reduce", _activation_flags(activation, mask), x3, (dy3, x3))
+    launch = prepare("backward_reduce", x3, (dy3, x3))
     scratch = scratch_for(x3, launch.plan)
     channels = _channels(mean, invstd, weight, bias)
-    launch(*sums, *_halves(payload, c), *scratch, dy3, x3, mask, *channels)
+    launch(*sums, *_halves(payload, c), *scratch, dy3, x3, mask, *channels, _RELU[activation])
     return sums
 
 
@@ -180,10 +193,10 @@ def backward_input(
     pooled = (None, None) if sums is None else map(_dense, sums)
     own = (None, None) if local is None else local
     channels = _channels(mean, invstd, weight, bias)
-    launch = _backward_input_launch(dy3, x3, dx3, dresidual3, mask, activation, sums is None)
+    launch = _backward_input_launch(dy3, x3, dx3, dresidual3)
     launch(
         dx3, dresidual3, *dense, dy3, x3, mask, *channels, *pooled, *own,
-        np.float64(max(count, 1)),
+        np.float64(1 / max(count, 1)), _RELU[activation],
     )  # fmt: skip
     for gradient, written in zip(gradients, dense, strict=True):
         if written is not gradient:
@@ -203,12 +216,11 @@ def prepare_forward(
     ranks: int = 1,
 ) -> None:
     """Compiles what comes after the first message of a forward, to fail before it, if at all."""
-    exact = x3.dtype == np.float64
-    _finalize_kernel(running_dtype or "float64", 0 if ranks == 1 else 2 if exact else 1)
-    if exact and ranks > 1:
-        _recentre_kernel()
+    over_channels("finalize_moments", np.dtype(running_dtype or "float64"))
+    if x3.dtype == _FLOAT64 and ranks > 1:
+        over_channels("recentre_moments")
     if x3.size:
-        _normalize_launch(x3, y3, residual3, mask, activation)
+        _normalize_launch(x3, y3, residual3, mask)
 
 
 @on_its_device
@@ -224,51 +236,17 @@ def prepare_backward(
 ) -> None:
     """Compiles what comes after the message of a backward, to fail before it, if at all."""
     if x3.size:
-        _backward_input_launch(dy3, x3, dx3, dresidual3, mask, activation, constant)
+        _backward_input_launch(dy3, x3, dx3, dresidual3)
 
 
-def _normalize_launch(
-    x3: Array, y3: Array, residual3: Array | None, mask: Array | None, activation: str | None
-) -> Launch:
-    flags = (
-        ("FLAT", 0),
-        ("MASK", int(mask is not None)),
-        ("RELU", int(activation == "relu")),
-        ("RESIDUAL", int(residual3 is not None)),
-    )
+def _normalize_launch(x3: Array, y3: Array, residual3: Array | None, mask: Array | None) -> Launch:
     tensors = (x3, y3) if residual3 is None else (x3, y3, residual3)
-    return prepare("normalize", flags, x3, tensors, whole_bytes=mask is not None)
+    return prepare("normalize", x3, tensors, whole_bytes=mask is not None)
 
 
-def _backward_input_launch(
-    dy3: Array,
-    x3: Array,
-    dx3: Array,
-    dresidual3: Array | None,
-    mask: Array | None,
-    activation: str | None,
-    constant: bool,
-) -> Launch:
-    flags = (
-        *_activation_flags(activation, mask),
-        ("CONSTANT", int(constant)),
-        ("RESIDUAL", int(dresidual3 is not None)),
-    )
+def _backward_input_launch(dy3: Array, x3: Array, dx3: Array, dresidual3: Array | None) -> Launch:
     tensors = (dy3, x3, dx3) if dresidual3 is None else (dy3, x3, dx3, dresidual3)
-    return prepare("backward_input", flags, x3, tensors)
-
-
-def _finalize_kernel(dtype: str, form: int) -> Any:
-    return source.get_kernel("finalize_moments", SCALAR=source.SCALARS[dtype], FORM=form)
-
-
-def _recentre_kernel() -> Any:
-    return source.get_kernel("recentre_moments", SCALAR="double", FORM=0)
-
-
-def _activation_flags(activation: str | None, mask: Array | None) -> tuple[tuple[str, int], ...]:
-    relu = activation is not None
-    return ("MASK", int(relu and mask is not None)), ("RELU", int(relu))
+    return prepare("backward_input", x3, tensors)
 
 
 def _channels(

@@ -52,11 +52,7 @@ class Launch(NamedTuple):
 
 
 def prepare(
-    kernel: str,
-    flags: tuple[tuple[str, int], ...],
-    x3: Array,
-    tensors: tuple[Array, ...],
-    whole_bytes: bool = False,
+    kernel: str, x3: Array, tensors: tuple[Array, ...], whole_bytes: bool = False
 ) -> Launch:
     """The launch of a kernel over tensors of the shape and dtype of x3."""
     first = _address(tensors[0])
@@ -67,42 +63,50 @@ def prepare(
         differ |= address ^ first
     multiprocessors = _multiprocessors(x3.device.id) if is_cupy(x3) else HOST_MULTIPROCESSORS
     return _launch(
-        kernel, flags, x3.shape, x3.dtype.name, x3.itemsize, aligned & -aligned,
-        differ & -differ, multiprocessors, whole_bytes,
+        kernel, x3.shape, x3.dtype, aligned & -aligned, differ & -differ, multiprocessors,
+        whole_bytes,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
 def _launch(
     kernel: str,
-    flags: tuple[tuple[str, int], ...],
     shape: tuple[int, int, int],
-    dtype: str,
-    itemsize: int,
+    dtype: np.dtype[Any],
     alignment: int,
     congruence: int,
     multiprocessors: int,
     whole_bytes: bool,
 ) -> Launch:
-    plan = plan_launch(shape, itemsize, alignment, congruence, multiprocessors, whole_bytes)
-    defines: dict[str, str | int] = dict(flags)
+    plan = plan_launch(shape, dtype.itemsize, alignment, congruence, multiprocessors, whole_bytes)
+    scalar = source.SCALARS[dtype.name]
     if plan.flat:
-        defines["FLAT"] = 1
-    compiled = source.get_kernel(
-        kernel,
-        **defines,
-        SCALAR=source.SCALARS[dtype],
-        ROWS=int(plan.rows),
-        VECTOR=plan.vector,
-        RAGGED_VECTORS=int(plan.ragged),
-    )
-    sizes = (*shape, plan.span, plan.group, plan.fold)
-    return Launch(compiled, plan, plan.grid, (plan.threads,), tuple(map(np.int64, sizes)))
+        compiled = source.get_kernel(f"{kernel}_flat", SCALAR=scalar)
+        more: tuple[int, ...] = ()
+    else:
+        compiled = source.get_kernel(
+            kernel,
+            SCALAR=scalar,
+            ROWS=int(plan.rows),
+            VECTOR=plan.vector,
+            RAGGED_VECTORS=int(plan.ragged),
+        )
+        more = plan.span, plan.group, plan.fold
+    sizes = tuple(map(np.int64, (*shape, *more)))
+    return Launch(compiled, plan, plan.grid, (plan.threads,), sizes)
+
+
+@lru_cache(maxsize=64)
+def over_channels(kernel: str, dtype: np.dtype[Any] | None = None) -> Any:
+    """A kernel of one thread a channel, for parameters of a dtype where they matter."""
+    scalar = {} if dtype is None else {"SCALAR": source.SCALARS[dtype.name]}
+    return source.get_kernel(kernel, **scalar)
 
 
 def clear_caches() -> None:
     """Forgets plans, kernels and this thread's scratch."""
     _launch.cache_clear()
+    over_channels.cache_clear()
     source.clear()
     _kept.scratch.clear()
     _kept.outgrown.clear()

@@ -7,6 +7,7 @@ one block in them. What one block covers is `span` vectors of a channel, or `spa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd
 
@@ -55,6 +56,19 @@ class LaunchPlan:
         return self.grid[1]
 
 
+def geometries(itemsize: int) -> Iterator[tuple[bool, int, bool]]:
+    """What `rows`, `vector` and `ragged` of a plan can be: a kernel is compiled for each.
+
+    Ragged vectors are wide; rows that cannot be read in wide ones are read by the element.
+    """
+    wide = _VECTOR_BYTES // itemsize
+    yield from ((rows, wide, ragged) for rows in (True, False) for ragged in (False, True))
+    yield True, 1, False
+    while wide > 1:
+        wide //= 2
+        yield False, wide, False
+
+
 def plan_launch(
     shape: tuple[int, int, int],
     itemsize: int,
@@ -73,24 +87,31 @@ def plan_launch(
         multiprocessors: of the device.
         whole_bytes: a thread, or neighbouring lanes of a warp, must own whole bytes of a bit mask.
     """
-    aligned = max(1, min(alignment, _VECTOR_BYTES) // itemsize)
-    congruent = max(1, min(congruence, _VECTOR_BYTES) // itemsize)
-    found = _plan_runs(shape, itemsize, aligned, congruent, multiprocessors, whole_bytes)
-    if found is None:
-        found = _plan_rows(shape, itemsize, aligned, congruent, multiprocessors)
-        if whole_bytes and (found.ragged or shape[2] % BYTE):
-            found = _plan_flat(shape)
+    rows = _plan_rows(shape, itemsize, alignment, congruence, multiprocessors, whole_bytes)
+    found = (
+        _plan_runs(shape, itemsize, alignment, multiprocessors, whole_bytes, rows.vector) or rows
+    )
+    if whole_bytes and found.rows and (found.ragged or shape[2] % BYTE):
+        found = _plan_flat(shape)
     if found.grid[0] > MAX_TILES:
         raise ValueError(f"a tensor of shape {shape} needs {found.grid[0]} blocks")
     return found
 
 
 def _plan_rows(
-    shape: tuple[int, int, int], itemsize: int, aligned: int, congruent: int, multiprocessors: int
+    shape: tuple[int, int, int],
+    itemsize: int,
+    alignment: int,
+    congruence: int,
+    multiprocessors: int,
+    whole_bytes: bool,
 ) -> LaunchPlan:
     n, c, length = shape
-    vector = min(congruent, 1 << (length.bit_length() - 1))
-    ragged = length % vector != 0 or aligned < vector
+    vector = _VECTOR_BYTES // itemsize
+    # vectors across ends have neighbouring rows in one byte of a mask
+    if length < vector or (alignment if whole_bytes else congruence) < _VECTOR_BYTES:
+        vector = 1
+    ragged = length % vector != 0 or alignment < vector * itemsize
     per_row = (length + vector - 2) // vector + 1 if ragged else length // vector
     total = n * per_row
     threads = min(THREADS, _round_up(_ceil(total, 2), WARP))
@@ -102,20 +123,21 @@ def _plan_rows(
 def _plan_runs(
     shape: tuple[int, int, int],
     itemsize: int,
-    aligned: int,
-    congruent: int,
+    alignment: int,
     multiprocessors: int,
     whole_bytes: bool,
+    row_vector: int,
 ) -> LaunchPlan | None:
+    """Runs in the widest vectors there are, where single rows are short, ragged or narrower."""
     length = shape[2]
-    vector = aligned
+    vector = max(1, min(alignment, _VECTOR_BYTES) // itemsize)
     while vector:
-        # of several channels' rows, these are worth it where single rows are short or ragged
-        if length > 1 and not whole_bytes and vector < congruent:
-            return None
         unit = max(vector, BYTE) if whole_bytes else vector
-        if length > 1 and length % unit == 0 and length * itemsize >= _SHORT_ROW_BYTES:
-            return None
+        if length > 1:
+            if vector < row_vector and not (whole_bytes and length % BYTE):
+                return None
+            if length % unit == 0 and length * itemsize >= _SHORT_ROW_BYTES:
+                return None
         found = _fit_run(shape, itemsize, vector, unit, multiprocessors)
         if found is not None:
             return found
@@ -132,7 +154,8 @@ def _fit_run(
     if c % group:
         group, fold = c, unit // gcd(unit, c * length)
     slots = group * fold * length // vector
-    if slots > THREADS or group > MAX_GROUP:
+    ragged = n % fold != 0
+    if slots > THREADS or group > MAX_GROUP or (ragged and vector * itemsize < _VECTOR_BYTES):
         return None
     lines = _ceil(n, fold)
     while group < c and 2 * slots <= THREADS and 2 * group <= MAX_GROUP:
@@ -147,13 +170,13 @@ def _fit_run(
     slices = _slices(tiles, n * min(group, c) * length * itemsize, multiprocessors)
     span = _round_up(_ceil(lines, slices), lanes)
     grid = (tiles, _ceil(lines, span))
-    return LaunchPlan(False, vector, n % fold != 0, grid, threads, span, group, fold)
+    return LaunchPlan(False, vector, ragged, grid, threads, span, group, fold)
 
 
 def _plan_flat(shape: tuple[int, int, int]) -> LaunchPlan:
     n, c, length = shape
     blocks = _ceil(_ceil(n * c * length, BYTE), THREADS)
-    return LaunchPlan(False, 1, True, (blocks, 1), THREADS, 0, 0, 0, flat=True)
+    return LaunchPlan(False, 1, False, (blocks, 1), THREADS, 0, 0, 0, flat=True)
 
 
 def _slices(tiles: int, tile_bytes: int, multiprocessors: int) -> int:

@@ -166,6 +166,14 @@ def finalize_moments(
     return moments.mean, var, invstd
 
 
+def given_statistics(
+    mean: Data, var: Data, eps: float
+) -> tuple[PerChannel, PerChannel, PerChannel]:
+    """(mean, variance, invstd), (C,) float64 each, of a given mean and variance."""
+    mean, var = mean.astype(np.float64), var.astype(np.float64)
+    return mean, var, 1.0 / np.sqrt(var + eps)
+
+
 def prepare_forward(
     x3: Data,
     y3: Data,

@@ -11,10 +11,10 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import product
 from pathlib import Path
 from typing import Any
+
+from .launch import geometries
 
 OPTIONS = ("-std=c++17",)
 SCALARS = {
@@ -23,7 +23,8 @@ SCALARS = {
     "float32": "float",
     "float64": "double",
 }
-_WIDTHS = {"float16": 8, "bfloat16": 8, "float32": 4, "float64": 2}
+_ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+_OVER_TENSORS = ("batch_moments", "normalize", "backward_reduce", "backward_input")
 
 _OWN_INCLUDE = re.compile(r'^#include "([\w.]+)"$')
 _kernels: dict[tuple[Any, ...], Any] = {}
@@ -56,7 +57,7 @@ class Variant:
     @property
     def source(self) -> str:
         lines = [f"#define {name} {value}" for name, value in self.defines]
-        return "\n".join(lines) + "\n" + paste(f"{_FILES.get(self.kernel, self.kernel)}.cu")
+        return "\n".join(lines) + "\n" + paste(f"{self.kernel}.cu")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,16 +70,6 @@ class Variant:
     @property
     def label(self) -> str:
         return " ".join([self.kernel, *(f"{name}={value}" for name, value in self.defines)])
-
-    @property
-    def wide(self) -> bool:
-        """Whether tensors are read and written 16 bytes at a time."""
-        chosen = dict(self.defines)
-        names = {scalar: dtype for dtype, scalar in SCALARS.items()}
-        return chosen.get("VECTOR") == _WIDTHS[names[str(chosen["SCALAR"])]]
-
-
-_FILES = {"recentre_moments": "finalize_moments"}
 
 
 def paste(name: str, directory: Path | None = None) -> str:
@@ -132,50 +123,17 @@ def clear() -> None:
         _kernels.clear()
 
 
-Choices = dict[str, str | int]
-
-
-@lru_cache(maxsize=1)
-def _flags() -> tuple[tuple[str, Choices], ...]:
-    """What each kernel over tensors comes with."""
-    forward: list[Choices] = [
-        {"RELU": relu, "RESIDUAL": residual, "MASK": mask}
-        for relu, residual, mask in product((0, 1), repeat=3)
-        if not mask or (relu and residual)
-    ]
-    activations: list[Choices] = [
-        {"RELU": 0, "MASK": 0},
-        {"RELU": 1, "MASK": 0},
-        {"RELU": 1, "MASK": 1},
-    ]
-    backward: list[Choices] = [
-        {**activation, "RESIDUAL": activation["MASK"], "CONSTANT": constant}
-        for activation in activations
-        for constant in (0, 1)
-    ]
-    return (
-        ("batch_moments", {}),
-        *(("normalize", {**flags, "FLAT": 0}) for flags in forward),
-        *(("backward_reduce", flags) for flags in activations),
-        *(("backward_input", flags) for flags in backward),
-    )
-
-
-def variants(dtype: str, widths: tuple[int, ...] | None = None) -> Iterator[Variant]:
-    """Every kernel which data of a dtype can come to, of the given vector widths or of all."""
-    scalar = SCALARS[dtype]
-    powers = [1 << i for i in range(_WIDTHS[dtype].bit_length())]
-    for width, rows, ragged in product(widths or powers, (0, 1), (0, 1)):
-        if width == 1 and rows and ragged:
-            continue
-        shape: Choices = {"ROWS": rows, "RAGGED_VECTORS": ragged, "VECTOR": width, "SCALAR": scalar}
-        for kernel, flags in _flags():
-            if flags.get("MASK") and rows and ragged and kernel == "normalize":
-                continue
-            yield Variant(kernel, tuple(sorted({**shape, **flags}.items())))
-    flat: Choices = {"FLAT": 1, "MASK": 1, "RAGGED_VECTORS": 1, "RELU": 1, "RESIDUAL": 1, "ROWS": 0}
-    yield Variant("normalize", tuple(sorted({**flat, "SCALAR": scalar, "VECTOR": 1}.items())))
-    for form in (0, 1, 2):
-        yield Variant("finalize_moments", (("FORM", form), ("SCALAR", scalar)))
+def variants(dtype: str) -> Iterator[Variant]:
+    """Every kernel that there is for data of a dtype, or for parameters of it."""
+    scalar = ("SCALAR", SCALARS[dtype])
+    for rows, vector, ragged in geometries(_ITEMSIZES[dtype]):
+        shape = ("RAGGED_VECTORS", int(ragged)), ("ROWS", int(rows)), scalar, ("VECTOR", vector)
+        for kernel in _OVER_TENSORS:
+            # one tensor alone is never read by the element for the sake of the others
+            if kernel != "batch_moments" or not rows or vector > 1:
+                yield Variant(kernel, shape)
+    yield Variant("normalize_flat", (scalar,))
+    if dtype in ("float32", "float64"):
+        yield Variant("finalize_moments", (scalar,))
     if dtype == "float64":
-        yield Variant("recentre_moments", (("FORM", 0), ("SCALAR", scalar)))
+        yield Variant("recentre_moments", ())
