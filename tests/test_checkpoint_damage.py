@@ -239,6 +239,8 @@ def test_absurd_npy_headers(header, message):
     npy = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + bytes(24)
     data = npz_of([LISTING_X, ("x.npy", npy)])
     refuse(".npz", data, message, most=30_000)
+    both = packed(state={"payload": PAYLOAD, "x": np.zeros(3)}).header
+    refuse(".npz", npz_of([("cupybn.json", both), BIG, ("x.npy", npy)]), message, most=30_000)
 
 
 def test_npy_of_another_version_or_length():

@@ -70,9 +70,11 @@ def read(file: BinaryIO, size: int) -> StateDict:
         expected = [f"{described.name}.npy" for described in header.arrays]
         if [member.filename for member in members[1:]] != expected:
             raise CheckpointError("altered: its arrays are not those that its header lists")
+        pairs = list(zip(header.arrays, members[1:], strict=True))
+        for described, member in pairs:
+            _check_npy_header(archive, member, described)
         arrays = {
-            described.name: _read_array(archive, member, described)
-            for described, member in zip(header.arrays, members[1:], strict=True)
+            described.name: _read_array(archive, member, described) for described, member in pairs
         }
     return unpack(header, arrays)
 
@@ -105,31 +107,34 @@ def _check_members(members: list[ZipInfo], size: int) -> None:
         position = end
 
 
-def _read_array(archive: ZipFile, member: ZipInfo, described: Description) -> np.ndarray[Any, Any]:
+def _check_npy_header(archive: ZipFile, member: ZipInfo, described: Description) -> None:
+    """It must be of the array described, and the member as long as that."""
     with archive.open(member) as file:
-        _check_npy_header(file, member, described)
-        array = np.empty(described.shape, described.stored)
+        if npy.read_magic(file) != (1, 0):
+            raise CheckpointError(f"altered: {member.filename} has another .npy version than 1.0")
+        try:
+            shape, fortran_order, dtype = npy.read_array_header_1_0(file, _NPY_HEADER_LIMIT)
+        except MemoryError as error:  # from Python's parser, for expressions nested too deeply
+            raise CheckpointError(f"altered: the header of {member.filename} is absurd") from error
+        length = file.tell()
+    if dtype.hasobject:
+        raise CheckpointError(f"{member.filename} holds pickled objects, which are never loaded")
+    if (shape, fortran_order, dtype) != (described.shape, False, described.stored):
+        raise CheckpointError(f"altered: {member.filename} is not the array that the header lists")
+    if length + described.nbytes != member.file_size:
+        raise CheckpointError(
+            f"{member.filename} claims an array of {described.nbytes} bytes in "
+            f"{member.file_size} bytes"
+        )
+
+
+def _read_array(archive: ZipFile, member: ZipInfo, described: Description) -> np.ndarray[Any, Any]:
+    """The array of a member whose header was checked."""
+    array = np.empty(described.shape, described.stored)
+    with archive.open(member) as file:
+        file.read(member.file_size - described.nbytes)
         for chunk in _chunks(array):
             chunk[:] = file.read(len(chunk))
         if file.read(1):  # at the end of the member its CRC is checked, too
             raise CheckpointError(f"altered: {member.filename} is too long")
     return array
-
-
-def _check_npy_header(file: Any, member: ZipInfo, described: Description) -> None:
-    """Reads the header; it must be of the array described, and the member as long as that."""
-    if npy.read_magic(file) != (1, 0):
-        raise CheckpointError(f"altered: {member.filename} has another .npy version than 1.0")
-    try:
-        shape, fortran_order, dtype = npy.read_array_header_1_0(file, _NPY_HEADER_LIMIT)
-    except MemoryError as error:  # from Python's parser, for expressions nested too deeply
-        raise CheckpointError(f"altered: the header of {member.filename} is absurd") from error
-    if dtype.hasobject:
-        raise CheckpointError(f"{member.filename} holds pickled objects, which are never loaded")
-    if (shape, fortran_order, dtype) != (described.shape, False, described.stored):
-        raise CheckpointError(f"altered: {member.filename} is not the array that the header lists")
-    if file.tell() + described.nbytes != member.file_size:
-        raise CheckpointError(
-            f"{member.filename} claims an array of {described.nbytes} bytes in "
-            f"{member.file_size} bytes"
-        )
