@@ -18,8 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -204,7 +205,8 @@ class joint:
         return text
 
 
-class Started(NamedTuple, Generic[_Result]):
+@dataclass  # a NamedTuple cannot be generic before Python 3.11
+class Started(Generic[_Result]):
     """A call with its steps, none of which was taken yet."""
 
     call: joint
