@@ -28,6 +28,7 @@ _MASK_PIECE = 1 << 15  # bytes
 _ready: set[tuple[Any, ...]] = set()
 _log = logging.getLogger("cupybn")
 
+given_statistics = reference.given_statistics
 recentre_moments = reference.recentre_moments
 update_running = reference.update_running
 
