@@ -151,7 +151,8 @@ class joint:
         # to end, not to wait for them.
         if not isinstance(error, Exception):
             return
-        self._say_where(error)
+        with suppress(Exception):  # of an exception that takes no note, or has no text
+            self._say_where(error)
         if self.ranks > 1 and self.messages:
             with suppress(Exception):  # the rank's own exception says more than a failed farewell
                 self.comm.allreduce(self._farewell(), f"{self.what}, after {type(error).__name__}")
@@ -177,11 +178,15 @@ class joint:
         return self.fingerprint
 
     def _say_where(self, error: Exception) -> None:
-        """Adds to a traceback, from Python 3.11 on, what the text of a rank's own error lacks."""
-        add_note = getattr(error, "add_note", None)
-        if add_note is not None and not isinstance(error, PeerError | CollectiveMismatchError):
-            what = self._failed_here()
-            add_note(what if self.ranks == 1 else f"{what}, rank {self.comm.rank} of {self.ranks}")
+        """Adds to a rank's own error what its text lacks: the call, and the rank."""
+        if isinstance(error, PeerError | CollectiveMismatchError):
+            return
+        what = self._failed_here()
+        note = what if self.ranks == 1 else f"{what}, rank {self.comm.rank} of {self.ranks}"
+        if hasattr(error, "add_note"):
+            error.add_note(note)
+        elif self.ranks > 1 and what not in str(error) and error.args == (str(error),):
+            error.args = (f"{error}\n{note}",)  # Python 3.10
 
     def _blame(self, summed: Header) -> str:
         who = f"{summed.failed} of {self.ranks} ranks"

@@ -86,6 +86,23 @@ def test_interrupting_a_rank_does_not_send_poison():
     assert run_ranks(2, rank) == [0, 0]
 
 
+def test_an_exception_that_takes_no_note_is_told_to_the_others_too():
+    class Silent(Exception):
+        def add_note(self, note):
+            raise TypeError("not on me")
+
+    class Failing:
+        def __array__(self, *args, **options):
+            raise Silent
+
+    def rank(comm):
+        layer = SyncBatchNorm(3, comm=comm)
+        x = normal((4, 3), np.float32)
+        return outcome(layer.forward, Failing() if comm.rank else x), outcome(layer.forward, x)
+
+    assert run_ranks(2, rank, timeout=20) == [("PeerError", "fine"), ("Silent", "fine")]
+
+
 def test_a_rank_raises_its_own_error_even_if_its_farewell_fails():
     def rank(comm):
         if comm.rank == 0:
