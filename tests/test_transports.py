@@ -6,6 +6,7 @@ import ctypes
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import fake_cupy
@@ -173,11 +174,23 @@ def test_pinned_memory_is_not_freed_while_a_copy_reads_it(cupy):
 
 def test_without_pinned_memory_to_be_had_the_message_still_goes(cupy, monkeypatch):
     def none_left(size):
-        raise MemoryError
+        raise MemoryError("none left")
 
     monkeypatch.setattr(cupy.cuda, "alloc_pinned_memory", none_left)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for length in (4, 4, 8):
+            message = written_late(cupy, np.arange(float(length)))
+            staging.sum_through_pinned(message, plus(1))
+            np.testing.assert_array_equal(message.get(), np.arange(length) + 1)
+    (told,) = caught  # once
+    assert "cuda:0: no pinned memory to be had (none left)" in str(told.message)
+    # A rank whose warnings are errors goes on too: the others have their sum.
+    monkeypatch.setattr(staging, "_kept", staging._Kept())
     message = written_late(cupy, np.arange(4.0))
-    staging.sum_through_pinned(message, plus(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        staging.sum_through_pinned(message, plus(1))
     np.testing.assert_array_equal(message.get(), np.arange(4.0) + 1)
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,8 @@ class _Staging:
         self.returned = cuda.Event(disable_timing=True)  # the last sum has left the pinned memory
         self.memory: Any = None
         self.size = 0
+        self.refused: Exception | None = None  # why there was no pinned memory
+        self.told = False
 
     def wait(self, stream: Any) -> None:
         self.arrived.record(stream)
@@ -45,9 +49,22 @@ class _Staging:
     def _pinned(self, size: int) -> Any:
         try:
             return self.cuda.alloc_pinned_memory(size)
-        except Exception:
+        except Exception as error:
             # Raising now would leave the other ranks waiting. Pageable memory is slower, and right.
+            self.refused = self.refused or error
             return np.empty(size, np.uint8)
+
+    def warn(self, device: int) -> None:
+        """Once, that messages are slower than they could be."""
+        if self.refused is not None and not self.told:
+            self.told = True
+            with suppress(RuntimeWarning):  # as an error it would part this rank from the others
+                warnings.warn(
+                    f"cuda:{device}: no pinned memory to be had ({self.refused}); messages go "
+                    "through pageable memory, which is slower",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
 
 class _Kept(threading.local):
@@ -90,4 +107,5 @@ def sum_through_pinned(message: Array, summed: Sum) -> np.ndarray[Any, Any]:
         summed(host)
         message.data.copy_from_host_async(host.ctypes.data, host.nbytes, stream)
         staging.returned.record(stream)
+        staging.warn(message.device.id)
         return host
