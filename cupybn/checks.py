@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arrays import Array, Layout, device_of, overlap, parameter_dtype, same_memory
+from .arrays import Array, Layout, as_array, device_of, overlap, parameter_dtype, same_memory
 from .errors import DeviceError, DTypeError, ShapeError
 
 
@@ -41,6 +41,18 @@ def check_parameter(what: str, parameter: Array, x: Array, layout: Layout) -> No
         )
 
 
+def check_written(what: str, array: Array, x: Array, layout: Layout) -> None:
+    """Raises unless the array can take what is computed for each channel of x."""
+    check_writeable(what, array)
+    check_parameter(what, array, x, layout)
+
+
+def check_writeable(what: str, array: Array) -> None:
+    """Raises DTypeError if it is no array, ValueError if it is read-only."""
+    if not getattr(as_array(array, what).flags, "writeable", True):  # CuPy's have no such flag
+        raise ValueError(f"{what} is read-only")
+
+
 def check_like(what: str, array: Array, x: Array, layout: Layout) -> None:
     """Raises unless the array has the shape of the layout and the dtype and device of x."""
     if array.shape != layout.shape:
@@ -58,8 +70,7 @@ def check_out(out: Array, x: Array, layout: Layout) -> None:
     if not isinstance(out, type(x)):
         raise DTypeError(f"out must be a {type(x).__name__}, got {type(out).__name__}")
     check_like("out", out, x, layout)
-    if isinstance(out, np.ndarray) and not out.flags.writeable:
-        raise ValueError("out is read-only")
+    check_writeable("out", out)
 
 
 def check_overlap(out: Array, array: Array, what: str, may_be_same: bool) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from .arrays import Array, assign, copy_to_host, device_of, is_floating, on_device_of
-from .communicators import Communicator, MpiCommunicator, resolve
+from .checks import check_writeable
+from .communicators import Communicator, MpiCommunicator, ThreadCommunicator, resolve
 from .errors import CollectiveMismatchError, DeviceError, DTypeError
 from .joint import joint
 from .launcher import local_rank
@@ -44,31 +45,33 @@ def allreduce_gradients(layer: Layer, comm: Any = None, op: str = "mean") -> Non
 
     Raises:
         ValueError: another op.
-        DTypeError: a gradient that is not floating.
+        DTypeError: a gradient that is not floating. ValueError: one that is read-only.
         PeerError, CollectiveMismatchError: see above. The gradients are unchanged then.
     """
     communicator = resolve(comm)
     grads = dict(layer.named_gradients())
-    wide = any(grad.dtype.itemsize > 4 for grad in grads.values())
+    arrays = [grad for grad in grads.values() if hasattr(grad, "dtype")]  # all, or it raises below
+    wide = any(array.dtype.itemsize > 4 for array in arrays)
     dtype = np.dtype(np.float64 if wide else np.float32)
-    length = padded_length(sum(grad.size for grad in grads.values()))
+    length = padded_length(sum(array.size for array in arrays))
     # An odd number of float32 values never has as many bytes as a message of float64 values.
     length += 0 if wide else 1
-    beside = _common_device(list(grads.values()))
+    beside = _common_device(arrays)
     with on_device_of(beside):
         with joint(communicator, "allreduce_gradients", length, dtype) as call:
             if op not in ("mean", "sum"):
                 raise ValueError(f"op must be 'mean' or 'sum', got {op!r}")
             for name, grad in grads.items():
+                check_writeable(f"the gradient of {name!r}", grad)
                 if not is_floating(grad.dtype):
                     raise DTypeError(f"the gradient of {name!r} is {grad.dtype}, not floating")
             call.agree(f"op={op}, {_outline(layer, 'named_gradients')}")
             if communicator.size == 1:
                 return
-            total = _pool(call, list(grads.values()), beside)
+            total = _pool(call, arrays, beside)
         if op == "mean":
             total /= communicator.size
-        _scatter(total, list(grads.values()))
+        _scatter(total, arrays)
 
 
 def broadcast_parameters(layer: Layer, comm: Any = None, root: int = 0) -> None:
@@ -80,18 +83,20 @@ def broadcast_parameters(layer: Layer, comm: Any = None, root: int = 0) -> None:
         root: the rank to copy from.
 
     Raises:
-        ValueError: there is no such rank.
+        ValueError: there is no such rank, or an array is read-only.
         PeerError, CollectiveMismatchError: see above. Nothing is changed then.
     """
     communicator = resolve(comm)
-    arrays = [array for _, array in _state_arrays(layer)]
-    words = sum(-(-array.nbytes // 4) for array in arrays)
     with _comparison(communicator, "broadcast_parameters") as call:
-        if not 0 <= root < communicator.size:
-            raise ValueError(f"root must be a rank from 0 to {communicator.size - 1}, got {root}")
+        if not isinstance(root, int | np.integer) or not 0 <= root < communicator.size:
+            raise ValueError(f"root must be a rank from 0 to {communicator.size - 1}, got {root!r}")
+        for name, array in _state_arrays(layer):
+            check_writeable(name, array)
         _compare(call, f"root={root}, {_outline(layer, 'named_parameters', 'named_buffers')}")
     if communicator.size == 1:
         return
+    arrays = [array for _, array in _state_arrays(layer)]
+    words = sum(-(-array.nbytes // 4) for array in arrays)
     with joint(communicator, "broadcast_parameters", padded_length(words), np.int64) as call:
         # A sum of one rank's bits and the others' zeros, as integers: exact for every dtype.
         bits = [np.zeros(words, np.int64)]
@@ -143,20 +148,22 @@ def split_comm(comm: Any, group_size: int) -> Any:
     """Consecutive ranks in groups of `group_size`, the last one smaller where it does not divide.
 
     Args:
-        comm: an mpi4py communicator, an MpiCommunicator, or None for ``MPI.COMM_WORLD``.
+        comm: an mpi4py communicator, an MpiCommunicator, or None for ``MPI.COMM_WORLD``; or a
+            ThreadCommunicator.
         group_size: ranks in a group.
 
     Returns:
-        This rank's group: an mpi4py communicator. It is the caller's to ``Free()``.
+        This rank's group: an mpi4py communicator, the caller's to ``Free()``; of threads a
+        ThreadCommunicator.
 
     Raises:
         ValueError: group_size is no integer of at least 1; the other ranks raise PeerError.
-        TypeError: comm is no MPI communicator.
+        TypeError: comm is none of these.
         CollectiveMismatchError: the ranks have different group sizes.
     """
     communicator = resolve(comm)
-    if not isinstance(communicator, MpiCommunicator):
-        raise TypeError(f"comm must be an MPI communicator, got {type(comm).__name__}")
+    if not isinstance(communicator, MpiCommunicator | ThreadCommunicator):
+        raise TypeError(f"comm must be a communicator of MPI or threads, got {type(comm).__name__}")
     with _comparison(communicator, "split_comm") as call:
         if not isinstance(group_size, int | np.integer) or group_size < 1:
             raise ValueError(f"group_size must be an integer of at least 1, got {group_size!r}")

@@ -35,6 +35,7 @@ from .checks import (
     check_out,
     check_overlap,
     check_parameter,
+    check_written,
 )
 from .communicators import Communicator, SelfCommunicator
 from .errors import ShapeError
@@ -150,6 +151,9 @@ def forward_steps(
     if out is not None:
         check_overlap(out, x, "x, which backward needs", may_be_same=False)
     x3, layout, residual3, y3, mask = inputs
+    state, factor = (None, 0.0) if running is None else (running[:2], running[2])
+    for what, array in zip(("running_mean", "running_var"), state or (), strict=False):
+        check_written(what, array, x, layout)
     backend = backend_for(x3)
     settings = _settings(layout.channels, eps, x.dtype, weight, bias, activation) + settings
     exact = x.dtype == np.float64
@@ -159,7 +163,6 @@ def forward_steps(
             f"{call.what}: check_finite=True cannot go into a CUDA graph: it reads the statistics"
         )
 
-    state, factor = (None, 0.0) if running is None else (running[:2], running[2])
     backend.prepare_forward(
         x3, y3, residual3=residual3, mask=mask, activation=activation,
         running_dtype=None if state is None else state[0].dtype.name, ranks=call.ranks,
@@ -274,6 +277,9 @@ def backward_steps(
         hands_dy_on = saved.has_residual and not fused_residual
         what = "dy, which is returned as dresidual" if hands_dy_on else "dy"
         check_overlap(out, dy, what, may_be_same=not hands_dy_on)
+    for what, gradient in (("weight", dweight), ("bias", dbias)):
+        if gradient is not None:
+            check_written(f"the gradient of {what}", gradient, x3, layout)
     backend = backend_for(x3)
     dy3 = layout.view(dy)
     dx3 = _output3(layout, x3, out)

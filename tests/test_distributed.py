@@ -97,6 +97,60 @@ def test_gradients_that_are_no_numbers_to_average():
     assert "the gradient of 'weight' is int32, not floating" in str(second)
 
 
+FAULTS = {
+    "the gradient of 'weight' is read-only": ("allreduce_gradients", "grads", "weight", None),
+    "the gradient of 'bias' must be a NumPy": ("allreduce_gradients", "grads", "bias", [0.0] * 3),
+    "weight is read-only": ("broadcast_parameters", "params", "weight", None),
+    "num_batches_tracked is read-only": (
+        "broadcast_parameters",
+        "buffers",
+        "num_batches_tracked",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("text", list(FAULTS))
+def test_an_array_that_cannot_be_written_to(text):
+    """One rank's: it says so before the message, and no rank writes anything."""
+    call, kind, name, other = FAULTS[text]
+
+    def rank(comm):
+        layer = BatchNorm1d(3)
+        for arrays in (layer.grads, layer.params, layer.buffers):
+            for array in arrays.values():
+                array[...] = comm.rank + 1
+        before = bits(layer)
+        arrays = getattr(layer, kind)
+        good = arrays[name]
+        if comm.rank == 1:
+            arrays[name] = good.copy() if other is None else other
+            if other is None:
+                arrays[name].flags.writeable = False
+        error = raised(getattr(distributed, call), layer, comm)
+        arrays[name] = good
+        assert bits(layer) == before
+        return error
+
+    first, second = run_ranks(2, rank)
+    assert isinstance(first, cupybn.PeerError)
+    assert isinstance(second, ValueError if other is None else cupybn.DTypeError)
+    assert text in str(second)
+
+
+@pytest.mark.parametrize("root", [-1, 2, 0.5, "0", None])
+def test_the_root_is_a_rank(root):
+    def rank(comm):
+        layer = BatchNorm1d(3)
+        error = raised(distributed.broadcast_parameters, layer, comm, root)
+        assert (layer.weight == 1).all()
+        return error
+
+    for error in run_ranks(2, rank):
+        assert isinstance(error, ValueError)
+        assert f"root must be a rank from 0 to 1, got {root!r}" in str(error)
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize("n", [2, 4])
 def test_over_mpi(mpirun, n):

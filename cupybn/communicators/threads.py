@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
+
 from ..arrays import Array
 from ..errors import CollectiveMismatchError, CollectiveTimeoutError, PeerError
 from .base import sum_on_host
@@ -22,6 +24,7 @@ class _Meeting:
         self.total: Array | None = None
         self.fault: str | None = None
         self.left: dict[int, str] = {}
+        self.groups: dict[tuple[int, int], _Meeting] = {}  # by the number of the split, and color
 
     def sum(self, rank: int, message: Array, label: str, timeout: float) -> Array:
         with self.condition:
@@ -67,6 +70,10 @@ class _Meeting:
             self.left[rank] = how
             self.condition.notify_all()
 
+    def group(self, split: int, color: int, size: int) -> _Meeting:
+        with self.condition:
+            return self.groups.setdefault((split, color), _Meeting(size))
+
 
 class ThreadCommunicator:
     """One rank of a group of threads. ``ThreadCommunicator.group(n)`` makes the n of them.
@@ -81,6 +88,7 @@ class ThreadCommunicator:
         self.rank = rank
         self.size = meeting.size
         self.timeout = default_timeout() if timeout is None else check_timeout(timeout)
+        self._groups: list[ThreadCommunicator] = []
 
     @classmethod
     def group(cls, size: int, timeout: float | None = None) -> list[ThreadCommunicator]:
@@ -99,8 +107,20 @@ class ThreadCommunicator:
             message, lambda values: self._meeting.sum(self.rank, values, label, self.timeout)
         )
 
+    def split(self, color: int) -> ThreadCommunicator:
+        """The communicator of the ranks with the same color, in their order. Collective."""
+        colors = np.zeros(self.size, np.int64)
+        colors[self.rank] = color
+        members = np.flatnonzero(self.allreduce(colors, "splitting the communicator") == color)
+        meeting = self._meeting.group(len(self._groups), color, len(members))
+        rank = int(np.searchsorted(members, self.rank))
+        self._groups.append(ThreadCommunicator(meeting, rank, self.timeout))
+        return self._groups[-1]
+
     def leave(self, how: str = "has ended") -> None:
         """This rank takes part no longer: ranks that wait for it raise PeerError."""
+        for group in self._groups:
+            group.leave(how)
         self._meeting.leave(self.rank, how)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ThreadCommunicator:

@@ -17,7 +17,7 @@ from ..arrays import (
     is_capturing,
     parameter_dtype,
 )
-from ..checks import check_activation, check_eps, check_momentum
+from ..checks import check_activation, check_eps, check_momentum, check_writeable
 from ..communicators import Communicator, check_comm, resolve
 from ..errors import DeviceError, DTypeError, ShapeError
 from ..joint import Started, Steps, joint, on_its_device
@@ -234,6 +234,8 @@ class BatchNorm(Layer):
         self, call: joint, x: Array, options: dict[str, Any]
     ) -> Steps[tuple[Array, Saved]]:
         updates = self.training and self.track_running_stats and self.observe is None
+        if updates:
+            check_writeable("num_batches_tracked", self.num_batches_tracked)
         y, saved = yield from forward_steps(
             call,
             x,

@@ -122,6 +122,41 @@ def _(comm):
     return net, lambda wrong: net.first.backward(x, contexts[wrong])
 
 
+def frozen(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+SWAPPED = {
+    "forward, a read-only running mean": ("buffers", "running_mean", frozen),
+    "forward, a running variance of another shape": ("buffers", "running_var", lambda a: a[:1]),
+    "forward, a read-only counter": ("buffers", "num_batches_tracked", frozen),
+    "backward, a read-only gradient": ("grads", "weight", frozen),
+    "backward, a gradient of another dtype": ("grads", "bias", lambda a: a.astype(np.float64)),
+    "backward, a gradient that is a list": ("grads", "bias", list),
+}
+for name, swapped in SWAPPED.items():
+
+    def prepare(comm, name=name, swapped=swapped):
+        kind, key, spoil = swapped
+        net = network(comm)
+        net.first.forward(x)
+        arrays = getattr(net.first, kind)
+        good = arrays[key]
+
+        def action(wrong):
+            arrays[key] = spoil(good) if wrong else good
+            try:
+                getattr(net.first, name.split(",")[0])(x)
+            finally:
+                arrays[key] = good
+
+        return net, action
+
+    case(name)(prepare)
+
+
 def failing(name, where, target, error, text):
     """Both directions, with `target` of `where` raising on the culprit."""
     for direction in ("forward", "backward"):
