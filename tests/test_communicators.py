@@ -63,6 +63,16 @@ def test_a_thread_that_waits_too_long_raises():
         run_ranks(2, rank, timeout=0.2)
 
 
+def test_a_thread_that_ends_early_releases_its_groups():
+    def rank(comm):
+        group = comm.split(comm.rank // 2).split(0)
+        if comm.rank != 3:
+            group.allreduce(np.ones(1), "forward of 'a'")
+
+    with pytest.raises(cupybn.PeerError, match=r"forward of 'a': rank 1 has ended while this rank"):
+        run_ranks(4, rank, timeout=60)
+
+
 def test_without_a_timeout_threads_wait():
     def rank(comm):
         if comm.rank == 1:

@@ -32,6 +32,7 @@ FIRST, SECOND = "forward of 'first', message 5", "backward of 'second', message 
 SPOKEN = {
     "raises": FIRST,
     "raises backward": SECOND,
+    "misspells an argument": FIRST,
     "exits": FIRST,
     "exits backward": SECOND,
     "is stopped": FIRST,
@@ -207,9 +208,14 @@ def test_the_job_is_aborted_even_if_no_thread_can_be_started(monkeypatch):
 
 
 @pytest.mark.parametrize("n", RANKS)
-def test_under_mpi4py_an_exception_ends_the_job_at_once(mpirun, n):
+@pytest.mark.parametrize(
+    "case, text",
+    [("raises", "a bug in the user's own code"), ("misspells an argument", "'residaul'")],
+    ids=["raises", "misspells an argument"],
+)
+def test_under_mpi4py_an_exception_ends_the_job_at_once(mpirun, n, case, text):
     began = time.monotonic()
-    process = mpirun(n, PROGRAM, "raises", timeout=20, check=False)
+    process = mpirun(n, PROGRAM, case, timeout=20, check=False)
     assert process.returncode != 0
     assert time.monotonic() - began < 10
-    assert "a bug in the user's own code" in process.stderr
+    assert text in process.stderr

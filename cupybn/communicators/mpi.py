@@ -179,6 +179,13 @@ class MpiCommunicator:
                 self._first = id(message), host[:_KEPT].copy()
             else:
                 sum_on_host(message, self._summed)
+        except Exception as error:
+            if self._dup != load_mpi().COMM_NULL:
+                raise
+            raise RuntimeError(
+                f"{label or 'allreduce'}: the MPI communicator was freed; layers keep the one "
+                "they were given until layer.comm is set"
+            ) from error
         finally:
             watch.label = None
         return message

@@ -32,6 +32,8 @@ def leaves():
     time.sleep(0.5)
     if case == "raises":
         raise RuntimeError("a bug in the user's own code")
+    if case == "misspells an argument":
+        net.first.forward(x, residaul=x)
     if case == "exits":
         sys.exit(0)
     elif case == "exits at once":
