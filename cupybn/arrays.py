@@ -218,6 +218,9 @@ def copy_to_host(x: Array) -> np.ndarray[Any, Any]:
 
 def assign(target: Array, values: Array) -> None:
     """Copies values into an array of the same shape, from any device to any, converting them."""
+    if type(target) is np.ndarray and type(values) is np.ndarray:  # on the way of every message
+        target[...] = values
+        return
     if is_cupy(values) and device_of(values) != device_of(target):
         values = copy_to_host(values)
     with on_device_of(target):

@@ -73,14 +73,14 @@ def _messages(pyplot: Any, section: Section) -> Any:
         1, 1 + len(networks), figsize=(4 * (1 + len(networks)), 3.6), layout="constrained"
     )  # fmt: skip
     panel = axes[0]
-    panel.set_title("measured, forward", fontsize=9)
+    panel.set_title("measured, forward; fastest fifth of the blocks", fontsize=9)
     channels = sorted({m["channels"] for run in section["runs"] for m in run["messages"]})
     colours = {c: f"C{i}" for i, c in enumerate(channels)}
     styles = {"allreduce": ":", "cupybn": "-", "gather": "--"}
     for c in channels:
         for name, style in styles.items():
             points = [
-                (run["ranks"], m["us"][name])
+                (run["ranks"], m["fastest fifth us"][name])
                 for run in section["runs"]
                 for m in run["messages"]
                 if (m["channels"], m["direction"]) == (c, "forward")

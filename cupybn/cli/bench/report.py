@@ -45,7 +45,7 @@ class Report:
         width = max(map(len, self.environment))
         for name, value in self.environment.items():
             if name != "command":
-                self.say(f"{name:{width}}  {'not installed' if value is None else value}")
+                self.say(f"{name:{width}}  {'none' if value is None else value}")
         for name, reason in left_out.items():
             self.say(f"left out: --{name}, because {reason}")
         self.flush()
@@ -136,11 +136,19 @@ def _environment(args: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "processor": f"{_processor()}, {cores()} cores, {platform.machine()}",
         "system": f"{platform.system()} {platform.release()}",
+        "load": _load(),
         "Python": platform.python_version(),
         "cupybn": __version__,
         "NumPy": np.__version__,
         "PyTorch": None if torch is None else str(torch.__version__),
     }
+
+
+def _load() -> str | None:
+    """What else the machine does: beside many others no time here is worth much."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    return f"{os.getloadavg()[0]:.1f} processes at work in the minute before"
 
 
 def _processor() -> str:

@@ -22,6 +22,7 @@ from .model import (
     message_bytes,
 )
 from .report import Report, Table
+from .threads import limited
 
 _CHANNELS = (64, 256, 2048)
 
@@ -39,7 +40,7 @@ def merge(table: Array, channels: int) -> tuple[Array, Array]:
 def model(runs: list[dict[str, Any]], quick: bool = False) -> dict[str, Any]:
     """Microseconds of both schemes, with the network of the runs and with a cluster's."""
     points = [
-        Point(run["ranks"], message["bytes"], message["us"]["allreduce"] * 1e-6)
+        Point(run["ranks"], message["bytes"], message["fastest fifth us"]["allreduce"] * 1e-6)
         for run in runs
         if run["ranks"] > 1 and not run["crowded"]
         for message in run["messages"]
@@ -47,12 +48,13 @@ def model(runs: list[dict[str, Any]], quick: bool = False) -> dict[str, Any]:
     networks = {"of a cluster, assumed": CLUSTER}
     if points:
         networks = {"fitted to this run": fit(points), **networks}
-    merging = {
-        (ranks, c): _merging_seconds(ranks, c, 3 if quick else 9)
-        for c in _CHANNELS
-        for ranks in RANKS
-        if not quick or ranks * c <= 1 << 18
-    }
+    with limited(1):
+        merging = {
+            (ranks, c): _merging_seconds(ranks, c, 3 if quick else 9)
+            for c in _CHANNELS
+            for ranks in RANKS
+            if not quick or ranks * c <= 1 << 18
+        }
     return {
         "fitted points": len(points),
         "networks": [
