@@ -18,8 +18,9 @@ longer with a timeout than without, and what it writes down for the watchdog in 
 is timed by itself.
 
 The table of the model says what the alpha-beta model expects for up to 4096 ranks, with alpha and
-beta fitted to the fastest fifths of the bare Allreduces, and with those of a cluster. It is a model: only the
-merging of gathered statistics is measured here, with that many ranks' statistics made up.
+beta fitted to the fastest fifths of the bare Allreduces, and with those of a cluster. It is a
+model: only the merging of gathered statistics is measured here, with that many ranks' statistics
+made up.
 """
 
 from __future__ import annotations
