@@ -64,6 +64,24 @@ def test_any_mixture_of_calls_is_seen(calls):
         assert read_header(summed(messages), len(calls)).agree == (len(set(calls)) == 1)
 
 
+def summed_pieces(pieces):
+    """The header that ranks with these fingerprints, in every place, add up to."""
+    words = np.zeros(HEADER)
+    words[3:15] = [sum(pieces), sum(f * f for f in pieces)] * 6
+    return words
+
+
+@pytest.mark.parametrize("odd_one", [0, 1, 2])
+def test_fingerprints_that_nearly_agree_do_not(odd_one):
+    """Where the mean is an integer all the same; and where only 1 in 2**52 tells them apart."""
+    for ranks in (2, 3, 4, 1000, *range(4000, 4097)):
+        for f in ((1 << 20) - 1, (1 << 20) - 2, 1_000_001, 3):
+            same = [f] * ranks
+            assert read_header(summed_pieces(same), ranks).agree
+            off = same[2:] + [[f - 1, f], [f - 1, f + 1], [f - 2, f - 1]][odd_one]
+            assert not read_header(summed_pieces(off), ranks).agree, (ranks, f)
+
+
 def test_different_names_have_different_fingerprints():
     messages = {header(np.float64, f"layer {i}", 0).tobytes() for i in range(20000)}
     assert len(messages) == 20000
