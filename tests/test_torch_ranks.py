@@ -41,7 +41,7 @@ def test_a_rank_whose_loss_does_not_depend_on_a_layer_ends_the_job(mpirun):
     assert process.returncode != 0
     assert "backward of 'features.bn'" in process.stderr
     process = mpirun(2, MPI / "torch_failures.py", "sum")
-    assert process.stdout.split("\n")[:2] == ["went on"] * 2
+    assert process.stdout.count("went on") == 2  # the ranks' lines may be woven
 
 
 def outcome(function):
