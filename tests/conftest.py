@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import family, shared_memory
 
 try:
     import ml_dtypes
@@ -48,6 +50,32 @@ def rank_environment(**more: str) -> dict[str, str]:
     return env | more
 
 
+def _job(
+    command: list[str], env: dict[str, str], timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """``subprocess.run``; takes away the shared memory that ranks leave when they are killed."""
+    deadline = time.monotonic() + timeout
+    files: set[Path] = set()
+    with subprocess.Popen(
+        command, env=env, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        try:
+            while True:
+                try:
+                    stdout, stderr = process.communicate(timeout=0.2)
+                    break
+                except subprocess.TimeoutExpired:
+                    files |= shared_memory(family(process.pid))
+                    if time.monotonic() > deadline:
+                        raise
+        finally:
+            process.kill()  # if it still runs
+            for file in files:
+                file.unlink(missing_ok=True)
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
 @pytest.fixture(scope="session")
 def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
     """``mpirun(n, script, *args)``: a real MPI job; shows every rank's output when it fails.
@@ -69,14 +97,7 @@ def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
     ) -> subprocess.CompletedProcess[str]:
         python = [sys.executable, "-m", "mpi4py"] if aborting else [sys.executable]
         command = [mpiexec, "-n", str(n), *python, str(script)]
-        process = subprocess.run(
-            [*command, *map(str, args)],
-            env=rank_environment(**(env or {})),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        process = _job([*command, *map(str, args)], rank_environment(**(env or {})), timeout)
         if check and process.returncode != 0:
             pytest.fail(
                 f"{n} ranks of {script} {args} ended with {process.returncode}\n"

@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, _mpiexec, rank_environment
+from processes import family, shared_memory
 
 import cupybn
 
@@ -34,30 +34,6 @@ def never_killed(mpirun, tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "state.npz"
     mpirun(4, SCRIPT, *options(4, path))
     return path
-
-
-def family(pid):
-    """The process and all that descend from it, the youngest generation first."""
-    parents = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parents[int(entry.name)] = int(fields[1])
-    found = [pid]
-    for member in found:
-        found += [child for child, parent in parents.items() if parent == member]
-    return found[::-1]
-
-
-def shared_memory(pids):
-    """The files by which these processes share memory; an MPI that is killed leaves them."""
-    found = set()
-    for pid in pids:
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-        found |= {Path(line.split()[5]) for line in lines if "/dev/shm/" in line}
-    return found
 
 
 def run_and_kill(ranks, path, more, saves, delay):
