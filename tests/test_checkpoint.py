@@ -275,7 +275,8 @@ def test_values_that_do_not_fit(value, suffix, tmp_path):
 
 @pytest.mark.parametrize(
     "metadata",
-    [{"": {"version": np.int64(2)}}, {"": {"x": float("nan")}}, {3: {}}, {"": {"x": (1,)}},
+    [{"": {"version": np.int64(2)}}, {"": {"x": float("nan")}}, {"": {"x": float("inf")}},
+     {3: {}}, {"": {"x": (1,)}},
      {"": {3: 4}}],
 )  # fmt: skip
 def test_metadata_that_does_not_fit(metadata, tmp_path):
@@ -338,8 +339,10 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
             cupybn.save({}, tmp_path / name)
     assert sorted(os.listdir(tmp_path)) == ["folder.npz", "null.npz"]
     assert not stat.S_ISREG(os.stat(os.devnull).st_mode)
-    with pytest.raises(CheckpointError, match=r"null\.npz: not a regular file"):
-        cupybn.load(tmp_path / "null.npz")
+    os.mkfifo(tmp_path / "pipe.npz")
+    for name in ("null", "pipe"):
+        with pytest.raises(CheckpointError, match=rf"{name}\.npz: not a regular file"):
+            cupybn.load(tmp_path / f"{name}.npz")
 
 
 @both
@@ -353,10 +356,13 @@ def test_errors_of_the_system_stay_what_they_are(suffix, tmp_path):
         cupybn.load(tmp_path / f"folder{suffix}")
 
 
-def test_a_seek_that_cannot_be_is_damage_and_a_broken_disk_is_not(tmp_path, monkeypatch):
+def test_a_seek_that_cannot_be_is_damage_and_want_of_disk_or_memory_is_not(tmp_path, monkeypatch):
     cupybn.save({}, tmp_path / "x.npz")
-    for code, kind in ((errno.EINVAL, CheckpointError), (errno.EIO, OSError)):
-        error = OSError(code, "of the system")
+    for error, kind in (
+        (OSError(errno.EINVAL, "of the system"), CheckpointError),
+        (OSError(errno.EIO, "of the system"), OSError),
+        (MemoryError("of the system"), MemoryError),
+    ):
 
         def fail(file, error=error):
             raise error

@@ -9,6 +9,7 @@ import struct
 import tracemalloc
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +230,7 @@ def test_pickles_are_not_loaded(tmp_path):
         (b"{'descr': '<f8', 'fortran_order': False, 'shape': (" + b"-" * 1900 + b"3,), }", ""),
         (b"{'descr': '<f8', 'fortran_order': False, 'shape': (" + b"-" * 9000 + b"3,), }", ""),
         (b"(" * 1900, ""),
+        (b"(" * 199 + b"-" * 1500 + b"3" + b")" * 199, "absurd"),
         (b"(" * 9000, ""),
         (b"[" * 50 + b"]" * 50, ""),
         (b"{'descr': '<f8', 'fortran_order': False, 'shape': (3,), }" + b" " * 20_000, ""),
@@ -311,6 +313,21 @@ def test_a_header_that_is_a_bomb():
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "..", "C:x", "a\\x", "a\nx", ""])
 def test_path_tricks_in_zip_names(name):
     refuse(".npz", npz_of([HEADER, BIG, (f"{name}.npy", b"")]), "is refused")
+
+
+@pytest.mark.skipif(
+    not hasattr(zipfile, "_sanitize_filename"), reason="this Python reads no second names"
+)
+def test_a_member_with_a_second_name():
+    """In an extra field, which replaces the first one; here by what the header lists."""
+    file = io.BytesIO()
+    second = struct.pack("<BL", 1, zlib.crc32(b"y.npy")) + b"x.npy"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(zipfile.ZipInfo(LISTING_X[0]), LISTING_X[1])
+        member = zipfile.ZipInfo("y.npy")
+        member.extra = struct.pack("<HH", 0x7075, len(second)) + second
+        archive.writestr(member, X[1])
+    refuse(".npz", file.getvalue(), "'y.npy' is refused: ambiguous")
 
 
 def test_a_name_that_ends_early():

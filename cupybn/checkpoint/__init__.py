@@ -75,12 +75,17 @@ def load(path: str | os.PathLike[str]) -> StateDict:
         OSError: the file cannot be read; FileNotFoundError if there is none.
     """
     form = _format_of(path)
-    with open(path, "rb") as file, _naming(path):
+    with open(path, "rb", opener=_without_waiting) as file, _naming(path):
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError("not a regular file")
         state: StateDict = form.read(file, status.st_size)
         return state
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens the file; a named pipe too, instead of waiting for somebody to write into it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _format_of(path: str | os.PathLike[str]) -> Any:
