@@ -152,8 +152,8 @@ def test_arguments_that_are_none():
     for arguments in ({"source": "caffe"}, {"target": "caffe"}):
         with pytest.raises(ValueError, match="'caffe' is none of cupybn, pytorch, chainer"):
             convert_state_dict(state, **arguments)
-    for count in (1, 0, {"other": 5}):
-        with pytest.raises(ValueError, match='count must be at least 2 .* for ""'):
+    for count in (1, 0, {"other": 5}, 5.5, float("nan"), "5"):
+        with pytest.raises(ValueError, match='count must be an integer of at least 2 .* for ""'):
             convert_state_dict(state, "cupybn", "flax", count=count)
     with pytest.raises(cupybn.DTypeError, match="^running_var"):
         convert_state_dict({**state, "running_var": [1.0]})

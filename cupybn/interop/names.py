@@ -25,6 +25,7 @@ The fused kernel of Keras 2, for 4-D input, keeps the unbiased one: leave `count
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from ..arrays import Array, as_array, on_device_of
@@ -164,9 +165,11 @@ def _by_layer(
 
 def _count_of(count: int | Mapping[str, int], path: str) -> int:
     n = count.get(path) if isinstance(count, Mapping) else count
-    if n is None or n < 2:
-        raise ValueError(f'count must be at least 2 for each layer, got {n!r} for "{path}"')
-    return n
+    if not isinstance(n, Integral) or n < 2:
+        raise ValueError(
+            f'count must be an integer of at least 2 for each layer, got {n!r} for "{path}"'
+        )
+    return int(n)
 
 
 def _scaled(array: Array, factor: float) -> Array:
