@@ -17,7 +17,7 @@ from rank_checks import Spy  # noqa: E402
 from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from cupybn import DTypeError, SelfCommunicator, ShapeError  # noqa: E402
+from cupybn import DeviceError, DTypeError, SelfCommunicator, ShapeError  # noqa: E402
 from cupybn.interop import torch as interop  # noqa: E402
 from cupybn.interop.torch import modules  # noqa: E402
 from cupybn.testing import run_ranks  # noqa: E402
@@ -169,6 +169,17 @@ def test_memory_formats(layout, dy_layout):
         assert dx.is_contiguous(memory_format=memory_format) == kept or dy_layout != "contiguous"
 
 
+def test_gradients_have_the_memory_format_of_the_input():
+    """As they come from autograd: in ``.grad`` of a leaf they would be put into its format."""
+    module = interop.BatchNorm2d(5)
+    x = torch.randn(4, 5, 6, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = module(x)
+    (dx,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+    (ddx,) = torch.autograd.grad(dx.sin().sum(), x)
+    for gradient in (dx, ddx):
+        assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_channels_last_3d():
     ours, theirs = pair("BatchNorm3d", 5)
     x = torch.randn(2, 5, 3, 4, 5).contiguous(memory_format=torch.channels_last_3d)
@@ -314,6 +325,19 @@ def test_bad_input_changes_nothing(x):
     with pytest.raises(ValueError, match="momentum must lie"):
         module(torch.randn(4, 5))
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+def test_a_module_on_another_device_than_its_input():
+    module = interop.SyncBatchNorm(3, comm=ALONE, device="meta")
+    with pytest.raises(DeviceError, match="weight is on meta, but the input is on cpu"):
+        module(torch.randn(4, 3))
+
+
+def test_transforms_of_functions_are_refused():
+    module = interop.SyncBatchNorm(3, comm=ALONE)
+    with pytest.raises(RuntimeError, match="autograd.Function with functorch transforms"):
+        torch.vmap(module)(torch.randn(2, 4, 3))
+    assert module.num_batches_tracked == 0
 
 
 def test_empty_batch():
@@ -520,7 +544,9 @@ def test_backward_runs_in_any_thread():
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's
 def test_compiled_with_a_gap_in_the_graph():
-    net = torch.nn.Sequential(torch.nn.Linear(3, 3), interop.BatchNorm1d(3), torch.nn.ReLU())
+    torch.compiler.reset()
+    bn = interop.SyncBatchNorm(3, comm=ALONE, momentum=None)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), bn, torch.nn.ReLU())
     twin = copy.deepcopy(net)
     compiled = torch.compile(twin, backend="eager")
     x = torch.randn(4, 3)
@@ -566,12 +592,22 @@ def test_convert_keeps_everything():
     assert not net["conv"][1].training
     assert net["one"].training
     assert type(net["instance"]) is torch.nn.InstanceNorm2d
+    assert "process_group" not in vars(net["theirs"])
     net["one"](torch.randn(4, 3))
     assert calls == [0]
     handle.remove()
     net["one"](torch.randn(4, 3))
     assert calls == [0]
     assert isinstance(interop.SyncBatchNorm.convert_sync_batchnorm(tree()["one"]), torch.nn.Module)
+
+
+def test_a_shared_batch_norm_is_skipped_by_either_path_and_names_stay():
+    net = tree()
+    net["already"].name = "own"
+    interop.convert_sync_batchnorm(net, ALONE, skip="two")
+    assert net["one"] is net["two"]
+    assert type(net["one"]) is torch.nn.BatchNorm1d
+    assert net["already"].name == "own"
 
 
 def test_convert_a_module_that_is_a_batch_norm():

@@ -64,6 +64,18 @@ def test_ranks_must_agree_on_whether_a_backward_can_follow():
     assert "backward=False" in results[0][1]
 
 
+def test_ranks_must_agree_on_which_batch_it_is():
+    def forward(comm):
+        module = interop.SyncBatchNorm(2, comm=comm, momentum=None)
+        module.num_batches_tracked += comm.rank
+        return outcome(lambda: module(torch.randn(4, 2)))
+
+    results = run_ranks(2, forward, timeout=20)
+    assert {kind for kind, _ in results} == {CollectiveMismatchError}
+    assert "batch 1" in results[0][1]
+    assert "batch 2" in results[0][1]
+
+
 @pytest.mark.parametrize("bad", ["channels", "dtype", "no tensor", "complex"])
 def test_a_bad_input_on_one_rank_is_told_to_all_and_changes_nothing(bad):
     inputs = {
@@ -104,6 +116,23 @@ def test_what_fails_before_the_backward_is_told_to_all():
     assert "modified by an inplace operation" in message
     assert peers is PeerError
     assert "backward of 'bn': rank 0 failed" in told
+
+
+def test_what_fails_before_the_second_backward_is_told_to_all():
+    def backward(comm):
+        module = interop.SyncBatchNorm(2, comm=comm, name="bn")
+        x = torch.randn(4, 2, requires_grad=True)
+        z = x * 2
+        (dx,) = torch.autograd.grad(module(z).sin().sum(), x, create_graph=True)
+        if comm.rank == 0:
+            z.add_(1)
+        return outcome(lambda: dx.sin().sum().backward())
+
+    (own, message), (peers, told) = run_ranks(2, backward, timeout=20)
+    assert own is RuntimeError
+    assert "modified by an inplace operation" in message
+    assert peers is PeerError
+    assert "double backward of 'bn': rank 0 failed" in told
 
 
 @pytest.mark.mpi

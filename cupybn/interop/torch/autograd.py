@@ -73,13 +73,16 @@ def on_stream_of(tensor: Tensor) -> Iterator[None]:
 
 
 class Normalise(torch.autograd.Function):
-    """``y = Normalise.apply(x, weight, bias, run)`` with ``run(x, weight, bias) -> (y, saved)``."""
+    """``y = Normalise.apply(x, weight, bias, run)`` with ``run(x, weight, bias) -> (y, saved)``.
+
+    `saved` comes without arrays like x or the parameters.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, run: Run) -> Tensor:
         y, saved = run(x, weight, bias)
         ctx.save_for_backward(x, weight, bias)
-        ctx.statistics = replace(saved, x3=None, weight=None, bias=None)
+        ctx.statistics = saved
         return y
 
     @staticmethod
