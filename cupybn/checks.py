@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arrays import Array, Layout, as_array, device_of, overlap, parameter_dtype, same_memory
+from .arrays import Array, as_array, device_of, overlap, parameter_dtype, same_memory
 from .errors import DeviceError, DTypeError, ShapeError
+from .layout import Layout
 
 
 def check_momentum(momentum: float) -> None:

@@ -18,12 +18,9 @@ import numpy as np
 
 from .arrays import (
     Array,
-    Layout,
     as_array,
-    check_channel_axis,
     copy_to_host,
     is_capturing,
-    layout_of,
     overlap,
     parameter_dtype,
 )
@@ -40,6 +37,7 @@ from .checks import (
 from .communicators import Communicator, SelfCommunicator
 from .errors import ShapeError
 from .joint import Steps, joint
+from .layout import Layout, check_channel_axis, layout_of
 from .statistics import BackwardSums, Moments, message_length
 
 ALONE = SelfCommunicator()

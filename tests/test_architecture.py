@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "cupybn"
 FLOORS = [
-    {"errors", "arrays", "launcher", "__version__"},
+    {"errors", "arrays", "layout", "launcher", "__version__"},
     {"statistics", "checks", "checkpoint", "communicators"},
     {"backends", "joint"},
     {"coalesce", "passes", "double_backward", "functional"},
@@ -23,6 +23,8 @@ FLOORS = [
 ]
 MAY_IMPORT_BESIDE = {
     ("arrays", "errors"),
+    ("layout", "arrays"),
+    ("layout", "errors"),
     ("functional", "passes"),
     ("functional", "double_backward"),
     ("functional", "coalesce"),

@@ -11,7 +11,6 @@ import numpy as np
 from ..arrays import (
     Array,
     as_array,
-    check_channel_axis,
     check_device,
     device_of,
     is_capturing,
@@ -21,6 +20,7 @@ from ..checks import check_activation, check_eps, check_momentum, check_writeabl
 from ..communicators import Communicator, check_comm, resolve
 from ..errors import DeviceError, DTypeError, ShapeError
 from ..joint import Started, Steps, joint, on_its_device
+from ..layout import check_channel_axis
 from ..passes import ALONE, Saved, backward_steps, forward_steps, inference_pass, joint_pass
 from ..statistics import Moments
 from .base import Layer

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from ...arrays import Array, as_array, cupy_for, layout_of
+from ...arrays import Array, as_array, cupy_for
 from ...double_backward import double_backward_call, double_backward_pass
 from ...errors import DTypeError
+from ...layout import layout_of
 from ...passes import Saved, backward_pass, joint_pass
 
 Tensor = Any

@@ -1,0 +1,88 @@
+"""How an array of any number of dimensions looks as (N, C, L)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from .arrays import Array
+from .errors import ShapeError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an array of `shape` is seen as a C-contiguous (N, C, L) array.
+
+    Rows (memory N, C, spatial) become (N, C, L); columns (channels-last memory) and 2-D arrays
+    become (N * spatial, C, 1).
+    """
+
+    shape: tuple[int, ...]
+    channel_axis: int
+    columns: bool
+
+    @property
+    def channels(self) -> int:
+        return self.shape[self.channel_axis]
+
+    @property
+    def _others(self) -> tuple[int, ...]:
+        axis = self.channel_axis
+        return self.shape[:axis] + self.shape[axis + 1 :]
+
+    @property
+    def shape3(self) -> tuple[int, int, int]:
+        n, *spatial = self._others
+        if self.columns:
+            return n * prod(spatial), self.channels, 1
+        return n, self.channels, prod(spatial)
+
+    def view(self, x: Array) -> Array:
+        """x as (N, C, L): a view where its memory allows, else one copy."""
+        axis_in_memory = len(self.shape) - 1 if self.columns else 1
+        in_order = np.moveaxis(x, self.channel_axis, axis_in_memory) if x.ndim > 2 else x
+        if not in_order.flags.c_contiguous:
+            in_order = in_order.copy(order="C")
+        return in_order.reshape(self.shape3)
+
+    def restore(self, x3: Array) -> Array:
+        """The (N, C, L) array as an array of `shape`: always a view."""
+        if len(self.shape) == 2:
+            return x3.reshape(self.shape)
+        n, *spatial = self._others
+        if self.columns:
+            memory = x3.reshape((n, *spatial, self.channels))
+            return np.moveaxis(memory, -1, self.channel_axis)
+        memory = x3.reshape((n, self.channels, *spatial))
+        return np.moveaxis(memory, 1, self.channel_axis)
+
+
+def layout_of(x: Array, channel_axis: int) -> Layout:
+    """The layout of x, found from its strides; `channel_axis` is 1 or -1.
+
+    An array in neither memory order gets the one of its own shape: rows for channel_axis 1,
+    columns for -1.
+
+    Raises:
+        ShapeError: x has fewer than two dimensions.
+    """
+    if x.ndim < 2:
+        raise ShapeError(f"expected at least 2D input (got {x.ndim}D input)")
+    axis = channel_axis % x.ndim
+    own = x.flags.c_contiguous
+    if own or x.ndim == 2:
+        return Layout(x.shape, axis, columns=axis == x.ndim - 1)
+    other_columns = axis == 1
+    other = np.moveaxis(x, axis, -1 if other_columns else 1)
+    if other.flags.c_contiguous:
+        return Layout(x.shape, axis, columns=other_columns)
+    return Layout(x.shape, axis, columns=axis == x.ndim - 1)
+
+
+def check_channel_axis(channel_axis: int) -> int:
+    """channel_axis itself if it is 1 or -1, else ValueError."""
+    if channel_axis not in (1, -1):
+        raise ValueError(f"channel_axis must be 1 or -1, got {channel_axis!r}")
+    return channel_axis
