@@ -13,7 +13,7 @@ import reference
 from rank_checks import RECURSIVE_DOUBLING, Spy, bits, branches, normal
 
 import cupybn
-from cupybn import BatchNorm1d, SyncBatchNorm, joint, passes
+from cupybn import BatchNorm1d, SyncBatchNorm, coalesce, joint, passes
 from cupybn import functional as F
 from cupybn.backends import numpy as backend
 from cupybn.statistics import padded_length
@@ -274,10 +274,32 @@ def test_a_failure_while_the_branches_are_written_undoes_them(direction, monkeyp
             partial(getattr(m, direction), a)
             for m, a in zip(layers, xs if direction == "forward" else dys, strict=True)
         ]
-        name, _ = outcome(calls)
-        return name, [bits(layer) for layer in layers] == before, len(spy.sent)
+        name = "fine"
+        try:
+            F.coalesce(calls)
+        except MemoryError as error:
+            name = type(error).__name__
+            # Here, where the traceback still keeps the frames that did it.
+            unchanged = [bits(layer) for layer in layers] == before
+        else:
+            unchanged = [bits(layer) for layer in layers] == before
+        return name, unchanged, len(spy.sent)
 
     assert run_ranks(2, rank) == [("fine", False, 1), ("MemoryError", True, 1)]
+
+
+def test_calls_in_one_message_are_on_one_device(monkeypatch):
+    monkeypatch.setattr(coalesce, "device_of", lambda a: f"cuda:{int(a.shape[1:2] == (64,))}")
+
+    def rank(comm):
+        layers, xs, _ = branches(comm)
+        before = [bits(layer) for layer in layers]
+        name, text = outcome(forwards(layers, xs))
+        assert "forward of 'b' is on cuda:1, the calls before it are on cuda:0" in text
+        assert [bits(layer) for layer in layers] == before
+        return name
+
+    assert run_ranks(2, rank) == ["DeviceError"] * 2
 
 
 def test_a_rank_that_fails_between_two_messages_poisons_the_second():

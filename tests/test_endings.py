@@ -186,6 +186,17 @@ def test_a_process_whose_abort_hangs_ends_itself():
     assert time.monotonic() - began < 0.5 + 5
 
 
+def test_messages_in_quick_succession_are_not_one_wait():
+    """Whenever the watchdog looks, a message is on its way: each time another one."""
+    watch = Watch("rank 0 of 2", 3, print)
+    for second in range(10):
+        watch.sequence, watch.label = second + 1, "a message"
+        assert watch.waited(float(second)) == 0
+    assert watch.waited(11.5) == 2.5
+    watch.label = None
+    assert watch.waited(12.0) == 0
+
+
 def test_time_for_which_the_whole_job_is_suspended_does_not_count():
     """Some schedulers stop all ranks, and go on with them much later."""
     with waiting(timeout=3, waits=5.8, abort="os._exit(code)") as process:

@@ -114,7 +114,7 @@ class MpiCommunicator:
         except Exception as caught:  # raised below, when the other ranks know
             error = caught
         self._in_place = mpi.IN_PLACE
-        self._first: tuple[int, Any] | None = None
+        self._first: tuple[Array, Any] | None = None  # a staged sum, and its first values
         where = f"rank {self.rank} of {self.size}"
         self._watch = Watch(where, self.timeout, mpi.COMM_WORLD.Abort)
         if self.timeout:
@@ -168,7 +168,6 @@ class MpiCommunicator:
         watch = self._watch
         watch.sequence += 1
         watch.label = label or "allreduce"
-        self._first = None
         try:
             if not on_device:
                 self._summed(message)
@@ -176,7 +175,7 @@ class MpiCommunicator:
                 sum_on_device(message, self._summed)
             elif self.transport == "pinned":
                 host = sum_through_pinned(message, self._summed)
-                self._first = id(message), host[:_KEPT].copy()
+                self._first = message, host[:_KEPT].copy()
             else:
                 sum_on_host(message, self._summed)
         except Exception as error:
@@ -197,7 +196,7 @@ class MpiCommunicator:
     def first_values(self, total: Array, n: int) -> Any:
         """The first n values of the sum that was returned last, in host memory."""
         kept, self._first = self._first, None
-        if kept is not None and kept[0] == id(total) and n <= _KEPT:
+        if kept is not None and kept[0] is total and n <= _KEPT:
             return kept[1][:n]
         return copy_to_host(total[:n])
 
