@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -193,7 +194,11 @@ def parameter_dtype(dtype: Any) -> np.dtype[Any]:
     Raises:
         DTypeError: any other dtype, integers and non-native byte orders included.
     """
-    dtype = np.dtype(dtype)
+    return _parameter_dtype(np.dtype(dtype))
+
+
+@lru_cache(maxsize=64)  # the name of a dtype takes NumPy microseconds
+def _parameter_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     name = _PARAMETER_DTYPES.get(dtype.name)
     if name is None or not dtype.isnative:
         raise DTypeError(

@@ -165,8 +165,15 @@ def forward_steps(
         x3, y3, residual3=residual3, mask=mask, activation=activation,
         running_dtype=None if state is None else state[0].dtype.name, ranks=call.ranks,
     )  # fmt: skip
-    moments, form = yield from _pooled_moments(call, backend, x3, exact, observe)
-    if moments.count == 1:
+    local = None
+    if call.ranks == 1 and observe is None and not check_finite and x3.size:
+        local = getattr(backend, "local_forward", None)
+    if local is None:
+        moments, form = yield from _pooled_moments(call, backend, x3, exact, observe)
+        count = moments.count
+    else:
+        count = x3.size // layout.channels
+    if count == 1:
         everywhere = "" if call.ranks == 1 else f" on this rank, 1 value on all {call.ranks} ranks"
         raise ShapeError(
             "Expected more than 1 value per channel when training, got input size "
@@ -176,14 +183,21 @@ def forward_steps(
         _check_finite(call, moments, form, parameter_dtype(x.dtype))
     yield None
     with _restored_on_error(state or ()):
-        mean, var, invstd = backend.finalize_moments(
-            moments, eps, running=state, factor=factor, form=form
-        )
+        if local is None:
+            mean, var, invstd = backend.finalize_moments(
+                moments, eps, running=state, factor=factor, form=form
+            )
+        else:
+            mean, var, invstd = local(
+                x3, y3, weight, bias, eps, activation=activation, residual3=residual3, mask=mask,
+                running=state, factor=factor,
+            )  # fmt: skip
         saved = Saved(
-            mean, var, invstd, moments.count, call.comm, x3, layout, weight, bias, activation,
+            mean, var, invstd, count, call.comm, x3, layout, weight, bias, activation,
             settings, name, residual is not None, mask,
         )  # fmt: skip
-        _normalize(saved, residual3, y3)
+        if local is None:
+            _normalize(saved, residual3, y3)
         y = _finish(layout, y3, out)
         yield None
     return y, saved
@@ -284,24 +298,36 @@ def backward_steps(
     dresidual3 = np.empty_like(x3) if fused_residual else None
     call.agree(saved.settings)
     backend.prepare_backward(
-        dy3, x3, dx3, dresidual3=dresidual3, constant=saved.constant, **saved.options
-    )
+        dy3, x3, dx3, dresidual3=dresidual3, constant=saved.constant, ranks=call.ranks,
+        **saved.options,
+    )  # fmt: skip
 
-    size = 2 * layout.channels
-    payload = call.payload(x3, size)
-    local = backend.backward_reduce(dy3, x3, *saved.transform, **saved.options, payload=payload)
-    pooled = None if saved.constant else local
-    if payload is not None:
-        _, total = yield 0, size
-        pooled = BackwardSums(*np.split(total, 2))
+    in_one = None
+    if call.ranks == 1 and x3.size:
+        in_one = getattr(backend, "local_backward", None)
+    if in_one is None:
+        size = 2 * layout.channels
+        payload = call.payload(x3, size)
+        local = backend.backward_reduce(dy3, x3, *saved.transform, **saved.options, payload=payload)
+        pooled = None if saved.constant else local
+        if payload is not None:
+            _, total = yield 0, size
+            pooled = BackwardSums(*np.split(total, 2))
     yield None
     alone = call.together is None  # then nothing follows that could fail
     with nullcontext() if alone else _restored_on_error((dweight, dbias)):
-        backend.backward_input(
-            dy3, x3, *saved.transform, **saved.options,
-            sums=pooled, count=saved.count, out3=dx3, dresidual3=dresidual3,
-            local=local, dweight=dweight, dbias=dbias,
-        )  # fmt: skip
+        if in_one is None:
+            backend.backward_input(
+                dy3, x3, *saved.transform, **saved.options,
+                sums=pooled, count=saved.count, out3=dx3, dresidual3=dresidual3,
+                local=local, dweight=dweight, dbias=dbias,
+            )  # fmt: skip
+        else:
+            in_one(
+                dy3, x3, dx3, *saved.transform, **saved.options,
+                count=0 if saved.constant else saved.count, dresidual3=dresidual3,
+                dweight=dweight, dbias=dbias,
+            )  # fmt: skip
         dresidual = dy if saved.has_residual else None
         if dresidual3 is not None:
             dresidual = layout.restore(dresidual3)

@@ -15,7 +15,7 @@ from rank_checks import RECURSIVE_DOUBLING, Spy, bits, branches, normal
 import cupybn
 from cupybn import BatchNorm1d, SyncBatchNorm, coalesce, joint, passes
 from cupybn import functional as F
-from cupybn.backends import numpy as backend
+from cupybn.backends import cpu_backend
 from cupybn.statistics import padded_length
 from cupybn.testing import run_ranks
 
@@ -247,6 +247,7 @@ def test_what_all_ranks_refuse_after_the_message(options, undone, monkeypatch):
 def test_a_failure_while_the_branches_are_written_undoes_them(direction, monkeypatch):
     """On the rank where it happens; nothing is left to tell the others, who have gone on."""
     primitive = "normalize" if direction == "forward" else "backward_input"
+    backend = cpu_backend()
     real, failing = getattr(backend, primitive), []
 
     def once(dy_or_x, x, *args, **options):

@@ -12,7 +12,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import BFLOAT16, DTYPES, NUMBA, ROOT
+from conftest import BFLOAT16, DTYPES, NUMBA, ROOT, TOLERANCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +27,7 @@ from cupybn.testing import run_ranks
 needs_numba = pytest.mark.skipif(not NUMBA, reason="Numba is not installed")
 SHAPES = [(8, 31, 100), (9, 5, 49), (300, 33, 1), (5, 40, 4), (3, 1, 200_003), (1, 2, 150_000)]
 SHAPES += [(2501, 3, 1), (40, 3000, 1), (70_000, 5, 1)]
+LARGE = [(70, 150, 201), (5, 3, 140_001), (9000, 333, 1), (33_001, 65, 1)]  # past the caches
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +166,7 @@ def test_an_error_in_any_piece_is_raised():
 
 
 @needs_numba
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
 @pytest.mark.parametrize("relu", [False, True])
 def test_the_bits_do_not_depend_on_the_number_of_threads(shape, relu):
     x, dy = normal(shape), normal(shape, seed=4)
@@ -243,9 +244,81 @@ def test_arrays_that_are_strided_or_read_only(shape):
     np.testing.assert_array_equal(strided, dy * 2)
 
 
+def off_by_one(shape, dtype):
+    """An array whose memory begins in the middle of a cache line."""
+    return np.empty(int(np.prod(shape)) + 1, dtype)[1:].reshape(shape)
+
+
+@needs_numba
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_goes_past_the_caches_arrives(shape, dtype):
+    wide = np.float64 if dtype == np.float64 else np.float32
+    x, dy = normal(shape, wide).astype(dtype), normal(shape, wide, seed=4).astype(dtype)
+    assert x.nbytes > compiled.load().STREAMED or dtype.itemsize == 2
+    mean, invstd = normal(shape[1], np.float64), np.abs(normal(shape[1], np.float64, 1)) + 1
+    y, dx = off_by_one(shape, dtype), off_by_one(shape, dtype)
+    sums = compiled.backward_reduce(dy, x, mean, invstd)
+    compiled.normalize(x, mean, invstd, out3=y)
+    compiled.backward_input(dy, x, mean, invstd, sums=sums, count=1000, out3=dx)
+    exact = (x.astype(np.float64) - mean[:, None]) * invstd[:, None]
+    tolerance = TOLERANCE[dtype.name]
+    np.testing.assert_allclose(y.astype(np.float64), exact, tolerance, tolerance)
+    exact *= invstd[:, None] * sums.sum_dy_xmu[:, None] / -1000
+    exact += dy.astype(np.float64) - sums.sum_dy[:, None] / 1000
+    exact *= invstd[:, None]
+    scale = np.abs(exact).max()
+    assert np.abs(dx.astype(np.float64) - exact).max() < tolerance * scale
+
+
 @needs_numba
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, LARGE[0]], ids=str)
+@pytest.mark.parametrize("relu", [False, True])
+def test_in_one_go_is_the_same_as_in_steps(shape, dtype, relu):
+    wide = np.float64 if dtype == np.float64 else np.float32
+    x, dy, residual = (normal(shape, wide, seed=i).astype(dtype) for i in range(3))
+    c = shape[1]
+    weight, bias = normal(c, wide, 3), normal(c, wide, 4)
+    running = [[np.zeros(c, wide), np.ones(c, wide)] for _ in range(2)]
+    masks = [np.empty(-(-x.size // 8), np.uint8) if relu else None for _ in range(2)]
+    options = {"activation": "relu" if relu else None}
+    added = {"residual3": residual} if relu else {}
+
+    moments = compiled.batch_moments(x)
+    expected = compiled.finalize_moments(moments, 1e-5, running=running[0], factor=0.3)
+    mean, _, invstd = expected
+    y = compiled.normalize(x, mean, invstd, weight, bias, mask=masks[0], **added, **options)
+    y_alone = np.empty_like(x)
+    alone = compiled.local_forward(
+        x, y_alone, weight, bias, 1e-5, mask=masks[1], running=running[1], factor=0.3,
+        **added, **options,
+    )  # fmt: skip
+    pairs = [*zip(expected, alone, strict=True), *zip(*running, strict=True), (y, y_alone), masks]
+
+    for constant in (False, True):
+        gradients = [[np.ones(c, wide), np.ones(c, wide)] for _ in range(2)]
+        dresidual = [np.empty_like(x) if relu else None for _ in range(2)]
+        options["mask"] = masks[0]
+        sums = compiled.backward_reduce(dy, x, mean, invstd, weight, bias, **options)
+        dx = compiled.backward_input(
+            dy, x, mean, invstd, weight, bias, sums=None if constant else sums,
+            count=moments.count, local=sums, dweight=gradients[0][0], dbias=gradients[0][1],
+            dresidual3=dresidual[0], **options,
+        )  # fmt: skip
+        dx_alone = np.empty_like(x)
+        compiled.local_backward(
+            dy, x, dx_alone, mean, invstd, weight, bias, count=0 if constant else moments.count,
+            dweight=gradients[1][0], dbias=gradients[1][1], dresidual3=dresidual[1], **options,
+        )  # fmt: skip
+        pairs += [*zip(*gradients, strict=True), (dx, dx_alone), dresidual]
+    for value, other in pairs:
+        np.testing.assert_array_equal(other, value)
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES[:5], LARGE[0]], ids=str)
 def test_writing_over_what_is_read(shape, dtype):
     x, dy = normal(shape).astype(dtype), normal(shape, seed=4).astype(dtype)
     mean, invstd = normal(shape[1], np.float64), np.abs(normal(shape[1], np.float64, 1)) + 1
@@ -306,27 +379,35 @@ def test_pieces_cover_every_value_once(n, c, length):
 
 
 @needs_numba
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("columns", [False, True])
-def test_preparing_compiles_all_that_comes_after_a_message(columns):
+def test_preparing_compiles_all_that_comes_after_a_message(columns, dtype):
     code = f"""if True:
         import numpy as np
         from cupybn.backends import numba as b
         def there():
             return sum(len(kernel.signatures) for kernel in b.load()._kernels)
-        x = np.ones((6, 2, {1 if columns else 40}), np.float32)
-        w, mask = np.ones(2, np.float32), np.zeros(60, np.uint8)
+        x = np.ones((6, 2, {1 if columns else 60}), "{dtype}")
+        w, mask = np.ones(2, "{dtype}"), np.zeros(100, np.uint8)
         moments = b.batch_moments(x, payload=np.zeros(4))
-        b.prepare_forward(x, x, residual3=x, mask=mask, activation="relu", running_dtype="float32")
+        b.prepare_forward(x, x, residual3=x, mask=mask, activation="relu", ranks=2)
         before = there()
         mean, var, invstd = b.finalize_moments(moments, 1.0, running=(w, w))
+        b.finalize_moments(moments, 1.0)
         b.normalize(x, mean, invstd, w, None, activation="relu", residual3=x, mask=mask)
         assert there() == before, "forward"
         sums = b.backward_reduce(x, x, mean, invstd, payload=np.zeros(4))
-        b.prepare_backward(x, x, x)
+        b.prepare_backward(x, x, x, ranks=2)
         before = there()
         b.backward_input(x, x, mean, invstd, w, sums=sums, local=sums, dweight=w, dresidual3=x)
         b.backward_input(x, x, mean, invstd, w, dbias=w, activation="relu", mask=mask)
         assert there() == before, "backward"
+        b.prepare_forward(x, x, residual3=x, mask=mask, activation="relu")
+        b.prepare_backward(x, x, x)
+        before = there()
+        b.local_forward(x, x.copy(), w, None, 1.0, mask=mask, running=(w, w), activation="relu")
+        b.local_backward(x, x, x.copy(), mean, invstd, w, None, count=6, dweight=w, dresidual3=x)
+        assert there() == before, "alone"
         print("done")
     """
     process = chosen(f"exec({code!r})")
@@ -370,10 +451,10 @@ def test_compiling_is_told(caplog):
     compiled._ready.clear()
     x = normal((4, 3, 8))
     with caplog.at_level("DEBUG", logger="cupybn"):
-        compiled.prepare_forward(x, x)
-        compiled.prepare_forward(x, x)
-    (record,) = caplog.records
-    assert "forward of float32 columns: " in record.getMessage()
+        for ranks in (1, 1, 2, 2):
+            compiled.prepare_forward(x, x, ranks=ranks)
+    texts = [record.getMessage().partition(": ")[0] for record in caplog.records]
+    assert texts == ["local forward of float32 columns", "forward of float32 columns"]
 
 
 @needs_numba
@@ -382,8 +463,9 @@ def test_compile_command(capsys):
 
     assert main(["compile", "--dtypes", "float32"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in lines] == [
-        ["float32", layout, direction]
+    kinds = [line.split(" compiled")[0].split()[:-1] for line in lines]
+    assert kinds == [
+        ["float32", layout, *direction.split()]
         for layout in ("rows", "columns")
-        for direction in ("forward", "backward")
+        for direction in compiled.DIRECTIONS
     ]

@@ -233,6 +233,7 @@ def prepare_backward(
     mask: Array | None = None,
     activation: str | None = None,
     constant: bool = False,
+    ranks: int = 1,
 ) -> None:
     """Compiles what comes after the message of a backward, to fail before it, if at all."""
     if x3.size:

@@ -23,17 +23,39 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from .pieces import WIDE
+from .pieces import KINDS, WIDE
 
 if numba.config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
+LINE = 64  # bytes of a cache line
+STREAMED = 1 << 23  # bytes of an output that goes past the caches, in runs of at least
+STREAMED_RUN = 1 << 9  # bytes
 RUN = 4096  # values in one float32 sum, at most
-ROWS = 16  # of columns in one float32 sum
+ROWS = 64  # of columns in one float32 sum, four at a time
 SAMPLE = 16  # values that make a pivot
-KINDS = 5  # of coefficients: high, scale, shift, slope, offset
 
 _options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+
+
+_kernels: list[Any] = []
+
+
+def _kernel(function):
+    try:
+        kernel = numba.njit(cache=True, **_options)(function)
+    except RuntimeError:  # nowhere to keep it
+        kernel = numba.njit(**_options)(function)
+    _kernels.append(kernel)
+    return kernel
+
+
+def compiled():
+    """How many loops this process has compiled, as opposed to read from disk."""
+    return sum(sum(kernel.stats.cache_misses.values()) for kernel in _kernels)
+
+
+_inside = numba.njit(forceinline=True, **_options)
 
 
 # ---- values --------------------------------------------------------------------------------------
@@ -119,6 +141,93 @@ def _to_bfloat16(builder, value):
 
 
 @intrinsic
+def moved(_, x, i):
+    """The pointer to x[i]."""
+
+    def code(context, builder, signature, arguments):
+        return builder.gep(*arguments[:1], [arguments[1]])
+
+    return x(x, types.intp), code
+
+
+@intrinsic
+def same_buffer(_, y):
+    """To WIDE values of y's own dtype, on the stack."""
+
+    def code(context, builder, signature, arguments):
+        return cgutils.alloca_once(builder, context.get_data_type(y.dtype), size=WIDE)
+
+    return y(y), code
+
+
+@intrinsic
+def unaligned(_, y):
+    """Values from y to the next cache line."""
+    bytes_each = y.dtype.bitwidth // 8
+
+    def code(context, builder, signature, arguments):
+        word = context.get_value_type(types.intp)
+        address = builder.ptrtoint(arguments[0], word)
+        left = builder.and_(builder.neg(address), word(LINE - 1))
+        return builder.udiv(left, word(bytes_each))
+
+    return types.intp(y), code
+
+
+@intrinsic
+def lanes(_, y):
+    """Values in a cache line."""
+    number = LINE * 8 // y.dtype.bitwidth
+    return types.intp(y), lambda context, *_: context.get_constant(types.intp, number)
+
+
+@intrinsic
+def stream_line(_, y, i, source, k):
+    """A cache line from source[k] on to y[i] on, which is aligned, past the caches."""
+
+    def code(context, builder, signature, arguments):
+        target, i, source, k = arguments
+        line = ir.VectorType(ir.IntType(8), LINE).as_pointer()
+        values = builder.load(builder.bitcast(builder.gep(source, [k]), line), align=1)
+        stored = builder.store(values, builder.bitcast(builder.gep(target, [i]), line), align=LINE)
+        mark = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        stored.set_metadata("nontemporal", mark)
+        return context.get_dummy_value()
+
+    return types.none(y, types.intp, source, types.intp), code
+
+
+@intrinsic
+def fence(_):
+    """Has all that was streamed seen by other threads before what comes next."""
+
+    def code(context, builder, signature, arguments):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.none(), code
+
+
+@_inside
+def _streams(y, run):
+    return y.nbytes >= STREAMED and run * y.itemsize >= STREAMED_RUN
+
+
+@_inside
+def _stream(y, source, size):
+    """Copies without reading the lines of y first."""
+    head = min(size, unaligned(y))
+    for i in range(head):
+        y[i] = source[i]
+    step = lanes(y)
+    last = head + (size - head) // step * step
+    for i in range(head, last, step):
+        stream_line(y, i, source, i)
+    for i in range(last, size):
+        y[i] = source[i]
+
+
+@intrinsic
 def plus(_, total, value):
     """``total + value``, in any order with the other terms of the sum."""
 
@@ -148,26 +257,6 @@ def _at(coefficient, i):
     if isinstance(coefficient, types.CPointer):
         return lambda coefficient, i: coefficient[i]
     return lambda coefficient, i: coefficient
-
-
-_kernels: list[Any] = []
-
-
-def _kernel(function):
-    try:
-        kernel = numba.njit(cache=True, **_options)(function)
-    except RuntimeError:  # nowhere to keep it
-        kernel = numba.njit(**_options)(function)
-    _kernels.append(kernel)
-    return kernel
-
-
-def compiled():
-    """How many loops this process has compiled, as opposed to read from disk."""
-    return sum(sum(kernel.stats.cache_misses.values()) for kernel in _kernels)
-
-
-_inside = numba.njit(forceinline=True, **_options)
 
 
 # ---- per channel ---------------------------------------------------------------------------------
@@ -204,36 +293,37 @@ def pack_moments(mean, m2, count, payload):
 
 @_kernel
 def finalize_moments(
-    first, second, count, eps, form, mean, var, invstd, running_mean, running_var, factor
-):
+    first, second, count, eps, form, mean, var, invstd, running_mean, running_var, factor, c0, c1
+):  # fmt: skip
     """`form`: 0 local, 1 pooled, 2 recentred; see ``backends/numpy.py``."""
     n = max(count, 1.0)
-    for c in range(mean.size):
+    for c in range(c0, c1):
         m2 = second[c]
         mean[c] = first[c] if form == 0 else first[c] / n
         if form == 1:
             m2 -= first[c] * mean[c]
         var[c] = (0.0 if m2 < 0.0 else m2) / n
         invstd[c] = 1.0 / np.sqrt(var[c] + eps)
-    if count > 0:
+    if count > 0 and running_mean.size:
         unbiased = count / max(count - 1.0, 1.0)
-        for c in range(running_mean.size):
+        for c in range(c0, c1):
             running_mean[c] = (1.0 - factor) * running_mean[c] + factor * mean[c]
             running_var[c] = (1.0 - factor) * running_var[c] + factor * (var[c] * unbiased)
 
 
 @_kernel
-def fill_affine(coefficients, length, mean, invstd, weight, bias):
+def fill_affine(coefficients, length, mean, invstd, weight, bias, c0, c1):
     """0 to 2: high, scale and shift, as ``_Affine`` of ``backends/numpy.py``.
 
     A channel has `length` columns side by side, and all channels are repeated to the end.
     """
     width = coefficients.size // KINDS
+    end = width if c1 - c0 == mean.size else c1 * length
     high, scale = pointer(coefficients, 0), pointer(coefficients, width)
     shift = pointer(coefficients, 2 * width)
-    j = 0
-    while j < width:
-        for c in range(mean.size):
+    j = c0 * length
+    while j < end:
+        for c in range(c0, c1):
             high[j] = mean[c]
             scaled = invstd[c] * weight[c] if weight.size else invstd[c]
             scale[j] = scaled
@@ -246,14 +336,15 @@ def fill_affine(coefficients, length, mean, invstd, weight, bias):
 
 
 @_kernel
-def fill_slope(coefficients, length, mean, invstd, sum_dy, sum_dy_xmu, count):
+def fill_slope(coefficients, length, mean, invstd, sum_dy, sum_dy_xmu, count, c0, c1):
     """3 and 4 of ``dx = ((x - high) * slope + dy + offset) * scale``."""
     width = coefficients.size // KINDS
+    end = width if c1 - c0 == mean.size else c1 * length
     high, slope = pointer(coefficients, 0), pointer(coefficients, 3 * width)
     offset = pointer(coefficients, 4 * width)
-    j = 0
-    while j < width:
-        for c in range(mean.size):
+    j = c0 * length
+    while j < end:
+        for c in range(c0, c1):
             steep = sum_dy_xmu[c] * invstd[c] * invstd[c] / count
             slope[j] = -steep
             offset[j] = (mean[c] - high[j]) * steep - sum_dy[c] / count
@@ -264,23 +355,24 @@ def fill_slope(coefficients, length, mean, invstd, sum_dy, sum_dy_xmu, count):
 
 
 @_kernel
-def add_segments(sums_dy, sums_dy_xmu, mean, coefficients, length):
+def add_segments(sums_dy, sums_dy_xmu, mean, coefficients, length, c0, c1):
     """All segments into the first, in their order; then about the mean, not its high part."""
     for s in range(1, sums_dy.shape[0]):
-        for c in range(mean.size):
+        for c in range(c0, c1):
             sums_dy[0, c] += sums_dy[s, c]
             sums_dy_xmu[0, c] += sums_dy_xmu[s, c]
     high = pointer(coefficients, 0)
-    for c in range(mean.size):
+    for c in range(c0, c1):
         sums_dy_xmu[0, c] -= (mean[c] - high[c * length]) * sums_dy[0, c]
 
 
 @_kernel
-def add_gradients(dweight, dbias, sum_dy, sum_dy_xmu, invstd):
-    for c in range(dweight.size):
-        dweight[c] += sum_dy_xmu[c] * invstd[c]
-    for c in range(dbias.size):
-        dbias[c] += sum_dy[c]
+def add_gradients(dweight, dbias, sum_dy, sum_dy_xmu, invstd, c0, c1):
+    for c in range(c0, c1):
+        if dweight.size:
+            dweight[c] += sum_dy_xmu[c] * invstd[c]
+        if dbias.size:
+            dbias[c] += sum_dy[c]
 
 
 # ---- moments -------------------------------------------------------------------------------------
@@ -356,18 +448,29 @@ def column_moments(x, means, m2s, length, s, start, _, width, c0, c1, m0, m1, j0
         rough = load(x, first + j) + pivot[j] / samples
         for k in range(j, columns, repeat):
             pivot[k : k + length] = rough
-    partial = np.empty_like(pivot)
-    partial_squares = np.empty_like(pivot)
+    partial, partial_squares = buffer(x), buffer(x)
     sums = np.zeros(columns)
     squares = np.zeros(columns)
     for block in range(m0, m1, ROWS):
-        partial[:] = 0
-        partial_squares[:] = 0
-        for m in range(block, min(block + ROWS, m1)):
+        last = min(block + ROWS, m1)
+        for j in range(columns):
+            partial[j] = zero(x)
+            partial_squares[j] = zero(x)
+        whole = block + (last - block) // 4 * 4
+        for m in range(block, whole, 4):
+            i = m * width
             for j in range(columns):
-                d = load(x, m * width + j) - pivot[j]
-                partial[j] += d
-                partial_squares[j] += d * d
+                d0 = load(x, i + j) - pivot[j]
+                d1 = load(x, i + width + j) - pivot[j]
+                d2 = load(x, i + 2 * width + j) - pivot[j]
+                d3 = load(x, i + 3 * width + j) - pivot[j]
+                partial[j] += (d0 + d1) + (d2 + d3)
+                partial_squares[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+        for m in range(whole, last):
+            for j in range(columns):
+                d0 = load(x, m * width + j) - pivot[j]
+                partial[j] += d0
+                partial_squares[j] += d0 * d0
         for j in range(columns):
             sums[j] += partial[j]
             squares[j] += partial_squares[j]
@@ -399,7 +502,7 @@ def _normalize_run(y, x, residual, begin, size, staged, fused, relu, high, scale
     if not staged:
         for i in range(size):
             z = (load(x, begin + i) - at(high, i)) * at(scale, i) + at(shift, i)
-            store(y, begin + i, z)
+            store(y, i, z)
         return
     for i in range(size):
         work[i] = (load(x, begin + i) - at(high, i)) * at(scale, i) + at(shift, i)
@@ -410,7 +513,7 @@ def _normalize_run(y, x, residual, begin, size, staged, fused, relu, high, scale
         for i in range(size):
             work[i] = zero(x) if work[i] < 0 else work[i]
     for i in range(size):
-        store(y, begin + i, work[i])
+        store(y, i, work[i])
 
 
 @_kernel
@@ -419,16 +522,22 @@ def normalize(
 ):  # fmt: skip
     fused = residual.size > 0
     staged = fused or relu or y.ctypes.data == x.ctypes.data
+    streaming = _streams(y, l1 - l0)
     y, x, residual = pointer(y, start), pointer(x, start), pointer(residual, start)
-    work = buffer(x)
+    work, out = buffer(x), same_buffer(y)
     for n in range(n0, n1):
         for c in range(c0, c1):
             for i in range(l0, l1, WIDE):
                 high, scale, shift = _affine(coefficients, c, i)
+                begin, size = (n * channels + c) * length + i, min(WIDE, l1 - i)
+                there = moved(y, begin)
                 _normalize_run(
-                    y, x, residual, (n * channels + c) * length + i, min(WIDE, l1 - i),
+                    out if streaming else there, x, residual, begin, size,
                     staged, fused, relu, high, scale, shift, work,
                 )  # fmt: skip
+                if streaming:
+                    _stream(there, out, size)
+    fence()
 
 
 @_inside
@@ -536,10 +645,23 @@ def column_reduce(
     sums = np.zeros(columns)
     products = np.zeros(columns)
     for block in range(m0, m1, ROWS):
+        last = min(block + ROWS, m1)
         for j in range(columns):
             partial[j] = zero(x)
             partial_products[j] = zero(x)
-        for m in range(block, min(block + ROWS, m1)):
+        whole = block + (last - block) // 4 * 4 if activation == 0 else block
+        for m in range(block, whole, 4):
+            i = start + m * width + j0
+            for j in range(columns):
+                k = i + j
+                g0, g1 = load(dy, k), load(dy, k + width)
+                g2, g3 = load(dy, k + 2 * width), load(dy, k + 3 * width)
+                a = g0 * (load(x, k) - high[j]) + g1 * (load(x, k + width) - high[j])
+                b = g2 * (load(x, k + 2 * width) - high[j])
+                b += g3 * (load(x, k + 3 * width) - high[j])
+                partial[j] += (g0 + g1) + (g2 + g3)
+                partial_products[j] += a + b
+        for m in range(whole, last):
             begin = start + m * width + j0
             _passing(work, dy, x, begin, columns, activation, mask, high, scale, shift)
             for j in range(columns):
@@ -562,11 +684,11 @@ def _input_run(dx, passed, x, dresidual, begin, size, constant, fused, high, sca
             store(dresidual, begin + i, passed[i])
     if constant:
         for i in range(size):
-            store(dx, begin + i, passed[i] * at(scale, i))
+            store(dx, i, passed[i] * at(scale, i))
         return
     for i in range(size):
         d = (load(x, begin + i) - at(high, i)) * at(slope, i) + passed[i] + at(offset, i)
-        store(dx, begin + i, d * at(scale, i))
+        store(dx, i, d * at(scale, i))
 
 
 @_kernel
@@ -575,9 +697,10 @@ def backward_input(
     s, start, channels, length, c0, c1, n0, n1, l0, l1,
 ):  # fmt: skip
     fused = dresidual.size > 0
+    streaming = _streams(dx, l1 - l0)
     dx, dresidual, dy = pointer(dx, 0), pointer(dresidual, 0), pointer(dy, 0)
     x, mask = pointer(x, 0), pointer(mask, 0)
-    work = buffer(x)
+    work, out = buffer(x), same_buffer(dx)
     for n in range(n0, n1):
         for c in range(c0, c1):
             for i in range(l0, l1, WIDE):
@@ -586,7 +709,98 @@ def backward_input(
                 slope = coefficient(coefficients, 3, c, i)
                 offset = coefficient(coefficients, 4, c, i)
                 _passing(work, dy, x, begin, run, activation, mask, high, scale, shift)
+                there = moved(dx, begin)
                 _input_run(
-                    dx, work, x, dresidual, begin, run, constant, fused,
+                    out if streaming else there, work, x, dresidual, begin, run, constant, fused,
                     high, scale, slope, offset,
                 )  # fmt: skip
+                if streaming:
+                    _stream(there, out, run)
+    fence()
+
+
+# ---- all of it, where the statistics of a piece's channels are in that piece ---------------------
+
+
+@_kernel
+def row_forward(
+    y, x, residual, relu, weight, bias, eps, outputs, running_mean, running_var, factor,
+    coefficients, repeats, group, s, start, channels, length, c0, c1, n0, n1, l0, l1,
+):  # fmt: skip
+    count = float((n1 - n0) * (l1 - l0))
+    for a in range(c0, c1, group):  # so many channels that the second pass finds them in the cache
+        b = min(a + group, c1)
+        row_moments(
+            x, outputs[0:1], outputs[1:2], repeats, s, start, channels, length, a, b, n0, n1, l0, l1
+        )
+        mean, var, invstd = outputs[0], outputs[1], outputs[2]
+        finalize_moments(
+            mean, var, count, eps, 0, mean, var, invstd, running_mean, running_var, factor, a, b
+        )
+        fill_affine(coefficients, repeats, mean, invstd, weight, bias, a, b)
+        normalize(
+            y, x, residual, relu, coefficients, s, start, channels, length, a, b, n0, n1, l0, l1
+        )
+
+
+@_kernel
+def column_forward(
+    y, x, residual, relu, weight, bias, eps, outputs, running_mean, running_var, factor,
+    coefficients, repeats, group, s, start, channels, length, c0, c1, n0, n1, l0, l1,
+):  # fmt: skip
+    mean, var, invstd = outputs[0], outputs[1], outputs[2]
+    a, b = l0 // repeats, min(l1 // repeats, mean.size)
+    column_moments(
+        x, outputs[0:1], outputs[1:2], repeats, s, start, channels, length, c0, c1, n0, n1, l0, l1
+    )
+    count = float((n1 - n0) * (l1 - l0) // (b - a))
+    finalize_moments(
+        mean, var, count, eps, 0, mean, var, invstd, running_mean, running_var, factor, a, b
+    )
+    fill_affine(coefficients, repeats, mean, invstd, weight, bias, a, b)
+    normalize(
+        y, x, residual, relu, coefficients, s, start, channels, length, c0, c1, n0, n1, l0, l1
+    )
+
+
+@_kernel
+def row_backward(
+    dx, dresidual, dy, x, activation, mask, constant, mean, invstd, weight, bias, count,
+    sums, dweight, dbias, coefficients, repeats, group,
+    s, start, channels, length, c0, c1, n0, n1, l0, l1,
+):  # fmt: skip
+    for a in range(c0, c1, group):
+        b = min(a + group, c1)
+        fill_affine(coefficients, repeats, mean, invstd, weight, bias, a, b)
+        row_reduce(
+            sums[0:1], sums[1:2], dy, x, activation, mask, coefficients, repeats,
+            s, start, channels, length, a, b, n0, n1, l0, l1,
+        )  # fmt: skip
+        add_segments(sums[0:1], sums[1:2], mean, coefficients, repeats, a, b)
+        add_gradients(dweight, dbias, sums[0], sums[1], invstd, a, b)
+        fill_slope(coefficients, repeats, mean, invstd, sums[0], sums[1], count, a, b)
+        backward_input(
+            dx, dresidual, dy, x, activation, mask, constant, coefficients,
+            s, start, channels, length, a, b, n0, n1, l0, l1,
+        )  # fmt: skip
+
+
+@_kernel
+def column_backward(
+    dx, dresidual, dy, x, activation, mask, constant, mean, invstd, weight, bias, count,
+    sums, dweight, dbias, coefficients, repeats, group,
+    s, start, channels, length, c0, c1, n0, n1, l0, l1,
+):  # fmt: skip
+    a, b = l0 // repeats, min(l1 // repeats, mean.size)
+    fill_affine(coefficients, repeats, mean, invstd, weight, bias, a, b)
+    column_reduce(
+        sums[0:1], sums[1:2], dy, x, activation, mask, coefficients, repeats,
+        s, start, channels, length, c0, c1, n0, n1, l0, l1,
+    )  # fmt: skip
+    add_segments(sums[0:1], sums[1:2], mean, coefficients, repeats, a, b)
+    add_gradients(dweight, dbias, sums[0], sums[1], invstd, a, b)
+    fill_slope(coefficients, repeats, mean, invstd, sums[0], sums[1], count, a, b)
+    backward_input(
+        dx, dresidual, dy, x, activation, mask, constant, coefficients,
+        s, start, channels, length, c0, c1, n0, n1, l0, l1,
+    )  # fmt: skip

@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import parameter_dtype
+from ..arrays import parameter_dtype as _parameter_dtype
 from ..statistics import BackwardSums, Moments
 from . import numpy as reference
 from .numpy import Data, PerChannel
 from .pieces import Plan, plan_for
 from .threads import spread
 
-_BITS = {"float16": np.dtype(np.int16), "bfloat16": np.dtype(np.uint16)}
+_BITS = {"float16": np.int16, "bfloat16": np.uint16}
 _FORMS = {"local": 0, "pooled": 1, "recentred": 2}
+_FLOAT64, _FLOAT32, _UINT8 = (np.dtype(name) for name in ("float64", "float32", "uint8"))
 _MASK_PIECE = 1 << 15  # bytes
 _ready: set[tuple[Any, ...]] = set()
 _log = logging.getLogger("cupybn")
@@ -82,10 +83,10 @@ def finalize_moments(
     """
     mean, var, invstd = np.empty((3, moments.mean.size))
     states = running or (None, None)
-    dense = [_vector(state, np.float32 if state is None else state.dtype) for state in states]
+    dense = [_vector(state, _FLOAT32 if state is None else state.dtype) for state in states]
     load().finalize_moments(
         _vector(moments.mean), _vector(moments.m2), float(moments.count), float(eps),
-        _FORMS[form], mean, var, invstd, *dense, float(factor),
+        _FORMS[form], mean, var, invstd, *dense, float(factor), 0, mean.size,
     )  # fmt: skip
     _copy_back(states, dense)
     return mean, var, invstd
@@ -116,12 +117,16 @@ def normalize(
     coefficients = _coefficients(plan, x3, mean, invstd, weight, bias)
     arguments = y, _flat(x3), residual, activation is not None, coefficients
     spread(load().normalize, arguments, plan.pieces)
+    _pack_mask(y, mask)
+    _copy_back((y3,), (dense,))
+    return y3
+
+
+def _pack_mask(y: Data, mask: Data | None) -> None:
     if mask is not None:
         bounds = range(0, mask.size, _MASK_PIECE)
         pieces = [(begin, min(begin + _MASK_PIECE, mask.size)) for begin in bounds]
         spread(load().pack_mask, (y, mask), pieces)
-    _copy_back((y3,), (dense,))
-    return y3
 
 
 def backward_reduce(
@@ -153,7 +158,7 @@ def backward_reduce(
             coefficients, plan.repeats,
         )  # fmt: skip
         spread(load().column_reduce if plan.columns else load().row_reduce, arguments, plan.pieces)
-        load().add_segments(sums_dy, sums_dy_xmu, _vector(mean), coefficients, plan.repeats)
+        load().add_segments(sums_dy, sums_dy_xmu, _vector(mean), coefficients, plan.repeats, 0, c)
         sums = BackwardSums(sums_dy[0], sums_dy_xmu[0])
     if payload is not None:
         np.concatenate(sums, out=payload)
@@ -182,8 +187,8 @@ def backward_input(
     dx3 = np.empty_like(x3) if out3 is None else out3
     if local is not None:
         gradients = dweight, dbias
-        vectors = [_vector(g, np.float32 if g is None else g.dtype) for g in gradients]
-        load().add_gradients(*vectors, *map(_vector, local), _vector(invstd))
+        vectors = [_vector(gradient, _parameter_dtype(x3.dtype)) for gradient in gradients]
+        load().add_gradients(*vectors, *map(_vector, local), _vector(invstd), 0, invstd.size)
         _copy_back(gradients, vectors)
     if x3.size == 0:
         return dx3
@@ -193,7 +198,7 @@ def backward_input(
     if sums is not None:
         load().fill_slope(
             coefficients, plan.repeats, _vector(mean), _vector(invstd), *map(_vector, sums),
-            float(max(count, 1)),
+            float(max(count, 1)), 0, mean.size,
         )  # fmt: skip
     arguments = (
         _flat(dense[0]), _flat(dense[1], x3), _flat(dy3), _flat(x3),
@@ -202,6 +207,95 @@ def backward_input(
     spread(load().backward_input, arguments, plan.pieces)
     _copy_back((dx3, dresidual3), dense)
     return dx3
+
+
+def local_forward(
+    x3: Data,
+    y3: Data,
+    weight: Data | None,
+    bias: Data | None,
+    eps: float,
+    *,
+    activation: str | None = None,
+    residual3: Data | None = None,
+    mask: Data | None = None,
+    running: tuple[Data, Data] | None = None,
+    factor: float = 0.0,
+) -> tuple[PerChannel, PerChannel, PerChannel]:
+    """``batch_moments``, ``finalize_moments`` and ``normalize`` of one rank; y3 is contiguous.
+
+    In one go where a thread has all values of a channel: it reads them again from its cache.
+    """
+    n, c, length = x3.shape
+    plan = plan_for(n, c, length)
+    if len(plan.counts) > 1:
+        mean, var, invstd = finalize_moments(batch_moments(x3), eps, running=running, factor=factor)
+        normalize(
+            x3, mean, invstd, weight, bias, activation=activation, residual3=residual3, out3=y3,
+            mask=mask,
+        )  # fmt: skip
+        return mean, var, invstd
+    dtype = _parameter_dtype(x3.dtype)
+    outputs = np.empty((3, c))
+    states = running or (None, None)
+    dense = [_vector(state, dtype) for state in states]
+    y = _flat(y3)
+    arguments = (
+        y, _flat(x3), _flat(residual3, x3), activation is not None, _vector(weight, dtype),
+        _vector(bias, dtype), eps, outputs, *dense, factor, np.empty(plan.coefficients, dtype),
+        plan.repeats, plan.group,
+    )  # fmt: skip
+    loops = load()
+    spread(loops.column_forward if plan.columns else loops.row_forward, arguments, plan.pieces)
+    _pack_mask(y, mask)
+    _copy_back(states, dense)
+    mean, var, invstd = outputs
+    return mean, var, invstd
+
+
+def local_backward(
+    dy3: Data,
+    x3: Data,
+    dx3: Data,
+    mean: PerChannel,
+    invstd: PerChannel,
+    weight: Data | None,
+    bias: Data | None,
+    *,
+    count: int,
+    activation: str | None = None,
+    mask: Data | None = None,
+    dresidual3: Data | None = None,
+    dweight: Data | None = None,
+    dbias: Data | None = None,
+) -> None:
+    """``backward_reduce`` and ``backward_input`` of one rank; dx3 and dresidual3 are contiguous.
+
+    A count of 0: the statistics are constants.
+    """
+    plan = plan_for(*x3.shape)
+    if len(plan.counts) > 1:
+        sums = backward_reduce(
+            dy3, x3, mean, invstd, weight, bias, activation=activation, mask=mask
+        )
+        backward_input(
+            dy3, x3, mean, invstd, weight, bias, sums=sums if count else None, count=count,
+            activation=activation, mask=mask, out3=dx3, dresidual3=dresidual3, local=sums,
+            dweight=dweight, dbias=dbias,
+        )  # fmt: skip
+        return
+    dtype = _parameter_dtype(x3.dtype)
+    gradients = dweight, dbias
+    dense = [_vector(gradient, dtype) for gradient in gradients]
+    arguments = (
+        _flat(dx3), _flat(dresidual3, x3), _flat(dy3), _flat(x3), *_activation(activation, mask),
+        count == 0, _vector(mean), _vector(invstd), _vector(weight, dtype), _vector(bias, dtype),
+        float(max(count, 1)), np.empty((2, x3.shape[1])), *dense,
+        np.empty(plan.coefficients, dtype), plan.repeats, plan.group,
+    )  # fmt: skip
+    loops = load()
+    spread(loops.column_backward if plan.columns else loops.row_backward, arguments, plan.pieces)
+    _copy_back(gradients, dense)
 
 
 def prepare_forward(
@@ -218,7 +312,7 @@ def prepare_forward(
 
     Once for a dtype, for rows and for columns; what happened goes to the log ``cupybn``.
     """
-    _prepare("forward", x3, mask is not None, running_dtype)
+    _prepare("forward", x3, ranks, mask is not None)
 
 
 def prepare_backward(
@@ -230,28 +324,34 @@ def prepare_backward(
     mask: Data | None = None,
     activation: str | None = None,
     constant: bool = False,
+    ranks: int = 1,
 ) -> None:
     """As :func:`prepare_forward`, for a backward."""
-    _prepare("backward", x3)
+    _prepare("backward", x3, ranks)
 
 
-def _prepare(
-    direction: str, x3: Data, mask: bool = False, running_dtype: str | None = None
-) -> None:
-    columns = x3.size > 0 and plan_for(*x3.shape).columns
-    key = direction, x3.dtype, columns, mask, running_dtype
+def _prepare(direction: str, x3: Data, ranks: int, mask: bool = False) -> None:
+    if x3.size == 0:
+        return
+    plan = plan_for(*x3.shape)
+    if ranks == 1 and len(plan.counts) == 1:
+        direction = f"local {direction}"
+    key = direction, x3.dtype, plan.columns, mask
     if key not in _ready:
         compiled, seconds = rehearse(*key)
         _log.log(
             logging.INFO if compiled else logging.DEBUG,
             "%s of %s %s: %d loops compiled, the others read from disk, in %.1f s",
-            direction, x3.dtype, "columns" if columns else "rows", compiled, seconds,
+            direction, x3.dtype, "columns" if plan.columns else "rows", compiled, seconds,
         )  # fmt: skip
         _ready.add(key)
 
 
+DIRECTIONS = ("local forward", "local backward", "forward", "backward")
+
+
 def rehearse(
-    direction: str, dtype: Any, columns: bool, mask: bool, running_dtype: str | None
+    direction: str, dtype: np.dtype[Any], columns: bool, mask: bool = True
 ) -> tuple[int, float]:
     """A pass over next to nothing, after which its loops are compiled.
 
@@ -260,15 +360,20 @@ def rehearse(
     """
     began, before = time.perf_counter(), load().compiled()
     x3 = np.zeros((2, 1, 1 if columns else 64), dtype)
-    one = np.ones(1, parameter_dtype(dtype))
-    if direction == "forward":
-        state = None if running_dtype is None else (np.zeros(1, running_dtype),) * 2
-        bits = np.zeros(-(-x3.size // 8), np.uint8) if mask else None
+    y3 = np.empty_like(x3)
+    one = np.ones(1, _parameter_dtype(dtype))
+    bits = np.zeros(-(-x3.size // 8), np.uint8) if mask else None
+    mean, invstd = np.zeros((2, 1))
+    if direction == "local forward":
+        local_forward(x3, y3, one, one, 1.0, mask=bits)
+    elif direction == "local backward":
+        local_backward(x3, x3, y3, mean, invstd, one, one, count=2)
+    elif direction == "forward":
         moments = batch_moments(x3, payload=np.zeros(2))
-        mean, _, invstd = finalize_moments(moments, 1.0, running=state)
+        for running in (None, (one, one)):
+            finalize_moments(moments, 1.0, running=running)
         normalize(x3, mean, invstd, one, one, mask=bits)
     else:
-        mean, invstd = np.zeros((2, 1))
         sums = backward_reduce(x3, x3, mean, invstd, one, one)
         backward_input(
             x3, x3, mean, invstd, one, one, sums=sums, local=sums, dweight=one, dbias=one
@@ -285,26 +390,30 @@ def _coefficients(
     bias: Data | None,
 ) -> Data:
     """What the loops multiply and add, for each channel or column; slope and offset come later."""
-    dtype = parameter_dtype(x3.dtype)
-    kinds = load().KINDS
-    coefficients = np.empty((kinds, 1, plan.width) if plan.columns else (kinds, plan.width), dtype)
+    dtype = _parameter_dtype(x3.dtype)
+    coefficients = np.empty(plan.coefficients, dtype)
     load().fill_affine(
         coefficients, plan.repeats, _vector(mean), _vector(invstd),
-        _vector(weight, dtype), _vector(bias, dtype),
+        _vector(weight, dtype), _vector(bias, dtype), 0, mean.size,
     )  # fmt: skip
     return coefficients
 
 
 def _activation(activation: str | None, mask: Data | None) -> tuple[int, Data]:
     number = 0 if activation is None else 1 if mask is None else 2
-    return number, _vector(mask, np.uint8)
+    return number, _vector(mask, _UINT8)
 
 
 # ---- arrays as the loops take them: contiguous, writable, of a dtype that Numba knows ------------
 
 
 @lru_cache(maxsize=16)
-def _nothing(dtype: Any) -> Data:
+def _as_loops_see(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return np.dtype(_BITS.get(dtype.name, dtype))
+
+
+@lru_cache(maxsize=16)
+def _nothing(dtype: np.dtype[Any]) -> Data:
     return np.empty(0, dtype)
 
 
@@ -312,14 +421,18 @@ def _flat(a3: Data | None, like: Data | None = None) -> Data:
     """The values one after the other; none of the dtype of `like` for None."""
     if a3 is None:
         assert like is not None
-        return _nothing(_BITS.get(like.dtype.name, like.dtype))
-    flat = _writable(np.ascontiguousarray(a3).reshape(-1))
-    bits = _BITS.get(flat.dtype.name)
-    return flat if bits is None else flat.view(bits)
+        return _nothing(_as_loops_see(like.dtype))
+    flat = _writable(a3 if a3.flags.c_contiguous else a3.copy()).reshape(-1)
+    dtype = _as_loops_see(flat.dtype)
+    return flat if dtype is flat.dtype else flat.view(dtype)
 
 
-def _vector(values: Data | None, dtype: Any = np.float64) -> Data:
-    return _nothing(dtype) if values is None else _writable(np.ascontiguousarray(values, dtype))
+def _vector(values: Data | None, dtype: np.dtype[Any] = _FLOAT64) -> Data:
+    if values is None:
+        return _nothing(dtype)
+    if values.dtype == dtype and values.flags.c_contiguous:
+        return _writable(values)
+    return np.ascontiguousarray(values, dtype)
 
 
 def _writable(a: Data) -> Data:

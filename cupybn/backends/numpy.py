@@ -196,6 +196,7 @@ def prepare_backward(
     mask: Data | None = None,
     activation: str | None = None,
     constant: bool = False,
+    ranks: int = 1,
 ) -> None:
     """As :func:`prepare_forward`, for a backward."""
 

@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-_SHORT = 32  # runs below this are done by columns
+KINDS = 5  # of coefficients: high, scale, shift, slope, offset
+_SHORT = 48  # runs below this are done by columns
 WIDE = 2048  # columns of a piece, at most: their coefficients stay in L1
 _NARROW = 128  # columns below this are done several rows at a time
+_LITTLE = 1 << 12  # values that are not worth the trouble
+_CACHED = 1 << 17  # values of x, of dy and of dx that fit in a 2 MB cache together
 _PIECE = 1 << 18  # values of a piece, about
 _LEAST = 1 << 16  # values per channel that are worth a segment
 _UNITS = 256  # channels times segments that keep any number of threads busy
@@ -32,6 +35,7 @@ class Plan(NamedTuple):
         counts: values per channel of each segment. Sums over a segment are merged in this order.
         width: columns of the widest row of pieces; for row loops the channels.
         repeats: columns a channel has side by side.
+        group: so many channels of a piece stay in the cache together.
     """
 
     columns: bool
@@ -39,6 +43,12 @@ class Plan(NamedTuple):
     counts: tuple[float, ...]
     width: int
     repeats: int
+    group: int
+
+    @property
+    def coefficients(self) -> tuple[int, ...]:
+        """The shape of the coefficients that ``loops.py`` takes."""
+        return (KINDS, 1, self.width) if self.columns else (KINDS, self.width)
 
 
 @lru_cache(maxsize=1024)
@@ -63,12 +73,12 @@ def _rows(n: int, channels: int, length: int) -> Plan:
                 for c in range(0, channels, step)
             )
             counts.append(float(count))
-    return Plan(False, tuple(pieces), tuple(counts), channels, 1)
+    return Plan(False, tuple(pieces), tuple(counts), channels, 1, max(1, _CACHED // (n * length)))
 
 
 def _columns(n: int, channels: int, length: int) -> Plan:
     width = channels * length
-    together = max(1, min(n, _NARROW // width))
+    together = 1 if n * width <= _LITTLE else max(1, min(n, _NARROW // width))
     whole = n // together
     tile = width * together if width <= WIDE else WIDE // length * length
     step = max(1, _PIECE // tile)
@@ -85,7 +95,7 @@ def _columns(n: int, channels: int, length: int) -> Plan:
                 for j in range(0, wide, tile)
             )
             counts.append(float((m1 - m0) * wide // channels))
-    return Plan(True, tuple(pieces), tuple(counts), width * together, length)
+    return Plan(True, tuple(pieces), tuple(counts), width * together, length, channels)
 
 
 def _cut(size: int, parts: int) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,6 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from ..arrays import parameter_dtype
 from ..backends import numba as backend
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -34,9 +33,8 @@ def run(args: argparse.Namespace) -> int:
             continue
         dtype = np.dtype(import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name)
         for columns in (False, True):
-            for direction in ("forward", "backward"):
-                running = parameter_dtype(dtype).name
-                compiled, seconds = backend.rehearse(direction, dtype, columns, True, running)
+            for direction in backend.DIRECTIONS:
+                compiled, seconds = backend.rehearse(direction, dtype, columns)
                 layout = "columns" if columns else "rows"
-                print(f"{name:9}{layout:8}{direction:9}{compiled:3} compiled {seconds:6.1f} s")
+                print(f"{name:9}{layout:8}{direction:15}{compiled:3} compiled {seconds:6.1f} s")
     return 0
