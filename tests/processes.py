@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def family(pid: int) -> list[int]:
-    """The process and all that descend from it, the youngest generation first."""
+    """The process and all that descend from it, the oldest first."""
     parents = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended
@@ -17,7 +17,7 @@ def family(pid: int) -> list[int]:
     found = [pid]
     for member in found:
         found += [child for child, parent in parents.items() if parent == member]
-    return found[::-1]
+    return found
 
 
 def shared_memory(pids: Iterable[int]) -> set[Path]:
