@@ -42,14 +42,16 @@ class Layout:
     def view(self, x: Array) -> Array:
         """x as (N, C, L): a view where its memory allows, else one copy."""
         axis_in_memory = len(self.shape) - 1 if self.columns else 1
-        in_order = np.moveaxis(x, self.channel_axis, axis_in_memory) if x.ndim > 2 else x
+        in_order = x
+        if self.channel_axis != axis_in_memory:
+            in_order = np.moveaxis(x, self.channel_axis, axis_in_memory)
         if not in_order.flags.c_contiguous:
             in_order = in_order.copy(order="C")
         return in_order.reshape(self.shape3)
 
     def restore(self, x3: Array) -> Array:
         """The (N, C, L) array as an array of `shape`: always a view."""
-        if len(self.shape) == 2:
+        if self.channel_axis == (len(self.shape) - 1 if self.columns else 1):
             return x3.reshape(self.shape)
         n, *spatial = self._others
         if self.columns:

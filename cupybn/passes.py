@@ -9,9 +9,10 @@ first message.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,7 +154,8 @@ def forward_steps(
     for what, array in zip(("running_mean", "running_var"), state or (), strict=False):
         check_written(what, array, x, layout)
     backend = backend_for(x3)
-    settings = _settings(layout.channels, eps, x.dtype, weight, bias, activation) + settings
+    affine = weight is not None, bias is not None
+    settings = _settings(layout.channels, repr(eps), x.dtype, affine, activation) + settings
     exact = x.dtype == np.float64
     call.agree(settings, messages=2 if exact else 1)
     if check_finite and is_capturing(x3):
@@ -163,7 +165,7 @@ def forward_steps(
 
     backend.prepare_forward(
         x3, y3, residual3=residual3, mask=mask, activation=activation,
-        running_dtype=None if state is None else state[0].dtype.name, ranks=call.ranks,
+        running_dtype=None if state is None else _name_of(state[0].dtype), ranks=call.ranks,
     )  # fmt: skip
     local = None
     if call.ranks == 1 and observe is None and not check_finite and x3.size:
@@ -208,19 +210,23 @@ def forward_pass(call: joint, x: Array, *args: Any, **options: Any) -> tuple[Arr
     return call.drive(forward_steps(call, x, *args, **options))
 
 
-@contextmanager
-def _restored_on_error(state: Iterable[Array | None]) -> Iterator[None]:
+class _restored_on_error:
     """Puts arrays back if memory runs out, or another call fails, after they were updated.
 
     On the CPU only: on a device nothing is allocated, compiled or checked from then on.
     """
-    before = [(array, array.copy()) for array in state if isinstance(array, np.ndarray)]
-    try:
-        yield
-    except BaseException:
-        for array, values in before:
-            array[...] = values
-        raise
+
+    def __init__(self, state: Iterable[Array | None]) -> None:
+        self._state = state
+
+    def __enter__(self) -> None:
+        arrays = [array for array in self._state if isinstance(array, np.ndarray)]
+        self._before = [(array, array.copy()) for array in arrays]
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is not None:
+            for array, values in self._before:
+                array[...] = values
 
 
 def repeated_pass(
@@ -378,9 +384,17 @@ def _prepare(
     return _Inputs(x3, layout, residual3, y3, mask)
 
 
-def _settings(c: int, eps: float, dtype: Any, weight: Any, bias: Any, activation: Any) -> str:
-    affine = f"weight={weight is not None}, bias={bias is not None}"
-    return f"C={c}, eps={eps!r}, {dtype}, {affine}, activation={activation}"
+@lru_cache(maxsize=16)
+def _name_of(dtype: np.dtype[Any]) -> str:
+    return str(dtype.name)
+
+
+@lru_cache(maxsize=1024)
+def _settings(
+    c: int, eps: str, dtype: Any, affine: tuple[bool, bool], activation: str | None
+) -> str:
+    parameters = f"weight={affine[0]}, bias={affine[1]}"
+    return f"C={c}, eps={eps}, {dtype}, {parameters}, activation={activation}"
 
 
 def _normalize(saved: Saved, residual3: Array | None, y3: Array) -> None:

@@ -239,8 +239,8 @@ class BatchNorm(Layer):
         y, saved = yield from forward_steps(
             call,
             x,
-            self.weight,
-            self.bias,
+            self.params.get("weight"),
+            self.params.get("bias"),
             self.eps,
             name=self.label,
             settings=self._settings(),
@@ -250,7 +250,7 @@ class BatchNorm(Layer):
             **options,
         )
         if updates and saved.count:
-            self.num_batches_tracked += 1
+            self.buffers["num_batches_tracked"] += 1
         return y, saved
 
     def _settings(self) -> str:
@@ -273,7 +273,7 @@ class BatchNorm(Layer):
         else:
             check_momentum(self.momentum)
             factor = self.momentum
-        return self.running_mean, self.running_var, factor
+        return self.buffers["running_mean"], self.buffers["running_var"], factor
 
     def compute_backward(self, dy: Array, context: Any, *, out: Array | None = None) -> Any:
         call = self._backward_call(context)
