@@ -681,13 +681,13 @@ def column_reduce(
 def _input_run(dx, passed, x, dresidual, begin, size, constant, fused, high, scale, slope, offset):
     if fused:
         for i in range(size):
-            store(dresidual, begin + i, passed[i])
+            store(dresidual, begin + i, load(passed, i))
     if constant:
         for i in range(size):
-            store(dx, i, passed[i] * at(scale, i))
+            store(dx, i, load(passed, i) * at(scale, i))
         return
     for i in range(size):
-        d = (load(x, begin + i) - at(high, i)) * at(slope, i) + passed[i] + at(offset, i)
+        d = (load(x, begin + i) - at(high, i)) * at(slope, i) + load(passed, i) + at(offset, i)
         store(dx, i, d * at(scale, i))
 
 
@@ -698,6 +698,7 @@ def backward_input(
 ):  # fmt: skip
     fused = dresidual.size > 0
     streaming = _streams(dx, l1 - l0)
+    direct = activation == 0 and (streaming or dx.ctypes.data != dy.ctypes.data)
     dx, dresidual, dy = pointer(dx, 0), pointer(dresidual, 0), pointer(dy, 0)
     x, mask = pointer(x, 0), pointer(mask, 0)
     work, out = buffer(x), same_buffer(dx)
@@ -708,12 +709,19 @@ def backward_input(
                 high, scale, shift = _affine(coefficients, c, i)
                 slope = coefficient(coefficients, 3, c, i)
                 offset = coefficient(coefficients, 4, c, i)
-                _passing(work, dy, x, begin, run, activation, mask, high, scale, shift)
                 there = moved(dx, begin)
-                _input_run(
-                    out if streaming else there, work, x, dresidual, begin, run, constant, fused,
-                    high, scale, slope, offset,
-                )  # fmt: skip
+                target = out if streaming else there
+                if direct:
+                    _input_run(
+                        target, moved(dy, begin), x, dresidual, begin, run, constant, fused,
+                        high, scale, slope, offset,
+                    )  # fmt: skip
+                else:
+                    _passing(work, dy, x, begin, run, activation, mask, high, scale, shift)
+                    _input_run(
+                        target, work, x, dresidual, begin, run, constant, fused,
+                        high, scale, slope, offset,
+                    )  # fmt: skip
                 if streaming:
                     _stream(there, out, run)
     fence()

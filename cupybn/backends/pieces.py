@@ -10,9 +10,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 KINDS = 5  # of coefficients: high, scale, shift, slope, offset
-_SHORT = 48  # runs below this are done by columns
+_SHORT = 96  # runs below this are done by columns
 WIDE = 2048  # columns of a piece, at most: their coefficients stay in L1
-_NARROW = 128  # columns below this are done several rows at a time
+_NARROW = 1024  # columns below this are done several rows at a time
 _LITTLE = 1 << 12  # values that are not worth the trouble
 _CACHED = 1 << 17  # values of x, of dy and of dx that fit in a 2 MB cache together
 _PIECE = 1 << 18  # values of a piece, about
