@@ -108,7 +108,7 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
         if error.errno != errno.EINVAL:  # EINVAL: a damaged offset, and a seek to before the start
             raise
         raise CheckpointError(f"{path}: altered: {error}") from error
-    except Exception as error:
+    except Exception as error:  # of a parser, at damage it does not expect
         raise CheckpointError(f"{path}: altered: {error or type(error).__name__}") from error
 
 

@@ -132,7 +132,7 @@ def _expect(
     seen: Exception | None = None
     try:
         layer.forward(x)
-    except Exception as error:
+    except Exception as error:  # compared below
         seen = error
     total = _sum_of_ones(afterwards(), setup.device)
     if type(seen) is not kind:

@@ -119,7 +119,7 @@ def _cuda_device(world: Any) -> tuple[str | None, str]:
     """This rank's device, if every rank has one; else why not."""
     try:
         device, reason = local_device(), ""
-    except Exception as error:
+    except Exception as error:  # told to all ranks
         device, reason = "", f"{type(error).__name__}: {error}"
     for rank, text in enumerate(world.allgather(reason)):
         if text:
@@ -150,7 +150,7 @@ def _everywhere(world: Any, check: Callable[[Setup], Any], setup: Setup) -> tupl
     result, fault = None, ""
     try:
         result = check(setup)
-    except Exception as error:
+    except Exception as error:  # in the table, on all ranks
         fault = f"{type(error).__name__}: {error}"[:600]
     results, faults = zip(*world.allgather((result, fault)), strict=True)
     ranks_of: dict[str, list[int]] = {}

@@ -84,8 +84,8 @@ def one_run(args: argparse.Namespace, report: Report) -> dict[str, Any]:
         "crowded": ranks.crowded, "library": library_version(mpi),
         "rounds": rounds, "calls": calls, "messages": [],
     }  # fmt: skip
-    todo = [(c, way) for c in CHANNELS for way in ("forward", "backward")]
-    for channels, way in report.progress(todo, unit="message"):
+    messages = [(c, way) for c in CHANNELS for way in ("forward", "backward")]
+    for channels, way in report.progress(messages, unit="message"):
         paths = {name: {"call": call} for name, call in ranks.paths(channels, way).items()}
         blocks = ranks.slowest(interleave(paths, rounds, calls=calls, before=world.Barrier))
         found["messages"].append({
