@@ -18,7 +18,10 @@ functions in the same order, ranks without samples too.
 
 The five primitives work on (N, C, L) views and are for frameworks that own the collective:
 ``batch_moments``, ``finalize_moments``, ``normalize``, ``backward_reduce``, ``backward_input``; and
-``recentre_moments``, for a second message with float64 data.
+``recentre_moments``, for a second message with float64 data. Per channel they take and return (C,)
+float64, but ``weight``, ``bias``, their gradients and running statistics, which have the dtype that
+goes with the data. What does not fit raises ShapeError, DTypeError, DeviceError or ValueError, and
+nothing is written.
 """
 
 from __future__ import annotations
@@ -27,13 +30,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial, wraps
 from inspect import signature
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
 from .arrays import Array, as_array, as_written, on_device_of
 from .backends import backend_for
-from .backends import numpy as reference
 from .checks import check_momentum
 from .coalesce import run_together
 from .communicators import resolve
@@ -47,6 +49,14 @@ from .passes import (
     forward_steps,
     inference_pass,
     joint_pass,
+)
+from .primitives import (
+    backward_input,
+    backward_reduce,
+    batch_moments,
+    finalize_moments,
+    normalize,
+    recentre_moments,
 )
 from .statistics import BackwardSums, Moments
 
@@ -70,22 +80,8 @@ __all__ = [
     "update_running",
 ]
 
-_Primitive = TypeVar("_Primitive", bound=Any)
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
-
-
-def _dispatched(primitive: _Primitive) -> _Primitive:
-    name = primitive.__name__
-
-    @wraps(primitive)
-    def on_its_backend(first: Any, *args: Any, **kwargs: Any) -> Any:
-        first, *args = (_array(argument, name) for argument in (first, *args))  # type: ignore[assignment]
-        kwargs = {key: _array(argument, key) for key, argument in kwargs.items()}
-        array = first.mean if isinstance(first, Moments) else first
-        return getattr(backend_for(array), name)(first, *args, **kwargs)
-
-    return cast(_Primitive, on_its_backend)
 
 
 def _collective(start: Callable[_Parameters, Started[_Result]]) -> Callable[_Parameters, _Result]:
@@ -101,26 +97,11 @@ def _collective(start: Callable[_Parameters, Started[_Result]]) -> Callable[_Par
     return call
 
 
-_NO_ARRAYS = (np.ndarray, np.generic, Moments, tuple, int, float, str, type(None))
-
-
-def _array(argument: Any, what: str) -> Any:
-    return argument if isinstance(argument, _NO_ARRAYS) else as_array(argument, what)
-
-
 def _array_if_possible(argument: Any) -> Any:
     # What is wrong with it, if anything, is for a check that the other ranks hear of.
     with suppress(CupyBNError):
-        return _array(argument, "argument")
+        return as_array(argument)
     return argument
-
-
-batch_moments = _dispatched(reference.batch_moments)
-recentre_moments = _dispatched(reference.recentre_moments)
-finalize_moments = _dispatched(reference.finalize_moments)
-normalize = _dispatched(reference.normalize)
-backward_reduce = _dispatched(reference.backward_reduce)
-backward_input = _dispatched(reference.backward_input)
 
 
 class Grads(NamedTuple):

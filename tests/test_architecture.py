@@ -14,7 +14,7 @@ FLOORS = [
     {"errors", "arrays", "layout", "launcher", "__version__"},
     {"statistics", "checks", "checkpoint", "communicators"},
     {"backends", "joint"},
-    {"coalesce", "passes", "double_backward", "functional"},
+    {"coalesce", "passes", "double_backward", "primitives", "functional"},
     {"layers"},
     {"calibration", "distributed", "testing"},
     {"interop"},
@@ -28,6 +28,7 @@ MAY_IMPORT_BESIDE = {
     ("functional", "passes"),
     ("functional", "double_backward"),
     ("functional", "coalesce"),
+    ("functional", "primitives"),
     ("double_backward", "passes"),
 }
 

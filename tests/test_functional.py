@@ -109,6 +109,63 @@ def test_bad_arguments():
         F.batch_norm_forward(x, comm=3)
 
 
+X3, ZERO, ONE = normal((4, 3, 25)), np.zeros(3), np.ones(3)
+SUMS = F.BackwardSums(ZERO, ZERO)
+OTHER = np.float64([7, 7])  # one channel short of three
+NOT_FITTING = {
+    "batch_moments of two dimensions": (ShapeError, lambda: F.batch_moments(X3[0])),
+    "batch_moments of integers": (DTypeError, lambda: F.batch_moments(X3.astype(int))),
+    "batch_moments, payload": (ShapeError, lambda: F.batch_moments(X3, payload=np.zeros(5))),
+    "finalize_moments, m2": (
+        ShapeError, lambda: F.finalize_moments(F.Moments(9, ZERO, OTHER), 1e-5)),
+    "finalize_moments of an array": (DTypeError, lambda: F.finalize_moments(ZERO, 1e-5)),
+    "finalize_moments, eps": (
+        ValueError, lambda: F.finalize_moments(F.Moments(9, ZERO, ONE), -1.0)),
+    "finalize_moments, form": (
+        ValueError, lambda: F.finalize_moments(F.Moments(9, ZERO, ONE), 1e-5, form="lokal")),
+    "finalize_moments, running": (
+        DTypeError, lambda: F.finalize_moments(
+            F.Moments(9, ZERO, ONE), 1e-5, running=(ZERO.astype(int), ONE.copy()), factor=0.1)),
+    "recentre_moments, payload": (
+        ShapeError, lambda: F.recentre_moments(F.Moments(9, ZERO, ONE), ZERO, 9, OTHER)),
+    "normalize, mean": (ShapeError, lambda: F.normalize(X3, OTHER, ONE)),
+    "normalize, no mean": (DTypeError, lambda: F.normalize(X3, None, ONE)),
+    "normalize, invstd": (DTypeError, lambda: F.normalize(X3, ZERO, ONE.astype(np.float32))),
+    "normalize, weight": (DTypeError, lambda: F.normalize(X3, ZERO, ONE, ONE)),
+    "normalize, out": (ShapeError, lambda: F.normalize(X3, ZERO, ONE, out3=X3[1:].copy())),
+    "normalize, residual": (
+        DTypeError, lambda: F.normalize(X3, ZERO, ONE, residual3=X3.astype(np.float64))),
+    "normalize, mask": (
+        ShapeError, lambda: F.normalize(X3, ZERO, ONE, mask=np.zeros(2, np.uint8))),
+    "normalize, activation": (ValueError, lambda: F.normalize(X3, ZERO, ONE, activation="gelu")),
+    "backward_reduce, dy": (ShapeError, lambda: F.backward_reduce(X3[1:], X3, ZERO, ONE)),
+    "backward_reduce, payload": (
+        ShapeError, lambda: F.backward_reduce(X3, X3, ZERO, ONE, payload=ZERO.copy())),
+    "backward_input, sums": (
+        ShapeError, lambda: F.backward_input(
+            X3, X3, ZERO, ONE, sums=F.BackwardSums(OTHER, ZERO), count=100)),
+    "backward_input, a pair of sums": (
+        DTypeError, lambda: F.backward_input(X3, X3, ZERO, ONE, sums=(ZERO, ZERO), count=100)),
+    "backward_input, dweight": (
+        ShapeError, lambda: F.backward_input(
+            X3, X3, ZERO, ONE, local=SUMS, dweight=np.zeros(2, np.float32))),
+    "backward_input, a read-only gradient": (
+        ValueError, lambda: F.backward_input(
+            X3, X3, ZERO, ONE, local=SUMS, dbias=np.broadcast_to(np.float32(0), 3))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NOT_FITTING)
+def test_a_primitive_refuses_what_does_not_fit(case):
+    """A compiled loop, or a kernel, would read and write beyond the end of such an array."""
+    error, call = NOT_FITTING[case]
+    with pytest.raises(error):
+        call()
+    assert not ZERO.any()
+    assert (ONE == 1).all()
+    assert (OTHER == 7).all()
+
+
 @pytest.mark.parametrize("kind", ["contiguous", "channels-last"])
 def test_a_collective_of_ones_own(kind):
     """The primitives with a framework's own sum, as the docstring of the module invites."""
