@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .arrays import Array, as_array, assign, copy_to_host, move, on_device_of
+from .checks import check_writeable
 from .communicators import Communicator, resolve
 from .joint import joint
 from .layers import Layer, SyncBatchNorm
@@ -42,8 +43,8 @@ def recalibrate(layer: Layer, batches: Iterable[Any], comm: Any = None) -> None:
             not reach beyond it.
 
     Raises:
-        ValueError: there is no batch on any rank; or a layer is synchronised over more ranks than
-            `comm` has.
+        ValueError: there is no batch on any rank; a layer is synchronised over more ranks than
+            `comm` has; or a running statistic is read-only.
         PeerError: another rank failed, in a batch norm or in its `batches`; without synchronised
             layers, anywhere. An exception in other code on one rank leaves the others waiting in
             the next synchronised layer, as in training.
@@ -76,6 +77,9 @@ def recalibrate(layer: Layer, batches: Iterable[Any], comm: Any = None) -> None:
         with joint(communicator, "recalibrate", length) as call:
             if not in_step:
                 number = _run(layer, _inputs(batches))
+            for path, norm in norms:
+                for name in ("running_mean", "running_var", "num_batches_tracked"):
+                    check_writeable(f"{path}.{name}" if path else name, norm.buffers[name])
             call.agree(_outline(norms), messages=2)
             number, pooled = _pool(
                 call, number, [_on_host(observed[norm], norm) for _, norm in norms]

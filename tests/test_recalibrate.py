@@ -178,6 +178,22 @@ def test_a_rank_that_fails(what, sync):
     run_ranks(3, rank)
 
 
+def test_a_read_only_statistic():
+    def rank(comm):
+        net = Sequential(BatchNorm1d(4), BatchNorm1d(4))
+        if comm.rank == 1:
+            net[1].running_var.flags.writeable = False
+        before = bits(net)
+        error, text = (
+            (ValueError, "1.running_var is read") if comm.rank else (cupybn.PeerError, None)
+        )
+        with pytest.raises(error, match=text):
+            cupybn.recalibrate(net, [np.ones((9, 4), np.float32)], comm)
+        assert bits(net) == before
+
+    run_ranks(2, rank)
+
+
 @pytest.mark.parametrize("sync", [True, False])
 def test_no_batches_anywhere(sync):
     def rank(comm):
