@@ -40,12 +40,20 @@ def as_array(x: object, what: str = "input") -> Array:
     does a PyTorch tensor with a pending negation; nothing else is copied.
 
     Raises:
-        DTypeError: x is none of these (a list, a number, ...), has no form as an array, or is a
-            PyTorch tensor that requires grad, whose graph would end here without a word.
+        DTypeError: x is none of these (a list, a number, ...), has no form as an array, is a
+            masked array, whose mask would be forgotten without a word, or a PyTorch tensor that
+            requires grad, whose graph would end here in the same way.
         DeviceError: x is on a device that needs CuPy, and CuPy is not installed; or on one that is
             neither the CPU nor a GPU.
     """
+    if type(x) is np.ndarray:
+        return x
     if isinstance(x, np.ndarray):
+        if isinstance(x, np.ma.MaskedArray):
+            raise DTypeError(
+                f"{what} is a masked array, whose mask would be lost: pass its .filled(value), or "
+                "its .data where the mask does not matter"
+            )
         return np.asarray(x)
     if is_cupy(x):
         return x
@@ -132,8 +140,7 @@ def cupy_for(what: str) -> Any:
         import cupy  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         raise DeviceError(
-            f"{what} is on a CUDA device, which needs CuPy: pip install 'cupybn[cuda13]' or "
-            "'cupybn[cuda12]'"
+            f"{what}: CUDA devices need CuPy: pip install 'cupybn[cuda13]' or 'cupybn[cuda12]'"
         ) from error
     return cupy
 
@@ -200,7 +207,12 @@ def parameter_dtype(dtype: Any) -> np.dtype[Any]:
 @lru_cache(maxsize=64)  # the name of a dtype takes NumPy microseconds
 def _parameter_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     name = _PARAMETER_DTYPES.get(dtype.name)
-    if name is None or not dtype.isnative:
+    if name is not None and not dtype.isnative:
+        raise DTypeError(
+            f"unsupported dtype {dtype}, in the byte order of other machines: convert with "
+            f".astype(np.{dtype.name})"
+        )
+    if name is None:
         raise DTypeError(
             f"unsupported dtype {dtype}: batch norm takes float16, bfloat16, float32 and float64"
         )

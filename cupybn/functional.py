@@ -34,18 +34,19 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
-from .arrays import Array, as_array, as_written, on_device_of
+from .arrays import Array, as_array, as_written, is_floating, on_device_of
 from .backends import backend_for
 from .checks import check_momentum
 from .coalesce import run_together
 from .communicators import resolve
 from .double_backward import DoubleGrads, double_backward_call, double_backward_steps
-from .errors import CupyBNError, ShapeError
+from .errors import CupyBNError, DTypeError, ShapeError
 from .joint import Started, Steps, on_its_device
 from .passes import (
     ALONE,
     Saved,
     backward_steps,
+    check_saved,
     forward_steps,
     inference_pass,
     joint_pass,
@@ -189,8 +190,10 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
         Grads: dx accounts for all ranks; dweight and dbias are this rank's sums.
 
     Raises:
-        As :func:`batch_norm_forward`.
+        TypeError: `saved` is something else.
+        Otherwise as :func:`batch_norm_forward`.
     """
+    check_saved(saved)
     c = saved.layout.channels
     call = joint_pass(saved.comm, "backward", saved.name, c)
 
@@ -235,8 +238,10 @@ def batch_norm_double_backward(
 
     Raises:
         ValueError: ddweight, ddbias or ddresidual for what the forward did not have.
+        TypeError: `saved` is something else.
         Otherwise as :func:`batch_norm_forward`.
     """
+    check_saved(saved)
     call = double_backward_call(saved)
     steps = double_backward_steps(call, ddx, ddweight, ddbias, saved, dy, ddresidual)
     return Started(call, on_its_device(saved.x3, steps))
@@ -330,19 +335,24 @@ def update_running(running_mean: Array, running_var: Array, saved: Saved, moment
     A batch without values on any rank changes nothing.
 
     Raises:
-        ShapeError: the arrays are not (C,); nothing is written.
+        ShapeError, DTypeError: the arrays are not (C,), or not floating.
         ValueError: momentum is not in [0, 1], or an array is read-only.
+        TypeError: `saved` is something else than a context. Nothing is written then.
     """
     check_momentum(momentum)
+    check_saved(saved)
     running_mean = as_written(running_mean, "running_mean")
     running_var = as_written(running_var, "running_var")
     for what, array in (("running_mean", running_mean), ("running_var", running_var)):
+        if not is_floating(array.dtype):
+            raise DTypeError(f"{what} is {array.dtype}, not floating")
         if array.shape != saved.mean.shape:
             raise ShapeError(f"{what} has shape {array.shape}, expected {saved.mean.shape}")
     if saved.count:
-        backend_for(saved.mean).update_running(
-            running_mean, running_var, saved.mean, saved.var, saved.count, momentum
-        )
+        with np.errstate(all="ignore"):  # a statistic too large for the dtype becomes Inf
+            backend_for(saved.mean).update_running(
+                running_mean, running_var, saved.mean, saved.var, saved.count, momentum
+            )
 
 
 def _channels(x: Any, weight: Any, channel_axis: Any) -> int:

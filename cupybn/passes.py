@@ -81,6 +81,15 @@ class Saved:
         return self.mean, self.invstd, self.weight, self.bias
 
 
+def check_saved(saved: object) -> None:
+    """Raises TypeError unless this is the context of a forward."""
+    if not isinstance(saved, Saved):
+        raise TypeError(
+            "saved must be what batch_norm_forward returned beside y, or layer.saved, got "
+            f"{type(saved).__name__}"
+        )
+
+
 def joint_pass(comm: Communicator, direction: str, name: str | None, channels: int) -> joint:
     """The joint call of one forward or backward."""
     what = f"{direction} of {name!r}" if name else f"{direction} of a batch norm"

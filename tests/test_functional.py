@@ -84,7 +84,28 @@ def test_update_running():
             F.update_running(mean, var, saved, momentum)
     with pytest.raises(ShapeError, match=r"running_var has shape \(2,\), expected \(3,\)"):
         F.update_running(mean, var[:2], saved, 0.5)
+    with pytest.raises(DTypeError, match="running_var is int64, not floating"):
+        F.update_running(mean, np.ones(3, np.int64), saved, 0.5)
+    with pytest.raises(DTypeError, match="running_var is a masked array"):
+        F.update_running(mean, np.ma.ones(3), saved, 0.5)
     assert mean.tobytes() == before
+    _, large = F.batch_norm_forward(x.astype(np.float64) * 1e30)
+    F.update_running(mean, var, large, 0.5)
+    assert np.isinf(var).all()
+
+
+@pytest.mark.parametrize(
+    "saved", [None, (1, 2), np.ones(3)], ids=lambda saved: type(saved).__name__
+)
+def test_what_is_no_context_is_named(saved):
+    dy = normal((4, 3, 5, 5))
+    message = f"saved must be what batch_norm_forward returned.*got {type(saved).__name__}"
+    with pytest.raises(TypeError, match=message):
+        F.batch_norm_backward(dy, saved)
+    with pytest.raises(TypeError, match=message):
+        F.batch_norm_double_backward(dy, None, None, saved, dy)
+    with pytest.raises(TypeError, match=message):
+        F.update_running(np.zeros(3), np.ones(3), saved, 0.5)
 
 
 def test_bad_arguments():

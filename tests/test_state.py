@@ -132,8 +132,14 @@ def breaking(state, how):
         state["running_var"] = np.array(["a"] * 4)
     elif how == "raw bytes":
         state["running_var"] = np.zeros(4, "V2")
+    elif how == "masked":
+        state["running_var"] = np.ma.ones(4)
     elif how == "version":
         state.metadata[""]["version"] = 9
+    elif how == "a version that is no number":
+        state.metadata[""]["version"] = "2"
+    elif how == "metadata that is no dict":
+        state.metadata = 2
     return state
 
 
@@ -148,7 +154,10 @@ def breaking(state, how):
         ("floats for integers", "dtype mismatch for num_batches_tracked: float64"),
         ("text", "dtype mismatch for running_var"),
         ("raw bytes", "dtype mismatch for running_var"),
+        ("masked", "running_var is a masked array"),
         ("version", 'version 9 of the state for ""'),
+        ("a version that is no number", 'has no integer version for ""'),
+        ("metadata that is no dict", 'has no integer version for ""'),
     ],
 )
 def test_all_or_nothing(how, message):

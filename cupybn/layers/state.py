@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -83,9 +84,10 @@ def _upgraded(root: Layer, state: Mapping[str, Any], errors: list[str]) -> dict[
         metadata = getattr(state, "_metadata", None)
     current = dict(state)
     for path, layer in root._walk(""):
-        entry = (metadata or {}).get(path) or {}
-        version = entry.get("version", 1)
-        if version > layer.version:
+        version = _version_in(metadata, path)
+        if version is None:
+            errors.append(f'the metadata of the state has no integer version for "{path}".')
+        elif version > layer.version:
             errors.append(
                 f'version {version} of the state for "{path}" is newer than version '
                 f"{layer.version}, the newest that this {type(layer).__name__} knows."
@@ -93,6 +95,15 @@ def _upgraded(root: Layer, state: Mapping[str, Any], errors: list[str]) -> dict[
         elif version < layer.version:
             layer.upgrade_state_dict(current, _prefix(path), version)
     return current
+
+
+def _version_in(metadata: Any, path: str) -> int | None:
+    """The version of a layer's state, 1 where nothing is said of it; None for what is no number."""
+    try:
+        entry = (metadata or {}).get(path) or {}
+        return index(entry.get("version", 1))
+    except (AttributeError, TypeError):
+        return None
 
 
 def _fitting(key: str, value: Any, target: Array, errors: list[str]) -> Array | None:
