@@ -8,16 +8,18 @@ from .arrays import Array, as_array, device_of, overlap, parameter_dtype, same_m
 from .errors import DeviceError, DTypeError, ShapeError
 from .layout import Layout
 
+_NUMBERS = (int, float, np.number)
+
 
 def check_momentum(momentum: float) -> None:
     """Raises ValueError unless momentum is a number from 0 to 1."""
-    if not isinstance(momentum, int | float | np.number) or not 0 <= momentum <= 1:
+    if not isinstance(momentum, _NUMBERS) or not 0 <= momentum <= 1:
         raise ValueError(f"momentum must lie in [0, 1], got {momentum!r}")
 
 
 def check_eps(eps: float) -> None:
     """Raises ValueError unless eps is a positive finite number."""
-    if not 0 < eps < float("inf"):
+    if not isinstance(eps, _NUMBERS) or not 0 < eps < float("inf"):
         raise ValueError(f"eps must be positive, got {eps!r}")
 
 

@@ -85,6 +85,6 @@ def layout_of(x: Array, channel_axis: int) -> Layout:
 
 def check_channel_axis(channel_axis: int) -> int:
     """channel_axis itself if it is 1 or -1, else ValueError."""
-    if channel_axis not in (1, -1):
+    if not isinstance(channel_axis, int | np.integer) or channel_axis not in (1, -1):
         raise ValueError(f"channel_axis must be 1 or -1, got {channel_axis!r}")
     return channel_axis

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Array
+from .arrays import Array, as_array
 from .communicators import Communicator, SelfCommunicator, ThreadCommunicator, resolve
-from .errors import PeerError
+from .errors import DTypeError, PeerError
 from .layers import Layer
 
 
@@ -79,7 +79,10 @@ def check_gradients(
 
     Raises:
         AssertionError: names the worst value that differs.
+        DTypeError: x is not float64.
     """
+    if as_array(x).dtype != np.float64:
+        raise DTypeError(f"check_gradients works in float64, but x is {as_array(x).dtype}")
     ranks: Communicator = SelfCommunicator() if comm is None else resolve(comm)
     layer = copy.deepcopy(layer)
     layer.zero_grad()

@@ -289,6 +289,12 @@ def test_metadata_that_does_not_fit(metadata, tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def test_a_layer_is_no_state(tmp_path):
+    with pytest.raises(TypeError, match=r"state_dict must be a mapping.*got BatchNorm2d"):
+        cupybn.save(cupybn.BatchNorm2d(3), tmp_path / "x.npz")
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["x", "x.npy", "x.pt", "x.NPZ", "npz", ".npz"])
 def test_suffixes(name, tmp_path):
     for attempt in (lambda path: cupybn.save({}, path), cupybn.load):

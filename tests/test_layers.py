@@ -163,6 +163,11 @@ def test_central_differences():
     check_gradients(layer_for(np.float64, SyncBatchNorm, 3, comm=ALONE, channel_axis=-1), x)
 
 
+def test_check_gradients_wants_float64():
+    with pytest.raises(cupybn.DTypeError, match="float64, but x is float32"):
+        check_gradients(BatchNorm2d(3), X)
+
+
 def test_check_gradients_can_fail():
     class Wrong(BatchNorm2d):
         def compute_backward(self, dy, context, **options):
@@ -376,8 +381,23 @@ def test_layers_of_ones_own():
         layer.register_parameter("factor", np.ones(1))
     with pytest.raises(ValueError, match="dot"):
         layer.register_buffer("a.b", np.ones(1))
+    for bad in ([1.0], 3.0, "ones", np.ma.ones(2)):
+        with pytest.raises(cupybn.DTypeError, match="number .*array"):
+            layer.register_buffer("number", bad)
+    with pytest.raises(cupybn.DTypeError, match="number is int64; a parameter is trained"):
+        layer.register_parameter("number", np.ones(2, np.int64))
+    assert list(layer.state_dict()) == ["factor", "calls"]
     with pytest.raises(NotImplementedError, match="must implement compute_forward"):
         Layer().forward(np.ones(3))
+
+
+def test_a_layer_that_forgets_to_initialise_its_base():
+    class Forgetful(Layer):
+        def __init__(self):
+            self.inner = BatchNorm2d(3)
+
+    with pytest.raises(AttributeError, match=r"__init__ must call super\(\).__init__\(\) first"):
+        Forgetful()
 
 
 def test_a_layer_that_needs_no_context():
@@ -504,7 +524,8 @@ BAD_INPUT = [
     ),
     (BatchNorm2d, X.astype(np.int64), cupybn.DTypeError, "unsupported dtype int64"),
     (BatchNorm2d, X.astype(np.complex64), cupybn.DTypeError, "unsupported dtype complex64"),
-    (BatchNorm2d, X.astype(">f4"), cupybn.DTypeError, "unsupported dtype >f4"),
+    (BatchNorm2d, X.astype(">f4"), cupybn.DTypeError, r"dtype >f4.* \.astype\(np\.float32\)"),
+    (BatchNorm2d, np.ma.masked_greater(X, 1), cupybn.DTypeError, r"masked array.*\.filled\("),
     (BatchNorm2d, X.astype(np.float64), cupybn.DTypeError, "input is float64.*dtype='float64'"),
     (BatchNorm2d, X.tolist(), cupybn.DTypeError, "input must be a NumPy or CuPy array.*got list"),
     (BatchNorm2d, None, cupybn.DTypeError, "got NoneType"),
@@ -528,6 +549,7 @@ def test_bad_input_changes_nothing(cls, x, exception, message):
         ({"residual": X.astype("d")}, cupybn.DTypeError, "residual is float64, expected float32"),
         ({"out": X.astype("d")}, cupybn.DTypeError, "out is float64"),
         ({"out": X.tolist()}, cupybn.DTypeError, "out must be a ndarray, got list"),
+        ({"out": np.ma.zeros(X.shape, "f")}, cupybn.DTypeError, "out is a masked array"),
     ],
 )
 def test_bad_options_of_forward(options, exception, message):
@@ -556,10 +578,14 @@ def test_bad_dy_changes_nothing():
         ({"eps": 0}, ValueError, "eps must be positive, got 0"),
         ({"eps": -1e-5}, ValueError, "eps must be positive"),
         ({"eps": float("nan")}, ValueError, "eps must be positive"),
+        ({"eps": None}, ValueError, "eps must be positive, got None"),
+        ({"eps": "1e-5"}, ValueError, "eps must be positive"),
         ({"momentum": 1.5}, ValueError, r"momentum must lie in \[0, 1\], got 1.5"),
         ({"momentum": -0.1}, ValueError, "momentum must lie in"),
         ({"activation": "gelu"}, ValueError, "activation must be None or 'relu'"),
         ({"channel_axis": 2}, ValueError, "channel_axis must be 1 or -1"),
+        ({"channel_axis": 1.0}, ValueError, "channel_axis must be 1 or -1"),
+        ({"weight_init": np.ones(3)}, ValueError, "weight_init must be 'ones', 'uniform' or a f"),
         ({"dtype": "float16"}, cupybn.DTypeError, "must be float32 or float64, got float16"),
         ({"device": "tpu"}, cupybn.DeviceError, "device must be"),
         ({"device": "cuda:x"}, cupybn.DeviceError, "device must be"),
@@ -583,6 +609,12 @@ def test_options_changed_later_are_checked_too():
     with pytest.raises(ValueError, match="momentum must lie in"):
         layer(X)
     assert snapshot(layer) == before
+
+
+def test_a_negative_running_variance_is_nan_without_a_warning():
+    layer = BatchNorm2d(3).eval()
+    layer.running_var[1] = -1
+    np.testing.assert_array_equal(np.isnan(layer(X)).any(axis=(0, 2, 3)), [False, True, False])
 
 
 def test_one_value_per_channel_is_fine_in_evaluation():

@@ -166,6 +166,7 @@ def finalize_moments(
     return moments.mean, var, invstd
 
 
+@_quiet
 def given_statistics(
     mean: Data, var: Data, eps: float
 ) -> tuple[PerChannel, PerChannel, PerChannel]:

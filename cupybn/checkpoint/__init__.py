@@ -37,7 +37,7 @@ def save(state_dict: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         CheckpointError: the path has another suffix.
         ValueError: a name does not fit into a file: empty, "..", absolute, a backslash, ...
         DTypeError: a value is no array, or of another dtype.
-        TypeError: JSON cannot express the metadata.
+        TypeError: `state_dict` is no mapping, or JSON cannot express the metadata.
         ImportError: the extra is missing.
         OSError: the file cannot be written; the temporary one is removed.
     """

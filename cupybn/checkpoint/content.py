@@ -75,6 +75,11 @@ class Header(NamedTuple):
 
 def pack(state: Mapping[str, Any]) -> Content:
     """The content of a file for this state; see ``save`` for what it raises."""
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            "state_dict must be a mapping from name to array, such as layer.state_dict(), got "
+            f"{type(state).__name__}"
+        )
     arrays = {}
     for name, value in state.items():
         reason = name_fault(name)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from ..arrays import Array, as_array, assign, check_device, move, on_device_of
+from ..arrays import Array, as_array, assign, check_device, is_floating, move, on_device_of
 from ..checkpoint import StateDict
 from ..errors import DTypeError, ShapeError
 from .state import LoadResult, load_state, state_of
@@ -66,24 +66,40 @@ class Layer:
     # ---- registering -----------------------------------------------------------------------------
 
     def register_parameter(self, name: str, array: Array | None) -> None:
-        """Registers a trained array with a gradient of zeros; None registers the name as absent."""
-        if self._register(name, array):
-            self.params[name] = array
-            self.grads[name] = np.zeros_like(array)
+        """Registers a trained array with a gradient of zeros; None registers the name as absent.
+
+        Raises:
+            ValueError: the name is empty, has a dot, or is taken.
+            DTypeError: what is registered is no array, or not floating.
+        """
+        array = self._registered(name, array)
+        if array is None:
+            return
+        if not is_floating(array.dtype):
+            raise DTypeError(f"{name} is {array.dtype}; a parameter is trained, so it is floating")
+        self.params[name] = array
+        self.grads[name] = np.zeros_like(array)
 
     def register_buffer(self, name: str, array: Array | None) -> None:
-        """Registers an array that belongs to the state but is not trained; None: absent."""
-        if self._register(name, array):
+        """Registers an array that belongs to the state but is not trained; None: absent.
+
+        Raises:
+            ValueError: the name is empty, has a dot, or is taken.
+            DTypeError: what is registered is no array.
+        """
+        array = self._registered(name, array)
+        if array is not None:
             self.buffers[name] = array
 
-    def _register(self, name: str, array: Array | None) -> bool:
+    def _registered(self, name: str, array: Array | None) -> Array | None:
         if not name or "." in name:
             raise ValueError(f"a name must not be empty or contain a dot, got {name!r}")
         if hasattr(self, name):
             raise ValueError(f"{type(self).__name__} already has an attribute {name!r}")
         if array is None:
             self._absent.add(name)
-        return array is not None
+            return None
+        return as_array(array, name)
 
     def __getattr__(self, name: str) -> Any:
         state = self.__dict__
@@ -92,6 +108,11 @@ class Layer:
                 return state[kind][name]
         if name in state.get("_absent", ()):
             return None
+        if "params" not in state:
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}: its __init__ must call "
+                "super().__init__() first"
+            )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:

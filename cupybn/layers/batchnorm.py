@@ -63,11 +63,11 @@ _ARGUMENTS = """
 
 
 def _initial_weight(weight_init: Any, shape: tuple[int], dtype: np.dtype[Any]) -> Array:
-    if weight_init == "ones":
-        return np.ones(shape, dtype)
-    if weight_init == "uniform":
-        return np.random.random_sample(shape).astype(dtype)
     if not callable(weight_init):
+        if isinstance(weight_init, str) and weight_init == "ones":
+            return np.ones(shape, dtype)
+        if isinstance(weight_init, str) and weight_init == "uniform":
+            return np.random.random_sample(shape).astype(dtype)
         raise ValueError(
             f"weight_init must be 'ones', 'uniform' or a function of a shape, got {weight_init!r}"
         )
