@@ -32,7 +32,8 @@ def test_python_blocks_run(path, mpirun, tmp_path):
     if not blocks or path == EMBEDDING:
         return
     script = tmp_path / "blocks.py"
-    script.write_text("\n".join([PREAMBLE, *blocks]))
+    # In a folder of its own, where the files that it saves go too.
+    script.write_text("\n".join([f"import os; os.chdir({str(tmp_path)!r})", PREAMBLE, *blocks]))
     mpirun(2, script)
 
 
