@@ -26,9 +26,9 @@ nothing is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from functools import partial, wraps
+from functools import wraps
 from inspect import signature
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -37,7 +37,7 @@ import numpy as np
 from .arrays import Array, as_array, as_written, is_floating, on_device_of
 from .backends import backend_for
 from .checks import check_momentum
-from .coalesce import run_together
+from .coalesce import coalesce
 from .communicators import resolve
 from .double_backward import DoubleGrads, double_backward_call, double_backward_steps
 from .errors import CupyBNError, DTypeError, ShapeError
@@ -245,59 +245,6 @@ def batch_norm_double_backward(
     call = double_backward_call(saved)
     steps = double_backward_steps(call, ddx, ddweight, ddbias, saved, dy, ddresidual)
     return Started(call, on_its_device(saved.x3, steps))
-
-
-def coalesce(calls: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Runs several calls that do not depend on each other with one message in place of one each.
-
-    ::
-
-        y1, y2 = coalesce([partial(bn1.forward, x1), partial(bn2.forward, x2)])
-        dx1, dx2 = coalesce([partial(bn1.backward, dy1), partial(bn2.backward, dy2)])
-
-    Three parallel branches take one allreduce forward (two with float64 data) and one backward,
-    whatever their shapes and dtypes. What is computed is what the calls compute one after the
-    other. The sums are too, to the last bit, where the communicator adds up a number in the same
-    order in a message of any length: over threads, and with every MPICH measured; Open MPI with 3
-    ranks does not (docs/distributed.md).
-
-    If a call fails on one rank, that rank raises its exception; the others raise PeerError. Then no
-    parameter, gradient or buffer of any of the layers has changed on any rank. Every rank makes the
-    same calls in the same order.
-
-    Args:
-        calls: ``functools.partial`` objects over :func:`batch_norm_forward`,
-            :func:`batch_norm_backward`, :func:`batch_norm_double_backward`, or ``forward`` and
-            ``backward`` of batch norms, each layer once in a direction. All over one communicator;
-            those that send nothing (evaluation, one rank) may be among them.
-
-    Returns:
-        What each call returns, in order.
-
-    Raises:
-        TypeError: something else is among the calls, on every rank, before anything is sent.
-        ValueError: so are different communicators, or a layer twice.
-        Otherwise as the calls.
-    """
-    seen: set[tuple[int, str]] = set()
-    started = []
-    for i, call in enumerate(calls):
-        function, args, options = call, (), {}
-        if isinstance(call, partial):
-            function, args, options = call.func, call.args, call.keywords
-        owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
-        start = getattr(function, "start", None) or getattr(owner, f"start_{name}", None)
-        if start is None:
-            raise TypeError(
-                f"call {i + 1} of {len(calls)} is {function!r}: only functools.partial of forward "
-                "and backward of batch norms, and of functional.batch_norm_forward, _backward and "
-                "_double_backward, can share a message"
-            )
-        if owner is not None and (id(owner), name) in seen:
-            raise ValueError(f"{owner.label}: {name} stands twice among the calls of one message")
-        seen.add((id(owner), name))
-        started.append(start(*args, **options))
-    return run_together(started) if started else []
 
 
 def batch_norm_inference(

@@ -1,10 +1,12 @@
 """Layers: state, modes, defaults and the checks that users meet."""
 
 from ..checkpoint import StateDict
-from .base import Layer, Sequential
-from .batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
+from .base import Layer
+from .batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .convert import convert_sync_batchnorm, revert_sync_batchnorm
+from .sequential import Sequential
 from .state import LoadResult
+from .sync import SyncBatchNorm
 
 __all__ = [
     "BatchNorm1d",

@@ -1,4 +1,4 @@
-"""BatchNorm1d, BatchNorm2d, BatchNorm3d and SyncBatchNorm."""
+"""What the batch norms share, and BatchNorm1d, BatchNorm2d, BatchNorm3d."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..arrays import (
     parameter_dtype,
 )
 from ..checks import check_activation, check_eps, check_momentum, check_writeable
-from ..communicators import Communicator, check_comm, resolve
+from ..communicators import Communicator
 from ..errors import DeviceError, DTypeError, ShapeError
 from ..joint import Started, Steps, joint, on_its_device
 from ..layout import check_channel_axis
@@ -25,7 +25,7 @@ from ..passes import ALONE, Saved, backward_steps, forward_steps, inference_pass
 from ..statistics import Moments
 from .base import Layer
 
-_ARGUMENTS = """
+ARGUMENTS = """
     Args:
         num_features: C, the number of channels.
         eps: added to the variance.
@@ -78,7 +78,7 @@ def _initial_weight(weight_init: Any, shape: tuple[int], dtype: np.dtype[Any]) -
 
 
 class BatchNorm(Layer):
-    """What the batch norms share; use one of the four classes below."""
+    """What the batch norms share; use one of the four classes."""
 
     version = 2
     host_buffers = frozenset({"num_batches_tracked"})
@@ -367,111 +367,18 @@ class BatchNorm(Layer):
 
 
 class BatchNorm1d(BatchNorm):
-    __doc__ = "Batch norm of (N, C) or (N, C, L) input.\n" + _ARGUMENTS
+    __doc__ = "Batch norm of (N, C) or (N, C, L) input.\n" + ARGUMENTS
     _ranks_of_input = (2, 3)
     _expected = "2D or 3D"
 
 
 class BatchNorm2d(BatchNorm):
-    __doc__ = "Batch norm of (N, C, H, W) input.\n" + _ARGUMENTS
+    __doc__ = "Batch norm of (N, C, H, W) input.\n" + ARGUMENTS
     _ranks_of_input = (4,)
     _expected = "4D"
 
 
 class BatchNorm3d(BatchNorm):
-    __doc__ = "Batch norm of (N, C, D, H, W) input.\n" + _ARGUMENTS
+    __doc__ = "Batch norm of (N, C, D, H, W) input.\n" + ARGUMENTS
     _ranks_of_input = (5,)
     _expected = "5D"
-
-
-class CommReference:
-    """How a layer holds its communicator: shared by deepcopy, left behind by pickle."""
-
-    def __init__(self, comm: Any, detached: bool = False) -> None:
-        self.comm = comm
-        self.detached = detached
-        self.resolved: Communicator | None = None
-
-    def resolve(self, label: str) -> Communicator:
-        """The communicator, looked up once; `label` is the layer's, for the error if it is gone."""
-        if self.resolved is None:
-            if self.detached:
-                raise RuntimeError(
-                    f"{label}: this layer was unpickled, which leaves its communicator "
-                    "behind: set layer.comm before training"
-                )
-            self.resolved = resolve(self.comm)
-        return self.resolved
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CommReference:
-        return self
-
-    def __reduce__(self) -> Any:
-        return CommReference, (None, self.comm is not None or self.detached)
-
-
-class SyncBatchNorm(BatchNorm):
-    __doc__ = (
-        """Batch norm over the batches of all ranks; input of 2 or more dimensions.
-
-    In training mode forward and backward are collective: every rank calls the same layers in the
-    same order, ranks without samples too (N = 0), one allreduce a direction (two in forward for
-    float64 data). Evaluation mode never communicates.
-"""
-        + _ARGUMENTS.replace(
-            "        bias: whether an affine",
-            """        comm: an mpi4py intracommunicator, one of ``cupybn.communicators``, or None
-            for ``MPI.COMM_WORLD``, looked up at the first training forward.
-        name: stands for the layer's path in errors, and must be the same on all ranks.
-        bias: whether an affine""",
-        )
-        + """        PeerError: another rank raised one of these.
-        CollectiveMismatchError: the ranks called different layers, or with different settings.
-        RuntimeError: no MPI library, or the layer was unpickled and its ``comm`` not set again.
-"""
-    )
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        comm: Any = None,
-        *,
-        name: str | None = None,
-        **keywords: Any,
-    ) -> None:
-        check_comm(comm)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, **keywords)
-        self.name = name
-        self._comm = CommReference(comm)
-        self._converted_from: type[BatchNorm] | None = None
-
-    @property
-    def comm(self) -> Any:
-        """The communicator as it was given; set it to change it."""
-        return self._comm.comm
-
-    @comm.setter
-    def comm(self, comm: Any) -> None:
-        check_comm(comm)
-        self._comm = CommReference(comm)
-
-    @property
-    def label(self) -> str:
-        return self.name or super().label
-
-    def communicator(self) -> Communicator:
-        return self._comm.resolve(self.label) if self.training else ALONE
-
-    @staticmethod
-    def convert_sync_batchnorm(layer: Layer, comm: Any = None, *, skip: Any = ()) -> Layer:
-        """:func:`cupybn.convert_sync_batchnorm`."""
-        from .convert import convert_sync_batchnorm
-
-        return convert_sync_batchnorm(layer, comm, skip=skip)
-
-    def _keywords(self) -> list[tuple[str, Any, Any]]:
-        return [*super()._keywords(), ("comm", self.comm, None), ("name", self.name, None)]

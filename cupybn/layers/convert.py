@@ -7,14 +7,8 @@ from typing import Any
 
 from ..communicators import SelfCommunicator, check_comm
 from .base import Layer
-from .batchnorm import (
-    BatchNorm,
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNorm3d,
-    CommReference,
-    SyncBatchNorm,
-)
+from .batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .sync import CommReference, SyncBatchNorm
 
 _PLAIN = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from ...communicators import check_comm
-from ...layers.batchnorm import CommReference
+from ...layers.sync import CommReference
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 
 _PLAIN = (BatchNorm1d, BatchNorm2d, BatchNorm3d)

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 from ...checks import check_momentum
 from ...communicators import Communicator, check_comm
 from ...errors import DeviceError, DTypeError, ShapeError
-from ...layers.batchnorm import CommReference
+from ...layers.sync import CommReference
 from ...passes import ALONE, Saved, forward_pass, joint_pass, repeated_pass
 from .autograd import Normalise, Tensor, array_of, like, on_stream_of, wide_dtype
 from .checkpoint import remember, remembered

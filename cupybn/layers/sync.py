@@ -1,0 +1,103 @@
+"""SyncBatchNorm: batch norm over the ranks of a communicator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..communicators import Communicator, check_comm, resolve
+from ..passes import ALONE
+from .base import Layer
+from .batchnorm import ARGUMENTS, BatchNorm
+
+
+class CommReference:
+    """How a layer holds its communicator: shared by deepcopy, left behind by pickle."""
+
+    def __init__(self, comm: Any, detached: bool = False) -> None:
+        self.comm = comm
+        self.detached = detached
+        self.resolved: Communicator | None = None
+
+    def resolve(self, label: str) -> Communicator:
+        """The communicator, looked up once; `label` is the layer's, for the error if it is gone."""
+        if self.resolved is None:
+            if self.detached:
+                raise RuntimeError(
+                    f"{label}: this layer was unpickled, which leaves its communicator "
+                    "behind: set layer.comm before training"
+                )
+            self.resolved = resolve(self.comm)
+        return self.resolved
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CommReference:
+        return self
+
+    def __reduce__(self) -> Any:
+        return CommReference, (None, self.comm is not None or self.detached)
+
+
+class SyncBatchNorm(BatchNorm):
+    __doc__ = (
+        """Batch norm over the batches of all ranks; input of 2 or more dimensions.
+
+    In training mode forward and backward are collective: every rank calls the same layers in the
+    same order, ranks without samples too (N = 0), one allreduce a direction (two in forward for
+    float64 data). Evaluation mode never communicates.
+"""
+        + ARGUMENTS.replace(
+            "        bias: whether an affine",
+            """        comm: an mpi4py intracommunicator, one of ``cupybn.communicators``, or None
+            for ``MPI.COMM_WORLD``, looked up at the first training forward.
+        name: stands for the layer's path in errors, and must be the same on all ranks.
+        bias: whether an affine""",
+        )
+        + """        PeerError: another rank raised one of these.
+        CollectiveMismatchError: the ranks called different layers, or with different settings.
+        RuntimeError: no MPI library, or the layer was unpickled and its ``comm`` not set again.
+"""
+    )
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        comm: Any = None,
+        *,
+        name: str | None = None,
+        **keywords: Any,
+    ) -> None:
+        check_comm(comm)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **keywords)
+        self.name = name
+        self._comm = CommReference(comm)
+        self._converted_from: type[BatchNorm] | None = None
+
+    @property
+    def comm(self) -> Any:
+        """The communicator as it was given; set it to change it."""
+        return self._comm.comm
+
+    @comm.setter
+    def comm(self, comm: Any) -> None:
+        check_comm(comm)
+        self._comm = CommReference(comm)
+
+    @property
+    def label(self) -> str:
+        return self.name or super().label
+
+    def communicator(self) -> Communicator:
+        return self._comm.resolve(self.label) if self.training else ALONE
+
+    @staticmethod
+    def convert_sync_batchnorm(layer: Layer, comm: Any = None, *, skip: Any = ()) -> Layer:
+        """:func:`cupybn.convert_sync_batchnorm`."""
+        from .convert import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(layer, comm, skip=skip)
+
+    def _keywords(self) -> list[tuple[str, Any, Any]]:
+        return [*super()._keywords(), ("comm", self.comm, None), ("name", self.name, None)]
