@@ -147,6 +147,8 @@ def cupy_for(what: str) -> Any:
 
 def device_of(x: Array) -> str:
     """``"cpu"``, or ``"cuda:<n>"`` for a CuPy array."""
+    if type(x) is np.ndarray:
+        return "cpu"
     return f"cuda:{x.device.id}" if is_cupy(x) else "cpu"
 
 

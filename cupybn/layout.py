@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from math import prod
 
 import numpy as np
@@ -23,7 +24,7 @@ class Layout:
     channel_axis: int
     columns: bool
 
-    @property
+    @cached_property
     def channels(self) -> int:
         return self.shape[self.channel_axis]
 
@@ -32,26 +33,29 @@ class Layout:
         axis = self.channel_axis
         return self.shape[:axis] + self.shape[axis + 1 :]
 
-    @property
+    @cached_property
     def shape3(self) -> tuple[int, int, int]:
         n, *spatial = self._others
         if self.columns:
             return n * prod(spatial), self.channels, 1
         return n, self.channels, prod(spatial)
 
+    @cached_property
+    def _axis_in_memory(self) -> int:
+        return len(self.shape) - 1 if self.columns else 1
+
     def view(self, x: Array) -> Array:
         """x as (N, C, L): a view where its memory allows, else one copy."""
-        axis_in_memory = len(self.shape) - 1 if self.columns else 1
         in_order = x
-        if self.channel_axis != axis_in_memory:
-            in_order = np.moveaxis(x, self.channel_axis, axis_in_memory)
+        if self.channel_axis != self._axis_in_memory:
+            in_order = np.moveaxis(x, self.channel_axis, self._axis_in_memory)
         if not in_order.flags.c_contiguous:
             in_order = in_order.copy(order="C")
         return in_order.reshape(self.shape3)
 
     def restore(self, x3: Array) -> Array:
         """The (N, C, L) array as an array of `shape`: always a view."""
-        if self.channel_axis == (len(self.shape) - 1 if self.columns else 1):
+        if self.channel_axis == self._axis_in_memory:
             return x3.reshape(self.shape)
         n, *spatial = self._others
         if self.columns:
@@ -75,12 +79,17 @@ def layout_of(x: Array, channel_axis: int) -> Layout:
     axis = channel_axis % x.ndim
     own = x.flags.c_contiguous
     if own or x.ndim == 2:
-        return Layout(x.shape, axis, columns=axis == x.ndim - 1)
+        return _layout(x.shape, axis, axis == x.ndim - 1)
     other_columns = axis == 1
     other = np.moveaxis(x, axis, -1 if other_columns else 1)
     if other.flags.c_contiguous:
-        return Layout(x.shape, axis, columns=other_columns)
-    return Layout(x.shape, axis, columns=axis == x.ndim - 1)
+        return _layout(x.shape, axis, other_columns)
+    return _layout(x.shape, axis, axis == x.ndim - 1)
+
+
+@lru_cache(maxsize=1024)
+def _layout(shape: tuple[int, ...], channel_axis: int, columns: bool) -> Layout:
+    return Layout(shape, channel_axis, columns)
 
 
 def check_channel_axis(channel_axis: int) -> int:

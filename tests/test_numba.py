@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -163,6 +164,30 @@ def test_an_error_in_any_piece_is_raised():
         threads.spread(loop, (), [(i,) for i in range(10)])
     with pytest.raises(ValueError, match="at least 1, got 0"):
         threads.set_threads(0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads stay where they are put")
+def test_a_worker_leaves_the_core_of_its_caller(monkeypatch):
+    monkeypatch.setattr(threads, "_current_core", lambda: 3)
+    moves = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda who, cores: moves.append((who, cores)))
+    for allowed, caller, moved in (
+        ({2, 3, 5}, 3, [(0, {2, 5})]), ({2, 3, 5}, 2, []), ({3}, 3, []),
+    ):  # fmt: skip
+        monkeypatch.setattr(os, "sched_getaffinity", lambda who, allowed=allowed: set(allowed))
+        moves.clear()
+        threads._leave_core(caller)
+        assert moves == moved
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads stay where they are put")
+def test_only_workers_are_moved():
+    threads.set_threads(2)
+    allowed, at = os.sched_getaffinity(0), set()
+    for _ in range(20):
+        threads.spread(lambda _: at.add(threading.get_ident()) or time.sleep(0.001), (), [(0,)] * 4)
+        assert os.sched_getaffinity(0) == allowed
+    assert len(at) == 2
 
 
 @needs_numba

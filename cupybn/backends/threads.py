@@ -6,7 +6,9 @@ at once: each does its own pieces too, and takes back what no thread has begun.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -47,13 +49,18 @@ def spread(loop: Callable[..., Any], arguments: Sequence[Any], pieces: Sequence[
             loop(*arguments, *piece)
         return
     rest = iter(pieces)  # taking the next one holds Python's lock
+    core = _current_core()
 
     def work() -> None:
         for piece in rest:
             loop(*arguments, *piece)
 
+    def help_out() -> None:
+        _leave_core(core)
+        work()
+
     pool = _workers()
-    started = [pool.submit(work) for _ in range(helpers)]
+    started = [pool.submit(help_out) for _ in range(helpers)]
     try:
         work()
     finally:
@@ -72,6 +79,26 @@ def _default_threads() -> int:
     except AttributeError:  # macOS and Windows have no such call
         cores = os.cpu_count() or 1
     return max(1, cores // local_size())
+
+
+if sys.platform == "linux":
+    _current_core = ctypes.PyDLL(None).sched_getcpu
+
+    def _leave_core(core: int) -> None:
+        """Moves a worker that was woken on the caller's core, where it would wait for its turn.
+
+        It stays away from that core until it meets a caller on another one.
+        """
+        if _current_core() == core and (others := os.sched_getaffinity(os.getpid()) - {core}):
+            os.sched_setaffinity(0, others)
+
+else:
+
+    def _current_core() -> int:
+        return -1
+
+    def _leave_core(core: int) -> None:
+        pass
 
 
 def _workers() -> ThreadPoolExecutor:
