@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +29,7 @@ os.environ.setdefault("CUPYBN_CPU_BACKEND", "numpy")
 DTYPES = [np.dtype(name) for name in ("float16", "float32", "float64")] + BFLOAT16
 TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5, "float64": 1e-10}
 ROOT = Path(__file__).resolve().parent.parent
+STARTUP = 60  # seconds for a job's ranks to start
 
 
 def _mpiexec() -> str | None:
@@ -50,11 +51,15 @@ def rank_environment(**more: str) -> dict[str, str]:
     return env | more
 
 
-def _job(
-    command: list[str], env: dict[str, str], timeout: float
+def run_job(
+    command: list[str], env: dict[str, str], timeout: float, ready: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    """``subprocess.run``; takes away the shared memory that ranks leave when they are killed."""
-    deadline = time.monotonic() + timeout
+    """``subprocess.run``; takes away the shared memory that ranks leave when they are killed.
+
+    `ready`: the timeout counts from when there are so many lines of output. On a busy machine most
+    of a job's time goes into its start, which has ``STARTUP`` seconds of its own then.
+    """
+    deadline = time.monotonic() + (STARTUP if ready else timeout)
     files: set[Path] = set()
     with subprocess.Popen(
         command, env=env, text=True,
@@ -65,9 +70,12 @@ def _job(
                 try:
                     stdout, stderr = process.communicate(timeout=0.2)
                     break
-                except subprocess.TimeoutExpired:
+                except subprocess.TimeoutExpired as running:
                     files |= shared_memory(family(process.pid))
-                    if time.monotonic() > deadline:
+                    now = time.monotonic()
+                    if ready and (running.stdout or b"").count(b"\n") >= ready:
+                        ready, deadline = 0, now + timeout
+                    if now > deadline:
                         raise
         finally:
             process.kill()  # if it still runs
@@ -81,6 +89,7 @@ def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
     """``mpirun(n, script, *args)``: a real MPI job; shows every rank's output when it fails.
 
     `aborting`: under ``python -m mpi4py``, with which an exception on one rank ends the job.
+    `options`: of mpiexec. `under`: what runs each rank's Python. `ready`: see ``run_job``.
     """
     mpiexec = _mpiexec()
     if mpiexec is None:
@@ -94,10 +103,13 @@ def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
         check: bool = True,
         env: dict[str, str] | None = None,
         aborting: bool = True,
+        options: Sequence[str] = (),
+        under: Sequence[str] = (),
+        ready: int = 0,
     ) -> subprocess.CompletedProcess[str]:
         python = [sys.executable, "-m", "mpi4py"] if aborting else [sys.executable]
-        command = [mpiexec, "-n", str(n), *python, str(script)]
-        process = _job([*command, *map(str, args)], rank_environment(**(env or {})), timeout)
+        command = [mpiexec, *options, "-n", str(n), *under, *python, str(script), *map(str, args)]
+        process = run_job(command, rank_environment(**(env or {})), timeout, ready)
         if check and process.returncode != 0:
             pytest.fail(
                 f"{n} ranks of {script} {args} ended with {process.returncode}\n"

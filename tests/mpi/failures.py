@@ -1,9 +1,11 @@
 """One rank, the last, does something wrong: every case in turn, each on its own communicator.
 
 Each rank prints a line of JSON for each case: the exception's class and text, its notes, whether
-any array of the layers changed, and what came of the same call without the mistake.
+any array of the layers changed, and what came of the same call without the mistake. A case has 20
+seconds: past them a rank shows where it is, and ends the job.
 """
 
+import faulthandler
 import hashlib
 import json
 import os
@@ -19,6 +21,7 @@ from cupybn.joint import joint
 
 world = MPI.COMM_WORLD
 culprit = world.rank == world.size - 1
+LIMIT = 20  # seconds
 x = np.random.default_rng(world.rank).standard_normal((2, 4, 3, 3)).astype(np.float32)
 wide = np.concatenate([x, x], axis=1)
 CASES = {}
@@ -367,6 +370,7 @@ def outcome(action, wrong):
 
 def main():
     for name, prepare in CASES.items():
+        faulthandler.dump_traceback_later(LIMIT, exit=True)
         comm = world.Dup()
         net, action = prepare(comm)
         before = bits(net)
