@@ -272,7 +272,8 @@ def inference_pass(
     inputs = _prepare(x, weight, bias, eps, channel_axis, activation, residual, out, save)
     x3, layout, residual3, y3, mask = inputs
     if out is not None:
-        check_overlap(out, x, "x", may_be_same=True)
+        what = "x, which backward needs" if save else "x"
+        check_overlap(out, x, what, may_be_same=not save)
     for what, array in (("mean", mean), ("var", var)):
         check_parameter(what, array, x, layout)
     mean, var, invstd = backend_for(x3).given_statistics(mean, var, eps)

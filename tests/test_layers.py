@@ -277,6 +277,13 @@ def test_out():
         layer.backward(dy, out=x)
     with pytest.raises(cupybn.ShapeError, match="out has shape"):
         layer.backward(dy, out=np.empty((4, 3, 5, 5), np.float32))
+    layer.eval()
+    mine = x.copy()
+    with pytest.raises(ValueError, match="out overlaps x, which backward needs"):
+        layer.forward(mine, out=mine, save_for_backward=True)
+    np.testing.assert_array_equal(mine, x)
+    assert layer.forward(mine, out=mine) is mine
+    np.testing.assert_array_equal(mine, layer.forward(x))
 
 
 # ---- the contract of Layer -----------------------------------------------------------------------

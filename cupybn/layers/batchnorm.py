@@ -53,7 +53,9 @@ ARGUMENTS = """
     ``forward(x, residual=None, *, out=None, save_for_backward=None)`` returns y with shape, dtype
     and layout of x; `residual` is added before the activation. ``backward(dy, saved=None, *,
     out=None)`` returns dx, or (dx, dresidual) after a forward with a residual, and adds this rank's
-    sums to ``grads``. The formulas stand in :mod:`cupybn.functional`.
+    sums to ``grads``. `out` takes y or dx, and may be the `residual`, the `dy`, and, in evaluation,
+    the x of a forward that saves nothing. x and the parameters are kept by reference: change
+    neither between a forward and its backward. The formulas stand in :mod:`cupybn.functional`.
 
     Raises:
         ShapeError, DTypeError, DeviceError: bad input.
