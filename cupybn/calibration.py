@@ -45,12 +45,15 @@ def recalibrate(layer: Layer, batches: Iterable[Any], comm: Any = None) -> None:
     Raises:
         ValueError: there is no batch on any rank; a layer is synchronised over more ranks than
             `comm` has; or a running statistic is read-only.
+        TypeError: `layer` is no Layer.
         PeerError: another rank failed, in a batch norm or in its `batches`; without synchronised
             layers, anywhere. An exception in other code on one rank leaves the others waiting in
             the next synchronised layer, as in training.
         Otherwise whatever the layers and `batches` raise. Nothing has changed then, on any rank:
         no statistics, and every layer is in the mode that it was in.
     """
+    if not isinstance(layer, Layer):
+        raise TypeError(f"expected a Layer, got {type(layer).__name__}")
     communicator = resolve(comm)
     norms = [
         (path, norm)

@@ -46,8 +46,10 @@ def allreduce_gradients(layer: Layer, comm: Any = None, op: str = "mean") -> Non
     Raises:
         ValueError: another op.
         DTypeError: a gradient that is not floating. ValueError: one that is read-only.
+        TypeError: `layer` is no Layer.
         PeerError, CollectiveMismatchError: see above. The gradients are unchanged then.
     """
+    _check_tree(layer)
     communicator = resolve(comm)
     grads = dict(layer.named_gradients())
     arrays = [grad for grad in grads.values() if hasattr(grad, "dtype")]  # all, or it raises below
@@ -84,8 +86,10 @@ def broadcast_parameters(layer: Layer, comm: Any = None, root: int = 0) -> None:
 
     Raises:
         ValueError: there is no such rank, or an array is read-only.
+        TypeError: `layer` is no Layer.
         PeerError, CollectiveMismatchError: see above. Nothing is changed then.
     """
+    _check_tree(layer)
     communicator = resolve(comm)
     with _comparison(communicator, "broadcast_parameters") as call:
         if not isinstance(root, int | np.integer) or not 0 <= root < communicator.size:
@@ -122,7 +126,9 @@ def verify_sync(layer: Layer, comm: Any = None) -> None:
         CollectiveMismatchError: on every rank, naming the first array that differs, or the trees
             where they do.
         PeerError: another rank failed.
+        TypeError: `layer` is no Layer.
     """
+    _check_tree(layer)
     communicator = resolve(comm)
     named = _state_arrays(layer)
     with _comparison(communicator, "verify_sync") as call:
@@ -190,6 +196,14 @@ def local_device() -> str:
     if devices == 0:
         raise DeviceError("CuPy sees no CUDA device on this machine")
     return f"cuda:{local_rank() % devices}"
+
+
+def _check_tree(layer: Any) -> None:
+    if not hasattr(layer, "named_gradients"):  # interop.torch has what looks like a Layer
+        raise TypeError(
+            f"expected a Layer, got {type(layer).__name__}; for PyTorch modules there are "
+            "functions of the same names in cupybn.interop.torch"
+        )
 
 
 def _comparison(communicator: Communicator, what: str) -> joint:

@@ -138,6 +138,19 @@ def test_an_array_that_cannot_be_written_to(text):
     assert text in str(second)
 
 
+@pytest.mark.parametrize("name", ["allreduce_gradients", "broadcast_parameters", "verify_sync"])
+def test_what_is_no_layer(name):
+    class Module:  # as PyTorch's
+        def named_parameters(self):
+            return iter(())
+
+        named_buffers = named_parameters
+
+    call = getattr(distributed, name)
+    with pytest.raises(TypeError, match=r"expected a Layer, got Module.*cupybn\.interop\.torch"):
+        call(Module(), cupybn.SelfCommunicator())
+
+
 @pytest.mark.parametrize("root", [-1, 2, 0.5, "0", None])
 def test_the_root_is_a_rank(root):
     def rank(comm):

@@ -228,6 +228,11 @@ def test_another_tree_is_seen():
     run_ranks(2, rank)
 
 
+def test_what_is_no_layer():
+    with pytest.raises(TypeError, match="expected a Layer, got list"):
+        cupybn.recalibrate([BatchNorm1d(4)], [], ALONE)
+
+
 def test_trees_without_running_statistics():
     net = Sequential(Noise(), BatchNorm1d(3, track_running_stats=False))
     cupybn.recalibrate(net, [np.ones((2, 3), np.float32)], ALONE)

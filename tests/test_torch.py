@@ -17,7 +17,7 @@ from rank_checks import Spy  # noqa: E402
 from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from cupybn import DeviceError, DTypeError, SelfCommunicator, ShapeError  # noqa: E402
+from cupybn import BatchNorm2d, DeviceError, DTypeError, SelfCommunicator, ShapeError  # noqa: E402
 from cupybn.interop import torch as interop  # noqa: E402
 from cupybn.interop.torch import modules  # noqa: E402
 from cupybn.testing import run_ranks  # noqa: E402
@@ -638,6 +638,8 @@ def test_convert_refuses_what_it_would_break():
         interop.convert_sync_batchnorm(net, ALONE, skip=["nothing"])
     with pytest.raises(TypeError, match="comm must be"):
         interop.convert_sync_batchnorm(net, 7)
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got BatchNorm2d"):
+        interop.convert_sync_batchnorm(BatchNorm2d(3), ALONE)
 
 
 def test_the_communicator_of_the_world_is_looked_up_late():

@@ -28,9 +28,11 @@ def convert_sync_batchnorm(module: Any, comm: Any = None, *, skip: Iterable[str]
     Raises:
         TypeError: a batch norm is of a subclass, whose own behaviour would be lost (a lazy one
             becomes a known one in its first forward); put its path into `skip`, or replace it
-            yourself. Nothing was changed.
+            yourself; or `module` is no module. Nothing was changed.
         ValueError: `skip` names a path that is not in the module.
     """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
     check_comm(comm)
     paths = dict(module.named_modules(remove_duplicate=False))
     skip = {skip} if isinstance(skip, str) else set(skip)
