@@ -57,7 +57,7 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
                const double* local_dy_xmu, double share, i64 relu, i64 n, i64 c, i64 l, i64 span,
                i64 group, i64 fold) {
   const Shape shape{n, c, l, span, group, fold};
-  const ChannelArrays arrays{mean, invstd, weight, bias};
+  const ChannelArrays arrays{mean, invstd, {weight, bias}};
   const Sums sums{sum_dy, sum_dy_xmu}, local{local_dy, local_dy_xmu};
   const bool masked = relu && mask, again = relu && !mask, needs_x = sum_dy || again;
   // backwards: what the reduction read last may still be in the cache

@@ -15,7 +15,7 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
                 const param_t* weight, const param_t* bias, i64 relu, i64 n, i64 c, i64 l,
                 i64 span, i64 group, i64 fold) {
   const Shape shape{n, c, l, span, group, fold};
-  const ChannelArrays arrays{mean, invstd, weight, bias};
+  const ChannelArrays arrays{mean, invstd, {weight, bias}};
   const bool masked = relu && mask, again = relu && !mask;
   Walk walk(shape, blockIdx.x, blockIdx.y, skew_of(x));
   __shared__ Affine table[MAX_GROUP];

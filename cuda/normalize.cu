@@ -1,67 +1,18 @@
-// y = activation((x - mean) * invstd * weight + bias + residual), and the mask of y > 0 in the bit
-// order of numpy.packbits over the C-ordered (N, C, L).
+// y = activation((x - mean) * invstd * weight + bias + residual), and the mask of y > 0.
 #include "memory.cuh"
 #include "numeric.cuh"
 #include "geometry.cuh"
-
-constexpr int UNROLL = 4;
-
-// A byte of the mask is eight values: of one vector, or of neighbouring lanes, whose first stores it.
-__device__ __forceinline__ void store_mask(unsigned char* mask, const slot_t& slot,
-                                           const Pack<scalar_t, V>& y) {
-  unsigned bits = 0;
-#pragma unroll
-  for (int j = 0; j < V; ++j) bits = bits << 1 | (slot.has(j) ? bit_of(y.v[j]) : 0u);
-#pragma unroll
-  for (int width = V; width < 8; width *= 2) {
-    bits = bits << width | __shfl_down_sync(0xffffffffu, bits, width / V);
-  }
-  bool first = slot.active && slot.offset % 8 == 0;
-  store_if(first, mask + slot.offset / 8, static_cast<unsigned char>(bits));
-}
+#include "normalize.cuh"
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 normalize(scalar_t* y, unsigned char* mask, const scalar_t* x, const scalar_t* residual,
           const double* mean, const double* invstd, const param_t* weight, const param_t* bias,
           i64 relu, i64 n, i64 c, i64 l, i64 span, i64 group, i64 fold) {
   const Shape shape{n, c, l, span, group, fold};
-  const ChannelArrays arrays{mean, invstd, weight, bias};
+  const ChannelArrays arrays{mean, invstd, {weight, bias}};
   // backwards: what the reduction read last may still be in the cache
   Walk walk(shape, gridDim.x - 1 - blockIdx.x, gridDim.y - 1 - blockIdx.y, skew_of(x));
-  __shared__ Affine table[MAX_GROUP];
-  fill_table(table, walk, c, [&](bool active, i64 channel) {
-    return Affine::of(arrays.load(active, channel));
+  normalize_tile<4>(walk, y, mask, x, residual, relu, shape, [&](bool active, i64 channel) {
+    return arrays.load(active, channel);
   });
-  Affine affine[Walk::CHANNELS];
-  pick(affine, table, walk);
-
-  while (walk.left > 0) {
-    slot_t slot[UNROLL];
-    Pack<scalar_t, V> pack[UNROLL];
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-      slot[u] = walk.next();
-      pack[u] = load_slot(x, slot[u], shape.size());
-    }
-#pragma unroll
-    for (int half = 0; half < UNROLL; half += UNROLL / 2) {
-      Pack<scalar_t, V> added[UNROLL / 2] = {};
-#pragma unroll
-      for (int u = 0; u < UNROLL / 2; ++u) {
-        if (residual) added[u] = load_slot(residual, slot[half + u], shape.size());
-      }
-#pragma unroll
-      for (int u = 0; u < UNROLL / 2; ++u) {
-        Pack<scalar_t, V>& out = pack[half + u];
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-          acc_t value = affine[Walk::CHANNELS == 1 ? 0 : j].apply(widen(out.v[j]));
-          if (residual) value += widen(added[u].v[j]);
-          narrow(activate(value, relu), out.v[j]);
-        }
-        store_slot(y, slot[half + u], out);
-        if (mask) store_mask(mask, slot[half + u], out);
-      }
-    }
-  }
 }

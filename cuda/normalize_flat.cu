@@ -1,26 +1,14 @@
-// As normalize.cu, for a mask whose bytes and rows do not fit together: a thread owns eight values,
-// wherever they lie, and no two threads meet in a byte.
+// normalize where bytes of the mask and rows do not fit together.
 #include "memory.cuh"
 #include "numeric.cuh"
+#include "normalize_flat.cuh"
 
 extern "C" __global__ void normalize_flat(scalar_t* y, unsigned char* mask, const scalar_t* x,
                                           const scalar_t* residual, const double* mean,
                                           const double* invstd, const param_t* weight,
                                           const param_t* bias, i64 relu, i64 n, i64 c, i64 l) {
-  const ChannelArrays arrays{mean, invstd, weight, bias};
-  i64 size = n * c * l;
-  i64 byte = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
-  unsigned bits = 0;
-  for (int j = 0; j < 8; ++j) {
-    i64 i = byte * 8 + j;
-    bool active = i < size;
-    Affine affine = Affine::of(arrays.load(active, i / l % c));
-    acc_t value = affine.apply(widen(load_if(active, x + i)));
-    if (residual) value += widen(load_if(active, residual + i));
-    scalar_t out;
-    narrow(activate(value, relu), out);
-    store_if(active, y + i, out);
-    bits = bits << 1 | (active ? bit_of(out) : 0u);
-  }
-  store_if(byte * 8 < size, mask + byte, static_cast<unsigned char>(bits));
+  const ChannelArrays arrays{mean, invstd, {weight, bias}};
+  normalize_byte(y, mask, x, residual, relu, n * c * l, [&](bool active, i64 i) {
+    return arrays.load(active, i / l % c);
+  });
 }

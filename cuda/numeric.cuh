@@ -36,16 +36,24 @@ struct Channel {
   double mean, invstd, weight, bias;
 };
 
-struct ChannelArrays {
-  const double* mean;
-  const double* invstd;
+struct Parameters {
   const param_t* weight;  // or null: 1
   const param_t* bias;    // or null: 0
 
-  __device__ __forceinline__ Channel load(bool active, i64 c) const {
-    Channel channel{load_if(active, mean + c), load_if(active, invstd + c), 1, 0};
+  __device__ __forceinline__ void load(bool active, i64 c, Channel& channel) const {
     if (weight) channel.weight = load_if(active, weight + c);
     if (bias) channel.bias = load_if(active, bias + c);
+  }
+};
+
+struct ChannelArrays {
+  const double* mean;
+  const double* invstd;
+  Parameters parameters;
+
+  __device__ __forceinline__ Channel load(bool active, i64 c) const {
+    Channel channel{load_if(active, mean + c), load_if(active, invstd + c), 1, 0};
+    parameters.load(active, c, channel);
     return channel;
   }
 };

@@ -176,14 +176,12 @@ def forward_steps(
         x3, y3, residual3=residual3, mask=mask, activation=activation,
         running_dtype=None if state is None else _name_of(state[0].dtype), ranks=call.ranks,
     )  # fmt: skip
-    local = None
-    if call.ranks == 1 and observe is None and not check_finite and x3.size:
-        local = getattr(backend, "local_forward", None)
-    if local is None:
+    whole = call.ranks == 1 and observe is None and not check_finite
+    if whole:
+        count = x3.shape[0] * x3.shape[2]
+    else:
         moments, form = yield from _pooled_moments(call, backend, x3, exact, observe)
         count = moments.count
-    else:
-        count = x3.size // layout.channels
     if count == 1:
         everywhere = "" if call.ranks == 1 else f" on this rank, 1 value on all {call.ranks} ranks"
         raise ShapeError(
@@ -194,21 +192,19 @@ def forward_steps(
         _check_finite(call, moments, form, parameter_dtype(x.dtype))
     yield None
     with _restored_on_error(state or ()):
-        if local is None:
-            mean, var, invstd = backend.finalize_moments(
-                moments, eps, running=state, factor=factor, form=form
-            )
+        given = x3, y3, weight, bias, eps
+        options = {
+            "activation": activation, "residual3": residual3, "mask": mask, "running": state,
+            "factor": factor,
+        }  # fmt: skip
+        if whole:
+            mean, var, invstd = backend.local_forward(*given, **options)
         else:
-            mean, var, invstd = local(
-                x3, y3, weight, bias, eps, activation=activation, residual3=residual3, mask=mask,
-                running=state, factor=factor,
-            )  # fmt: skip
+            mean, var, invstd = backend.finish_forward(moments, form, *given, **options)
         saved = Saved(
             mean, var, invstd, count, call.comm, x3, layout, weight, bias, activation,
             settings, name, residual is not None, mask,
         )  # fmt: skip
-        if local is None:
-            _normalize(saved, residual3, y3)
         y = _finish(layout, y3, out)
         yield None
     return y, saved
@@ -318,31 +314,27 @@ def backward_steps(
         **saved.options,
     )  # fmt: skip
 
-    in_one = None
-    if call.ranks == 1 and x3.size:
-        in_one = getattr(backend, "local_backward", None)
-    if in_one is None:
+    whole = call.ranks == 1
+    if not whole:
         size = 2 * layout.channels
         payload = call.payload(x3, size)
         local = backend.backward_reduce(dy3, x3, *saved.transform, **saved.options, payload=payload)
-        pooled = None if saved.constant else local
-        if payload is not None:
-            _, total = yield 0, size
-            pooled = BackwardSums(*np.split(total, 2))
+        _, total = yield 0, size
+        pooled = BackwardSums(*np.split(total, 2))
     yield None
     alone = call.together is None  # then nothing follows that could fail
     with nullcontext() if alone else _restored_on_error((dweight, dbias)):
-        if in_one is None:
+        if whole:
+            backend.local_backward(
+                dy3, x3, dx3, *saved.transform, **saved.options,
+                count=0 if saved.constant else saved.count, dresidual3=dresidual3,
+                dweight=dweight, dbias=dbias,
+            )  # fmt: skip
+        else:
             backend.backward_input(
                 dy3, x3, *saved.transform, **saved.options,
                 sums=pooled, count=saved.count, out3=dx3, dresidual3=dresidual3,
                 local=local, dweight=dweight, dbias=dbias,
-            )  # fmt: skip
-        else:
-            in_one(
-                dy3, x3, dx3, *saved.transform, **saved.options,
-                count=0 if saved.constant else saved.count, dresidual3=dresidual3,
-                dweight=dweight, dbias=dbias,
             )  # fmt: skip
         dresidual = dy if saved.has_residual else None
         if dresidual3 is not None:

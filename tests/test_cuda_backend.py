@@ -78,6 +78,25 @@ def test_running_statistics_in_strided_memory():
     assert memory[:, :, 1].all()
 
 
+def test_strided_running_statistics_after_the_second_message():
+    """And without weight and bias; m2 below 0 counts as 0."""
+    x = gaussian((3, 5, 9), np.float64, 1)
+    moments = Moments(27, np.arange(5) * 27.0, np.array([-1e-9, 27.0, 54.0, 27.0, 0.0]))
+    memory = np.ones((2, 5, 2))
+    running = (memory[0, :, 0], memory[1, :, 0])
+    y = np.empty_like(x)
+    mean, var, invstd = cuda.finish_forward(
+        moments, "recentred", x, y, None, None, 0.5, running=running, factor=0.5
+    )
+    assert (mean == np.arange(5)).all()
+    assert (var == [0, 1, 2, 1, 0]).all()
+    assert error(invstd, 1 / np.sqrt(var + 0.5)) < 1e-15
+    assert error(y, numpy_backend.normalize(x, mean, invstd)) < 1e-14
+    assert error(memory[0, :, 0], (1 + mean) / 2) < 1e-15
+    assert error(memory[1, :, 0], (1 + var * 27 / 26) / 2) < 1e-15
+    assert memory[:, :, 1].all()
+
+
 def ranks(dtype):
     shapes = ((3, 6, 49), (1, 6, 49), (70, 6, 49))
     return [gaussian(shape, dtype, i, 3 * i) for i, shape in enumerate(shapes)]

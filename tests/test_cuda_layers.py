@@ -15,7 +15,7 @@ from kernel_cases import host_kernels
 from rank_checks import CHECKS, Spy, bits
 from test_layers import layer_for, layouts, normal
 
-from cupybn import BatchNorm2d, PeerError, SyncBatchNorm, backends
+from cupybn import PeerError, SyncBatchNorm, backends
 from cupybn import functional as F
 from cupybn.backends import cuda, device, source
 from cupybn.backends import numpy as numpy_backend
@@ -87,26 +87,38 @@ def test_central_differences():
         check_gradients(layer_for(np.float64, c=2, **options), x, residual=x**2)
 
 
-def test_launches(launched):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_launches(launched, dtype, with_residual):
     """At most 3 kernels forward and 2 backward, one rank or several; in evaluation two."""
-    layer, x = BatchNorm2d(4), normal((2, 4, 3, 3))
-    y = layer(x)
-    assert launched == ["batch_moments", "finalize_moments", "normalize"]
-    del launched[:]
-    layer.backward(y)
-    assert launched == ["backward_reduce", "backward_input"]
-    del launched[:]
-    layer.eval()(x)
-    assert launched == ["finalize_moments", "normalize"]
+
+    def launches(function, *args):
+        del launched[:]
+        function(*args)
+        return sorted(name.removesuffix("_flat") for name in launched)
+
+    layer, x = layer_for(dtype, c=4, activation="relu"), normal((2, 4, 3, 3), dtype)
+    residual = (x.copy(),) if with_residual else ()
+    forward = ["batch_moments", "finalize_moments", "normalize"]
+    backward = ["backward_input", "backward_reduce"]
+    assert launches(layer, x, *residual) == forward
+    assert launches(layer.backward, x) == backward
+    assert launches(layer.eval(), x, *residual) == ["finalize_moments", "normalize"]
 
     def rank(comm):
-        layer = SyncBatchNorm(4, comm=comm)
-        layer.backward(layer(x))
+        layer = SyncBatchNorm(4, comm=comm, activation="relu", dtype=layer_dtype)
+        layer.backward(layer(x, *residual))
 
-    del launched[:]
-    run_ranks(2, rank)
-    once = ["backward_input", "backward_reduce", "batch_moments", "finalize_moments", "normalize"]
-    assert sorted(launched) == sorted(once * 2)
+    layer_dtype = layer.weight.dtype
+    if dtype == np.float64:
+        forward = ["batch_moments", "recentre_moments", "normalize_recentred"]
+    assert launches(run_ranks, 2, rank) == sorted((forward + backward) * 2)
+
+    def empty(comm):
+        SyncBatchNorm(4, comm=comm, dtype=layer_dtype)(x[: 0 if comm.rank else 2])
+
+    of_the_empty = ["recentre_moments"] * (dtype == np.float64) + ["finalize_moments"]
+    assert launches(run_ranks, 2, empty) == sorted(forward + of_the_empty)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -187,7 +199,7 @@ def test_a_kernel_that_does_not_compile_on_one_rank(monkeypatch, direction):
     [
         "batch_moments", "recentre_moments", "finalize_moments", "normalize", "backward_reduce",
         "backward_input", "given_statistics", "prepare_forward", "prepare_backward",
-        "update_running",
+        "update_running", "finish_forward", "local_forward", "local_backward",
     ],
 )  # fmt: skip
 def test_the_backends_have_the_same_signatures(name):

@@ -27,10 +27,12 @@ from kernel_cases import (
     host_kernels,
     placed,
     run,
+    run_recentred,
 )
 
 from cupybn.backends import cuda, source
 from cupybn.backends import numpy as numpy_backend
+from cupybn.backends.composed import compose
 
 PER_CHANNEL = {"float16": 1e-5, "bfloat16": 1e-5, "float32": 1e-5, "float64": 1e-10}
 LAYOUTS = [
@@ -65,7 +67,7 @@ CASES = [
         for m in MODES
     ),
 ]
-# The first run compiles all 121 kernels, 10 times slower with sanitizers.
+# The first run compiles all 128 kernels, 10 times slower with sanitizers.
 pytestmark = pytest.mark.timeout(1800)
 
 
@@ -106,6 +108,11 @@ def check(case, against_numpy=True):
     assert (np.abs(got.dweight - b.dweight) <= per_channel * (1 + terms_xmu)).all()
     if got.mask is not None:
         assert error(got.dresidual, b.dresidual) == 0
+    if dtype == "float64":
+        fused, apart = (
+            run_recentred(finish, case) for finish in (cuda.finish_forward, compose(cuda)[0])
+        )
+        assert all((a == b).all() for a, b in zip(fused, apart, strict=True))
     if against_numpy:
         outputs, case.outputs = case.outputs, [np.empty_like(o) for o in case.outputs]
         expected = run(numpy_backend, case)
@@ -126,7 +133,7 @@ def test_kernels_agree_with_float64_and_numpy(shape, dtype, mode, offset, consta
 
 
 def test_every_variant_runs(compiled):
-    """But for the one that takes several ranks: see test_cuda_backend.py."""
+    """But for the one between two messages: see test_cuda_backend.py."""
     variants = {v.source: v for d in DTYPES for v in source.variants(d.name)}
     left = [v.label for text, v in variants.items() if text not in compiled]
     assert left == ["recentre_moments"]

@@ -7,11 +7,15 @@ the data and kernels come from ``source.py``, so that the tests run this module 
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
+
 import numpy as np
 
 from ..arrays import Array
 from ..statistics import BackwardSums, Moments
 from . import numpy as reference
+from .composed import Statistics, compose
 from .device import NULL, Launch, namespace, on_its_device, over_channels, prepare, scratch_for
 
 _THREADS_PER_CHANNEL_BLOCK = 128
@@ -70,9 +74,7 @@ def finalize_moments(
         np.float64(moments.count), np.float64(eps), np.float64(factor), np.int64(number),
         np.int64(c),
     ))  # fmt: skip
-    for state, dense in zip(running or (), states, strict=True):
-        if dense is not state:
-            state[...] = dense
+    _copy_back(running or (), states)
     return mean, outputs[0], outputs[1]
 
 
@@ -198,10 +200,48 @@ def backward_input(
         dx3, dresidual3, *dense, dy3, x3, mask, *channels, *pooled, *own,
         np.float64(1 / max(count, 1)), _RELU[activation],
     )  # fmt: skip
-    for gradient, written in zip(gradients, dense, strict=True):
-        if written is not gradient:
-            gradient[...] = written  # type: ignore[index]
+    _copy_back(gradients, dense)
     return dx3
+
+
+_finish_forward, local_forward, local_backward = compose(sys.modules[__name__])
+
+
+@on_its_device
+def finish_forward(
+    moments: Moments,
+    form: str,
+    x3: Array,
+    y3: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    *,
+    activation: str | None = None,
+    residual3: Array | None = None,
+    mask: Array | None = None,
+    running: tuple[Array, Array] | None = None,
+    factor: float = 0.0,
+) -> Statistics:
+    """``finalize_moments`` and ``normalize`` into y3: (mean, variance, invstd).
+
+    In one launch after the second message of float64 data, which took one more before it.
+    """
+    if form != "recentred" or x3.size == 0:
+        return _finish_forward(
+            moments, form, x3, y3, weight, bias, eps, activation=activation, residual3=residual3,
+            mask=mask, running=running, factor=factor,
+        )  # fmt: skip
+    mean, var, invstd = namespace(x3).empty((3, x3.shape[1]))
+    states = [_dense(state) for state in running or ()]
+    launch = _normalize_launch(x3, y3, residual3, mask, "normalize_recentred")
+    launch(
+        y3, mask, mean, var, invstd, *(states or (None, None)), x3, residual3,
+        _dense(moments.mean), _dense(moments.m2), _dense(weight), _dense(bias),
+        np.float64(moments.count), np.float64(eps), np.float64(factor), _RELU[activation],
+    )  # fmt: skip
+    _copy_back(running or (), states)
+    return mean, var, invstd
 
 
 @on_its_device
@@ -215,12 +255,21 @@ def prepare_forward(
     running_dtype: str | None = None,
     ranks: int = 1,
 ) -> None:
-    """Compiles what comes after the first message of a forward, to fail before it, if at all."""
-    over_channels("finalize_moments", np.dtype(running_dtype or "float64"))
-    if x3.dtype == _FLOAT64 and ranks > 1:
+    """Compiles what comes after the first message of a forward, to fail before it, if at all.
+
+    With one rank there is none, and nothing may fail at all.
+    """
+    recentred = x3.dtype == _FLOAT64 and ranks > 1
+    if recentred:
         over_channels("recentre_moments")
+    if not (recentred and x3.size):
+        over_channels("finalize_moments", np.dtype(running_dtype or "float64"))
     if x3.size:
-        _normalize_launch(x3, y3, residual3, mask)
+        _normalize_launch(
+            x3, y3, residual3, mask, "normalize_recentred" if recentred else "normalize"
+        )
+        if ranks == 1:
+            scratch_for(x3, prepare("batch_moments", x3, (x3,)).plan)
 
 
 @on_its_device
@@ -235,14 +284,18 @@ def prepare_backward(
     constant: bool = False,
     ranks: int = 1,
 ) -> None:
-    """Compiles what comes after the message of a backward, to fail before it, if at all."""
+    """As :func:`prepare_forward`, for a backward."""
     if x3.size:
         _backward_input_launch(dy3, x3, dx3, dresidual3)
+        if ranks == 1:
+            scratch_for(x3, prepare("backward_reduce", x3, (dy3, x3)).plan)
 
 
-def _normalize_launch(x3: Array, y3: Array, residual3: Array | None, mask: Array | None) -> Launch:
+def _normalize_launch(
+    x3: Array, y3: Array, residual3: Array | None, mask: Array | None, kernel: str = "normalize"
+) -> Launch:
     tensors = (x3, y3) if residual3 is None else (x3, y3, residual3)
-    return prepare("normalize", x3, tensors, whole_bytes=mask is not None)
+    return prepare(kernel, x3, tensors, whole_bytes=mask is not None)
 
 
 def _backward_input_launch(dy3: Array, x3: Array, dx3: Array, dresidual3: Array | None) -> Launch:
@@ -272,3 +325,9 @@ def _dense(array: Array) -> Array:
     if array is None or array.flags.c_contiguous:
         return array
     return array.copy()
+
+
+def _copy_back(given: Iterable[Array], written: Iterable[Array]) -> None:
+    for target, values in zip(given, written, strict=True):
+        if values is not target:
+            target[...] = values

@@ -8,6 +8,7 @@ shape alone, in ``pieces.py``; so the bits of a result do not depend on the numb
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from functools import lru_cache
 from types import ModuleType, SimpleNamespace
@@ -18,6 +19,7 @@ import numpy as np
 from ..arrays import parameter_dtype as _parameter_dtype
 from ..statistics import BackwardSums, Moments
 from . import numpy as reference
+from .composed import compose
 from .numpy import Data, PerChannel
 from .pieces import Plan, plan_for
 from .threads import spread
@@ -32,6 +34,7 @@ _log = logging.getLogger("cupybn")
 given_statistics = reference.given_statistics
 recentre_moments = reference.recentre_moments
 update_running = reference.update_running
+finish_forward, _local_forward, _local_backward = compose(sys.modules[__name__])
 
 
 @lru_cache(maxsize=1)
@@ -227,14 +230,12 @@ def local_forward(
     In one go where a thread has all values of a channel: it reads them again from its cache.
     """
     n, c, length = x3.shape
-    plan = plan_for(n, c, length)
-    if len(plan.counts) > 1:
-        mean, var, invstd = finalize_moments(batch_moments(x3), eps, running=running, factor=factor)
-        normalize(
-            x3, mean, invstd, weight, bias, activation=activation, residual3=residual3, out3=y3,
-            mask=mask,
+    plan = plan_for(n, c, length) if x3.size else None
+    if plan is None or len(plan.counts) > 1:
+        return _local_forward(
+            x3, y3, weight, bias, eps, activation=activation, residual3=residual3, mask=mask,
+            running=running, factor=factor,
         )  # fmt: skip
-        return mean, var, invstd
     dtype = _parameter_dtype(x3.dtype)
     outputs = np.empty((3, c))
     states = running or (None, None)
@@ -273,15 +274,11 @@ def local_backward(
 
     A count of 0: the statistics are constants.
     """
-    plan = plan_for(*x3.shape)
-    if len(plan.counts) > 1:
-        sums = backward_reduce(
-            dy3, x3, mean, invstd, weight, bias, activation=activation, mask=mask
-        )
-        backward_input(
-            dy3, x3, mean, invstd, weight, bias, sums=sums if count else None, count=count,
-            activation=activation, mask=mask, out3=dx3, dresidual3=dresidual3, local=sums,
-            dweight=dweight, dbias=dbias,
+    plan = plan_for(*x3.shape) if x3.size else None
+    if plan is None or len(plan.counts) > 1:
+        _local_backward(
+            dy3, x3, dx3, mean, invstd, weight, bias, count=count, activation=activation,
+            mask=mask, dresidual3=dresidual3, dweight=dweight, dbias=dbias,
         )  # fmt: skip
         return
     dtype = _parameter_dtype(x3.dtype)

@@ -7,6 +7,7 @@ the cache, and no float32 partial sum runs over more than one block.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar, cast
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..arrays import parameter_dtype
 from ..statistics import BackwardSums, Moments
+from .composed import compose
 
 Data = NDArray[Any]
 PerChannel = NDArray[np.float64]
@@ -359,3 +361,6 @@ def backward_input(
     if local is not None and dbias is not None:
         dbias += local.sum_dy.astype(dbias.dtype)
     return dx3
+
+
+finish_forward, local_forward, local_backward = compose(sys.modules[__name__])

@@ -132,8 +132,11 @@ def variants(dtype: str) -> Iterator[Variant]:
             # one tensor alone is never read by the element for the sake of the others
             if kernel != "batch_moments" or not rows or vector > 1:
                 yield Variant(kernel, shape)
+        if dtype == "float64":
+            yield Variant("normalize_recentred", shape)
     yield Variant("normalize_flat", (scalar,))
     if dtype in ("float32", "float64"):
         yield Variant("finalize_moments", (scalar,))
     if dtype == "float64":
+        yield Variant("normalize_recentred_flat", (scalar,))
         yield Variant("recentre_moments", ())

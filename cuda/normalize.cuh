@@ -1,0 +1,61 @@
+// y of one block, and the mask of y > 0 in the bit order of numpy.packbits over the C-ordered
+// (N, C, L). What the statistics of a channel are says `load(active, channel)`.
+#pragma once
+#include "numeric.cuh"
+#include "geometry.cuh"
+
+// A byte of the mask is eight values: of one vector, or of neighbouring lanes, whose first stores it.
+__device__ __forceinline__ void store_mask(unsigned char* mask, const slot_t& slot,
+                                           const Pack<scalar_t, V>& y) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int j = 0; j < V; ++j) bits = bits << 1 | (slot.has(j) ? bit_of(y.v[j]) : 0u);
+#pragma unroll
+  for (int width = V; width < 8; width *= 2) {
+    bits = bits << width | __shfl_down_sync(0xffffffffu, bits, width / V);
+  }
+  bool first = slot.active && slot.offset % 8 == 0;
+  store_if(first, mask + slot.offset / 8, static_cast<unsigned char>(bits));
+}
+
+template <int UNROLL, typename Load>
+__device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned char* mask,
+                                               const scalar_t* x, const scalar_t* residual,
+                                               bool relu, const Shape& shape, Load load) {
+  __shared__ Affine table[MAX_GROUP];
+  fill_table(table, walk, shape.c, [&](bool active, i64 channel) {
+    return Affine::of(load(active, channel));
+  });
+  Affine affine[Walk::CHANNELS];
+  pick(affine, table, walk);
+
+  while (walk.left > 0) {
+    slot_t slot[UNROLL];
+    Pack<scalar_t, V> pack[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      slot[u] = walk.next();
+      pack[u] = load_slot(x, slot[u], shape.size());
+    }
+#pragma unroll
+    for (int half = 0; half < UNROLL; half += UNROLL / 2) {
+      Pack<scalar_t, V> added[UNROLL / 2] = {};
+#pragma unroll
+      for (int u = 0; u < UNROLL / 2; ++u) {
+        if (residual) added[u] = load_slot(residual, slot[half + u], shape.size());
+      }
+#pragma unroll
+      for (int u = 0; u < UNROLL / 2; ++u) {
+        Pack<scalar_t, V>& out = pack[half + u];
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          acc_t value = affine[Walk::CHANNELS == 1 ? 0 : j].apply(widen(out.v[j]));
+          if (residual) value += widen(added[u].v[j]);
+          narrow(activate(value, relu), out.v[j]);
+        }
+        store_slot(y, slot[half + u], out);
+        if (mask) store_mask(mask, slot[half + u], out);
+      }
+    }
+  }
+}

@@ -1,0 +1,28 @@
+// finalize_moments and normalize in one launch, after the second message of float64 data. Every
+// block finalizes its channels for itself; the first slice of each channel writes the results, which
+// nobody in this launch reads.
+#include "memory.cuh"
+#include "numeric.cuh"
+#include "geometry.cuh"
+#include "normalize.cuh"
+#include "finalize.cuh"
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
+normalize_recentred(scalar_t* y, unsigned char* mask, double* mean, double* var, double* invstd,
+                    param_t* running_mean, param_t* running_var, const scalar_t* x,
+                    const scalar_t* residual, const double* weighted, const double* recentred,
+                    const param_t* weight, const param_t* bias, double count, double eps,
+                    double factor, i64 relu, i64 n, i64 c, i64 l, i64 span, i64 group, i64 fold) {
+  const Shape shape{n, c, l, span, group, fold};
+  const MomentSums sums{weighted, recentred, count, eps, factor};
+  const Statistics out{mean, var, invstd, running_mean, running_var};
+  const Parameters parameters{weight, bias};
+  // backwards: what the reduction read last may still be in the cache
+  Walk walk(shape, gridDim.x - 1 - blockIdx.x, gridDim.y - 1 - blockIdx.y, skew_of(x));
+  normalize_tile<4>(walk, y, mask, x, residual, relu, shape, [&](bool active, i64 channel) {
+    bool writes = active && walk.slice == 0;
+    Channel found = finalize(active, writes, channel, RECENTRED, sums, out);
+    parameters.load(active, channel, found);
+    return found;
+  });
+}

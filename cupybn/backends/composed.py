@@ -1,0 +1,90 @@
+"""Whole stretches of a pass, made of a backend's own primitives.
+
+Every backend offers these three; one with a faster way has its own under the same name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+from ..arrays import Array
+from ..statistics import Moments
+
+Statistics = tuple[Array, Array, Array]
+
+
+def compose(
+    backend: ModuleType,
+) -> tuple[Callable[..., Statistics], Callable[..., Statistics], Callable[..., None]]:
+    """(finish_forward, local_forward, local_backward)."""
+
+    def finish_forward(
+        moments: Moments,
+        form: str,
+        x3: Array,
+        y3: Array,
+        weight: Array | None,
+        bias: Array | None,
+        eps: float,
+        *,
+        activation: str | None = None,
+        residual3: Array | None = None,
+        mask: Array | None = None,
+        running: tuple[Array, Array] | None = None,
+        factor: float = 0.0,
+    ) -> Statistics:
+        """``finalize_moments`` and ``normalize`` into y3: (mean, variance, invstd)."""
+        mean, var, invstd = backend.finalize_moments(
+            moments, eps, running=running, factor=factor, form=form
+        )
+        backend.normalize(
+            x3, mean, invstd, weight, bias, activation=activation, residual3=residual3, out3=y3,
+            mask=mask,
+        )  # fmt: skip
+        return mean, var, invstd
+
+    def local_forward(
+        x3: Array,
+        y3: Array,
+        weight: Array | None,
+        bias: Array | None,
+        eps: float,
+        *,
+        activation: str | None = None,
+        residual3: Array | None = None,
+        mask: Array | None = None,
+        running: tuple[Array, Array] | None = None,
+        factor: float = 0.0,
+    ) -> Statistics:
+        """The forward of one rank, into y3: (mean, variance, invstd)."""
+        return finish_forward(
+            backend.batch_moments(x3), "local", x3, y3, weight, bias, eps, activation=activation,
+            residual3=residual3, mask=mask, running=running, factor=factor,
+        )  # fmt: skip
+
+    def local_backward(
+        dy3: Array,
+        x3: Array,
+        dx3: Array,
+        mean: Array,
+        invstd: Array,
+        weight: Array | None,
+        bias: Array | None,
+        *,
+        count: int,
+        activation: str | None = None,
+        mask: Array | None = None,
+        dresidual3: Array | None = None,
+        dweight: Array | None = None,
+        dbias: Array | None = None,
+    ) -> None:
+        """The backward of one rank, into dx3; a count of 0: the statistics are constants."""
+        transform = mean, invstd, weight, bias
+        sums = backend.backward_reduce(dy3, x3, *transform, activation=activation, mask=mask)
+        backend.backward_input(
+            dy3, x3, *transform, sums=sums if count else None, count=count, activation=activation,
+            mask=mask, out3=dx3, dresidual3=dresidual3, local=sums, dweight=dweight, dbias=dbias,
+        )  # fmt: skip
+
+    return finish_forward, local_forward, local_backward
