@@ -130,6 +130,8 @@ def test_comm_under_mpiexec_speaks_once(mpirun, tmp_path):
         (["--comm", "--ranks", "2"], {"PMI_SIZE": "2"}, "--ranks starts mpiexec itself"),
         (["--ranks", "0"], {}, "must be a number from 1, got '0'"),
         (["--shapes", "32"], {}, "must look like 32x64x56x56, got '32'"),
+        (["--cpu", "--backend", "cupy"], {}, "--backend must be of numpy, numba, got cupy"),
+        (["--cpu", "--json", "nowhere/x.json"], {}, "nowhere/x.json cannot be written"),
     ],
 )
 def test_what_cannot_be_measured(given, env, says):

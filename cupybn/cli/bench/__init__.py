@@ -32,6 +32,7 @@ SECTIONS = {
 }
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 LAYOUTS = ("rows", "columns")
+BACKENDS = ("numpy", "numba")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +105,11 @@ def _problem(args: argparse.Namespace, chosen: list[str], launched: bool) -> str
         return "under mpiexec only --comm can be measured"
     if launched and args.ranks:
         return "--ranks starts mpiexec itself: call it without mpiexec, or leave --ranks out"
+    if unknown := sorted(set(args.backend or ()) - set(BACKENDS)):
+        return f"--backend must be of {', '.join(BACKENDS)}, got {', '.join(unknown)}"
+    for file in (args.json, args.plot):
+        if file is not None and not file.parent.is_dir():
+            return f"{file} cannot be written: {file.parent} is no folder"
     if args.plot is not None and find_spec("matplotlib") is None:
         return "--plot needs matplotlib: pip install 'cupybn[bench]'"
     if "gpu" in chosen and (reason := _no_gpu()):
