@@ -212,10 +212,10 @@ def test_host_memory_is_what_numpy_allocates():
 
 
 def test_the_backend_is_the_one_that_is_named(monkeypatch):
-    seen, moments = [], backends.numpy_backend.batch_moments
+    seen, forward = [], backends.numpy_backend.local_forward
     module = type(sys)("cupybn.backends.spy")
     vars(module).update(vars(backends.numpy_backend))
-    module.batch_moments = lambda *a, **k: seen.append(1) or moments(*a, **k)
+    module.local_forward = lambda *a, **k: seen.append(1) or forward(*a, **k)
     before = backends.cpu_backend()
     monkeypatch.setitem(sys.modules, "cupybn.backends.spy", module)
     args = arguments("--quick", "--repeat", "3", "--no-torch", "--backend", "numpy", "spy")
