@@ -82,14 +82,21 @@ def _of_tensor(x: Any, what: str, torch: Any) -> Array:
     if x.is_neg():  # DLPack hands over the memory, and leaves out that its sign is to be turned
         x = x.resolve_neg()
     if x.dtype != torch.bfloat16:
-        return _of_dlpack(x, what)
+        return _of_memory(x, what)
     try:
         from ml_dtypes import bfloat16
     except ImportError as error:
         raise DTypeError(
             f"{what} is bfloat16, which needs ml_dtypes: pip install 'cupybn[bfloat16]'"
         ) from error
-    return _of_dlpack(x.view(torch.int16), what).view(bfloat16)  # NumPy's DLPack has no bfloat16
+    return _of_memory(x.view(torch.int16), what).view(bfloat16)  # NumPy knows no bfloat16
+
+
+def _of_memory(x: Any, what: str) -> Array:
+    if x.device.type != "cpu":
+        return _of_dlpack(x, what)
+    with _errors_of(what):  # NumPy before 2.2, and PyTorch's older DLPack, make all read-only
+        return x.numpy()
 
 
 def _of_dlpack(x: Any, what: str) -> Array:

@@ -204,7 +204,12 @@ def test_update_running_writes_into_another_librarys_memory_or_refuses():
     x = normal((4, 3, 5, 5))
     _, saved = F.batch_norm_forward(x, comm=SelfCommunicator())
     mean, var = np.zeros(3, np.float32), np.ones(3, np.float32)
-    F.update_running(OnlyDLPack(mean), memoryview(var), saved, 0.5)
+    theirs = OnlyDLPack(mean)
+    if not np.from_dlpack(theirs).flags.writeable:  # NumPy before 2.2
+        with pytest.raises(ValueError, match="running_mean is read-only"):
+            F.update_running(theirs, var, saved, 0.5)
+        theirs = mean
+    F.update_running(theirs, memoryview(var), saved, 0.5)
     np.testing.assert_allclose(mean, 0.5 * saved.mean, rtol=1e-6)
     before = mean.tobytes(), var.tobytes()
     var.flags.writeable = False
@@ -213,6 +218,16 @@ def test_update_running_writes_into_another_librarys_memory_or_refuses():
     with pytest.raises(DTypeError, match="running_mean: a OnlyArray may give a copy"):
         F.update_running(OnlyArray(mean), np.ones(3, np.float32), saved, 0.5)
     assert before == (mean.tobytes(), var.tobytes())
+
+
+def test_torch_tensors_in_host_memory_need_no_dlpack(monkeypatch):
+    """NumPy before 2.2 takes all that comes by DLPack for read-only; so it is of older PyTorch."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    monkeypatch.setattr(torch.Tensor, "__dlpack__", None)  # cannot be called
+    _, saved = F.batch_norm_forward(torch.randn(4, 3, 5, 5))
+    mean, var = torch.zeros(3), torch.ones(3)
+    F.update_running(mean, var, saved, 0.5)
+    np.testing.assert_allclose(mean.numpy(), 0.5 * saved.mean, rtol=1e-6)
 
 
 def test_torch_tensors_that_require_grad_are_refused():
