@@ -22,6 +22,7 @@ from .arrays import (
     as_array,
     copy_to_host,
     is_capturing,
+    on_device_of,
     overlap,
     parameter_dtype,
 )
@@ -50,15 +51,15 @@ class Saved:
 
     Attributes:
         mean: (C,) float64, of the batch of all ranks.
-        var: (C,) float64, the biased variance of that batch.
         invstd: (C,) float64, ``1 / sqrt(var + eps)``.
+        eps: what was added to the variance.
         count: values per channel on all ranks, a host integer.
         comm: the communicator of the forward, which the backward uses too.
     """
 
     mean: Array
-    var: Array
     invstd: Array
+    eps: float
     count: int
     comm: Communicator
     x3: Array
@@ -71,6 +72,12 @@ class Saved:
     has_residual: bool = False
     mask: Array | None = None
     constant: bool = False
+
+    @property
+    def var(self) -> Array:
+        """(C,) float64, the biased variance of that batch, from `invstd`: to 1e-15 of var + eps."""
+        with on_device_of(self.invstd):
+            return np.maximum(self.invstd**-2.0 - self.eps, 0)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -198,11 +205,11 @@ def forward_steps(
             "factor": factor,
         }  # fmt: skip
         if whole:
-            mean, var, invstd = backend.local_forward(*given, **options)
+            mean, _, invstd = backend.local_forward(*given, **options)
         else:
-            mean, var, invstd = backend.finish_forward(moments, form, *given, **options)
+            mean, _, invstd = backend.finish_forward(moments, form, *given, **options)
         saved = Saved(
-            mean, var, invstd, count, call.comm, x3, layout, weight, bias, activation,
+            mean, invstd, eps, count, call.comm, x3, layout, weight, bias, activation,
             settings, name, residual is not None, mask,
         )  # fmt: skip
         y = _finish(layout, y3, out)
@@ -272,9 +279,9 @@ def inference_pass(
         check_overlap(out, x, what, may_be_same=not save)
     for what, array in (("mean", mean), ("var", var)):
         check_parameter(what, array, x, layout)
-    mean, var, invstd = backend_for(x3).given_statistics(mean, var, eps)
+    mean, _, invstd = backend_for(x3).given_statistics(mean, var, eps)
     saved = Saved(
-        mean, var, invstd, 0, ALONE, x3, layout, weight, bias, activation, "", "",
+        mean, invstd, eps, 0, ALONE, x3, layout, weight, bias, activation, "", "",
         residual is not None, mask, constant=True,
     )  # fmt: skip
     _normalize(saved, residual3, y3)

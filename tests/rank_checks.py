@@ -207,15 +207,19 @@ def check_y_at_large_means(comm):
 
 
 def check_constants(comm):
-    """Variance 0 and 1e-10, eps 1e-5 and tiny: no NaN."""
+    """Variance 0 and 1e-10, eps 1e-5 and tiny: no NaN, and running_var takes the 0."""
     for value, eps in itertools.product((0.0, 0.1, -3.3333, 1e4, 1e6 / 3), (1e-5, 1e-30)):
         layer = SyncBatchNorm(2, eps=eps, comm=comm)
         x = np.full((4 + comm.rank, 2, 3), value, np.float32)
         y = layer.forward(x)
         var = layer.saved.var
         dx = layer.backward(np.ones_like(x))
-        limit = 0.0 if comm.size == 1 else 1e-15 * float(x[0, 0, 0]) ** 2
+        limit = 1e-15 * eps  # as exact as `invstd` tells
+        if comm.size > 1:
+            limit += 1e-15 * float(x[0, 0, 0]) ** 2
         assert ((var >= 0) & (var <= limit)).all(), (value, var)
+        if comm.size == 1:
+            assert (layer.running_var == np.float32(0.9)).all()
         assert np.isfinite(y).all()
         assert np.isfinite(dx).all()
         x = (value + 1e-5 * normal((64, 2, 3), seed=comm.rank, mean=0, std=1)).astype(np.float32)

@@ -37,6 +37,16 @@ def peak(call, *arguments, **options):
     return result, most, after
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(4, 50_000), (300, 20_000)], ids=str)
+def test_two_vectors_of_float64_are_kept(shape, training):
+    layer = cupybn.BatchNorm1d(shape[1]).train(training)
+    x = np.ones(shape, np.float32)
+    layer.backward(layer(x, save_for_backward=True))
+    y, _, kept = peak(layer.forward, x, save_for_backward=True)
+    assert 16 * shape[1] <= kept - y.nbytes < 16 * shape[1] + 20_000
+
+
 @pytest.mark.parametrize("shape, axis", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_training(shape, axis, dtype):
@@ -48,7 +58,7 @@ def test_training(shape, axis, dtype):
     layer.backward(layer(x))
     y, most, kept = peak(layer.forward, x)
     assert most < y.nbytes + 2 * MB
-    assert kept < y.nbytes + 100 * shape[axis] + 20_000  # three vectors of float64 and Python
+    assert kept < y.nbytes + 16 * shape[axis] + 20_000
     saved, layer.saved = layer.saved, None
     dy = y
     dx, most, _ = peak(layer.backward, dy, saved)

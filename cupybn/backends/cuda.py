@@ -38,7 +38,7 @@ def batch_moments(x3: Array, *, payload: Array | None = None) -> Moments:
             payload[...] = 0
         zeros = xp.zeros((2, c))
         return Moments(n * length, zeros[0], zeros[1])
-    mean, m2 = xp.empty((2, c))
+    mean, m2 = xp.empty(c), xp.empty(c)  # apart: the mean is kept for the backward
     weighted, about_zero = _halves(payload, c)
     launch = prepare("batch_moments", x3, (x3,))
     partials, counters = scratch_for(x3, launch.plan)
@@ -65,30 +65,31 @@ def finalize_moments(
     c = moments.mean.size
     first, second = _dense(moments.mean), _dense(moments.m2)
     number = _FORMS.index(form)
-    outputs = xp.empty((3 if number else 2, c))
-    mean = outputs[2] if number else moments.mean
+    mean = xp.empty(c) if number else moments.mean
+    var, invstd = xp.empty(c), xp.empty(c)
     dtype = _FLOAT64 if running is None else running[0].dtype
     states = [_dense(state) for state in running or ()]
     over_channels("finalize_moments", dtype)(*_channel_grid(c), (
-        mean, outputs[0], outputs[1], *(states or (NULL, NULL)), first, second,
+        mean, var, invstd, *(states or (NULL, NULL)), first, second,
         np.float64(moments.count), np.float64(eps), np.float64(factor), np.int64(number),
         np.int64(c),
     ))  # fmt: skip
     _copy_back(running or (), states)
-    return mean, outputs[0], outputs[1]
+    return mean, var, invstd
 
 
 @on_its_device
 def given_statistics(mean: Array, var: Array, eps: float) -> tuple[Array, Array, Array]:
     """(mean, variance, invstd), (C,) float64 each, of a given mean and variance."""
     c = mean.size
-    outputs = namespace(mean).empty((3, c))
+    xp = namespace(mean)
+    outputs = xp.empty(c), xp.empty(c), xp.empty(c)
     zero = np.float64(0)
     over_channels("finalize_moments", mean.dtype)(*_channel_grid(c), (
         *outputs, _dense(mean), _dense(var), NULL, NULL, zero, np.float64(eps), zero,
         np.int64(_FORMS.index("running")), np.int64(c),
     ))  # fmt: skip
-    return outputs[0], outputs[1], outputs[2]
+    return outputs
 
 
 update_running = on_its_device(reference.update_running)
@@ -232,7 +233,8 @@ def finish_forward(
             moments, form, x3, y3, weight, bias, eps, activation=activation, residual3=residual3,
             mask=mask, running=running, factor=factor,
         )  # fmt: skip
-    mean, var, invstd = namespace(x3).empty((3, x3.shape[1]))
+    xp, c = namespace(x3), x3.shape[1]
+    mean, var, invstd = xp.empty(c), xp.empty(c), xp.empty(c)
     states = [_dense(state) for state in running or ()]
     launch = _normalize_launch(x3, y3, residual3, mask, "normalize_recentred")
     launch(

@@ -732,20 +732,18 @@ def backward_input(
 
 @_kernel
 def row_forward(
-    y, x, residual, relu, weight, bias, eps, outputs, running_mean, running_var, factor,
+    y, x, residual, relu, weight, bias, eps, mean, invstd, var, running_mean, running_var, factor,
     coefficients, repeats, group, s, start, channels, length, c0, c1, n0, n1, l0, l1,
 ):  # fmt: skip
     count = float((n1 - n0) * (l1 - l0))
     for a in range(c0, c1, group):  # so many channels that the second pass finds them in the cache
         b = min(a + group, c1)
-        row_moments(
-            x, outputs[0:1], outputs[1:2], repeats, s, start, channels, length, a, b, n0, n1, l0, l1
-        )
-        mean, var, invstd = outputs[0], outputs[1], outputs[2]
+        row_moments(x, mean, var, repeats, s, start, channels, length, a, b, n0, n1, l0, l1)
         finalize_moments(
-            mean, var, count, eps, 0, mean, var, invstd, running_mean, running_var, factor, a, b
-        )
-        fill_affine(coefficients, repeats, mean, invstd, weight, bias, a, b)
+            mean[0], var[0], count, eps, 0, mean[0], var[0], invstd, running_mean, running_var,
+            factor, a, b,
+        )  # fmt: skip
+        fill_affine(coefficients, repeats, mean[0], invstd, weight, bias, a, b)
         normalize(
             y, x, residual, relu, coefficients, s, start, channels, length, a, b, n0, n1, l0, l1
         )
@@ -753,19 +751,17 @@ def row_forward(
 
 @_kernel
 def column_forward(
-    y, x, residual, relu, weight, bias, eps, outputs, running_mean, running_var, factor,
+    y, x, residual, relu, weight, bias, eps, mean, invstd, var, running_mean, running_var, factor,
     coefficients, repeats, group, s, start, channels, length, c0, c1, n0, n1, l0, l1,
 ):  # fmt: skip
-    mean, var, invstd = outputs[0], outputs[1], outputs[2]
-    a, b = l0 // repeats, min(l1 // repeats, mean.size)
-    column_moments(
-        x, outputs[0:1], outputs[1:2], repeats, s, start, channels, length, c0, c1, n0, n1, l0, l1
-    )
+    a, b = l0 // repeats, min(l1 // repeats, invstd.size)
+    column_moments(x, mean, var, repeats, s, start, channels, length, c0, c1, n0, n1, l0, l1)
     count = float((n1 - n0) * (l1 - l0) // (b - a))
     finalize_moments(
-        mean, var, count, eps, 0, mean, var, invstd, running_mean, running_var, factor, a, b
-    )
-    fill_affine(coefficients, repeats, mean, invstd, weight, bias, a, b)
+        mean[0], var[0], count, eps, 0, mean[0], var[0], invstd, running_mean, running_var,
+        factor, a, b,
+    )  # fmt: skip
+    fill_affine(coefficients, repeats, mean[0], invstd, weight, bias, a, b)
     normalize(
         y, x, residual, relu, coefficients, s, start, channels, length, c0, c1, n0, n1, l0, l1
     )

@@ -84,7 +84,7 @@ def finalize_moments(
 
     `form` says what `moments.mean` and `moments.m2` hold; see ``backends/numpy.py``.
     """
-    mean, var, invstd = np.empty((3, moments.mean.size))
+    (mean, invstd), var = np.empty((2, moments.mean.size)), np.empty(moments.mean.size)
     states = running or (None, None)
     dense = [_vector(state, _FLOAT32 if state is None else state.dtype) for state in states]
     load().finalize_moments(
@@ -237,21 +237,20 @@ def local_forward(
             running=running, factor=factor,
         )  # fmt: skip
     dtype = _parameter_dtype(x3.dtype)
-    outputs = np.empty((3, c))
+    (mean, invstd), var = np.empty((2, 1, c)), np.empty((1, c))
     states = running or (None, None)
     dense = [_vector(state, dtype) for state in states]
     y = _flat(y3)
     arguments = (
         y, _flat(x3), _flat(residual3, x3), activation is not None, _vector(weight, dtype),
-        _vector(bias, dtype), eps, outputs, *dense, factor, np.empty(plan.coefficients, dtype),
-        plan.repeats, plan.group,
+        _vector(bias, dtype), eps, mean, invstd[0], var, *dense, factor,
+        np.empty(plan.coefficients, dtype), plan.repeats, plan.group,
     )  # fmt: skip
     loops = load()
     spread(loops.column_forward if plan.columns else loops.row_forward, arguments, plan.pieces)
     _pack_mask(y, mask)
     _copy_back(states, dense)
-    mean, var, invstd = outputs
-    return mean, var, invstd
+    return mean[0], var[0], invstd[0]
 
 
 def local_backward(
