@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from .layers.batchnorm import BatchNorm
 from .statistics import Moments, padded_length
 
 _TEXT = 256  # characters that say what a batch looks like
+_QUIET = partial(np.errstate, all="ignore")  # NaN and Inf are results like others, as in the layers
 
 
 def recalibrate(layer: Layer, batches: Iterable[Any], comm: Any = None) -> None:
@@ -84,17 +86,18 @@ def recalibrate(layer: Layer, batches: Iterable[Any], comm: Any = None) -> None:
                 for name in ("running_mean", "running_var", "num_batches_tracked"):
                     check_writeable(f"{path}.{name}" if path else name, norm.buffers[name])
             call.agree(_outline(norms), messages=2)
-            number, pooled = _pool(
-                call, number, [_on_host(observed[norm], norm) for _, norm in norms]
-            )
+            local = [_on_host(observed[norm], norm) for _, norm in norms]
+            with _QUIET():
+                number, pooled = _pool(call, number, local)
             if number == 0:
                 raise ValueError(
                     "there are no batches on any rank; an iterator that was used up before?"
                 )
     for (_, norm), moments in zip(norms, pooled, strict=True):
         if moments.count:
-            assign(norm.running_mean, moments.mean)
-            assign(norm.running_var, moments.m2 / max(moments.count - 1, 1))
+            with _QUIET():
+                assign(norm.running_mean, moments.mean)
+                assign(norm.running_var, moments.m2 / max(moments.count - 1, 1))
             norm.num_batches_tracked[...] = number
 
 
@@ -118,7 +121,7 @@ def fold(layer: BatchNorm) -> tuple[Array, Array]:
         raise ValueError(
             f"{layer.label}: track_running_stats=False, so there are no statistics to fold"
         )
-    with on_device_of(mean):
+    with on_device_of(mean), _QUIET():
         scale = 1.0 / np.sqrt(var.astype(np.float64) + layer.eps)
         if layer.weight is not None:
             scale = scale * layer.weight
@@ -143,7 +146,8 @@ def _observed(layer: Layer, norms: list[BatchNorm]) -> Iterator[dict[BatchNorm, 
 
     def watch(norm: BatchNorm) -> None:
         def observe(moments: Moments) -> None:
-            observed[norm] = observed[norm].merge(moments)
+            with _QUIET():
+                observed[norm] = observed[norm].merge(moments)
 
         norm.observe = observe
         norm.training = True

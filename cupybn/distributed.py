@@ -253,10 +253,11 @@ def _outline(layer: Layer, *kinds: str) -> str:
 
 def _scatter(bucket: Array, arrays: list[Array]) -> None:
     begin = 0
-    for array in arrays:
-        end = begin + array.size
-        assign(array, bucket[begin:end].reshape(array.shape))
-        begin = end
+    with np.errstate(all="ignore"):  # a sum too large for its gradient's dtype becomes Inf
+        for array in arrays:
+            end = begin + array.size
+            assign(array, bucket[begin:end].reshape(array.shape))
+            begin = end
 
 
 def _words(array: Array) -> Array:

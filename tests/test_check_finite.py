@@ -12,9 +12,19 @@ from hostcuda.build import missing
 from kernel_cases import host_kernels, parameter_dtype
 from rank_checks import Spy, bits, normal
 
-from cupybn import SyncBatchNorm, backends, passes
+from cupybn import (
+    BatchNorm2d,
+    Sequential,
+    SyncBatchNorm,
+    backends,
+    distributed,
+    fold,
+    passes,
+    recalibrate,
+)
 from cupybn import functional as F
 from cupybn.backends import cuda
+from cupybn.interop.names import convert_state_dict
 from cupybn.testing import run_ranks
 
 POISONS = [np.nan, np.inf, -np.inf]
@@ -186,5 +196,41 @@ def test_it_cannot_go_into_a_cuda_graph(monkeypatch):
         with pytest.raises(RuntimeError, match="forward of 'bn': check_finite=True cannot go"):
             layer.forward(batch(comm, np.float32))
         assert bits(layer) == before
+
+    run_ranks(2, rank)
+
+
+def test_inf_warns_nobody_anywhere():
+    """NaN and Inf are results like others; a warning would be an exception, on one rank alone."""
+
+    def rank(comm):
+        x = np.full((4, 3, 2, 2), -np.inf if comm.rank else np.inf, np.float32)
+        layer = SyncBatchNorm(3, comm=comm)
+        layer(x)
+        layer.backward(x)
+        layer.grads["bias"][...] = x[0, :, 0, 0]
+        distributed.allreduce_gradients(layer, comm)
+        assert np.isnan(layer.grads["bias"]).all()
+        large = normal((4, 3, 2, 2), np.float64) * 1e300
+        wide = BatchNorm2d(3, dtype="float64")
+        recalibrate(wide, [large, large], comm)
+        assert not np.isfinite(wide.running_var).any()
+
+    with np.errstate(all="raise"):
+        run_ranks(2, rank)
+        layer = BatchNorm2d(3)
+        layer.running_var[...] = -1
+        assert np.isnan(fold(layer)).all()
+        keras = {"a/moving_mean": np.zeros(3), "a/moving_variance": np.full(3, 3e38, np.float32)}
+        ours = convert_state_dict(keras, "keras", "cupybn", count=2)
+        assert np.isinf(ours["a.running_var"]).all()
+
+
+def test_a_sum_too_large_for_its_gradient():
+    def rank(comm):
+        narrow, wide = BatchNorm2d(3), BatchNorm2d(3, dtype="float64")
+        narrow.grads["weight"][...] = 3e38
+        distributed.allreduce_gradients(Sequential(narrow, wide), comm, op="sum")
+        assert np.isinf(narrow.grads["weight"]).all()
 
     run_ranks(2, rank)

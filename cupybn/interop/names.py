@@ -28,6 +28,8 @@ from collections.abc import Mapping
 from numbers import Integral
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..arrays import Array, as_array, on_device_of
 from ..checkpoint import StateDict
 
@@ -173,5 +175,5 @@ def _count_of(count: int | Mapping[str, int], path: str) -> int:
 
 
 def _scaled(array: Array, factor: float) -> Array:
-    with on_device_of(array):
+    with on_device_of(array), np.errstate(all="ignore"):
         return (array * factor).astype(array.dtype)
