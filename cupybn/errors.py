@@ -1,7 +1,7 @@
 """The exceptions of cupybn. Each also derives from the builtin that PyTorch raises in its place.
 
 After any of them, parameters, gradients, buffers and ``num_batches_tracked`` of the layer that
-raised are bit for bit what they were before the call.
+raised are bit for bit what they were before the call. Layers of a tree that ran before it have run.
 """
 
 from __future__ import annotations

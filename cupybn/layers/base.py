@@ -23,7 +23,8 @@ class Layer:
     """Base class of layers that keep their own arrays.
 
     To write one, call ``super().__init__()``, then :meth:`register_parameter`,
-    :meth:`register_buffer` or assign child layers to attributes, and implement
+    :meth:`register_buffer` or assign child layers to attributes (layers in a list are not found:
+    put them into a :class:`~cupybn.Sequential`), and implement
 
     * ``compute_forward(self, x, **options) -> (y, context)``: `context` is whatever backward needs.
       Declare a keyword ``save_for_backward`` to be told whether the context will be kept.
