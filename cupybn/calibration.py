@@ -60,7 +60,7 @@ def recalibrate(layer: Layer, batches: Iterable[Any], comm: Any = None) -> None:
     norms = [
         (path, norm)
         for path, norm in layer.named_layers()
-        if isinstance(norm, BatchNorm) and norm.track_running_stats
+        if isinstance(norm, BatchNorm) and "running_mean" in norm.buffers
     ]
     if not norms:
         return
@@ -119,7 +119,7 @@ def fold(layer: BatchNorm) -> tuple[Array, Array]:
     mean, var = layer.running_mean, layer.running_var
     if mean is None:
         raise ValueError(
-            f"{layer.label}: track_running_stats=False, so there are no statistics to fold"
+            f"{layer.label}: made with track_running_stats=False, there are no statistics to fold"
         )
     with on_device_of(mean), _QUIET():
         scale = 1.0 / np.sqrt(var.astype(np.float64) + layer.eps)

@@ -108,6 +108,24 @@ def test_without_tracking_evaluation_uses_its_own_batch():
     assert reference.error(layer.backward(x**2), reference.backward(x**2, x).dx) < 1e-5
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_tracking_that_is_switched_later(momentum):
+    """As in PyTorch: the option decides about updates, the arrays that are there about the rest."""
+    layer, twin = (BatchNorm2d(3, momentum=momentum) for _ in range(2))
+    layer(X), twin(X)
+    layer.track_running_stats = False
+    before = snapshot(layer)
+    layer(X)
+    assert snapshot(layer) == before
+    np.testing.assert_array_equal(layer.eval()(X), twin.eval()(X))
+    layer = BatchNorm2d(3, momentum=momentum, track_running_stats=False)
+    layer.track_running_stats = True
+    np.testing.assert_array_equal(layer(X), twin.train()(X))
+    np.testing.assert_array_equal(layer.eval()(X), twin.train()(X))
+    cupybn.recalibrate(layer, [X], ALONE)  # nothing to recalibrate
+    layer.load_state_dict(dict(layer.state_dict()))
+
+
 @pytest.mark.parametrize("relu", [False, True])
 def test_evaluation_uses_running_statistics_and_backward_takes_them_as_constants(relu):
     layer = layer_for(np.float32, activation="relu" if relu else None)

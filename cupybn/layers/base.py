@@ -327,6 +327,7 @@ class Layer:
 
         Raises:
             StateDictError: lists everything that does not fit.
+            TypeError: `state` is no mapping.
         """
         return load_state(self, state, strict)
 

@@ -34,7 +34,7 @@ ARGUMENTS = """
         affine: whether there are a weight (C,) and a bias (C,).
         track_running_stats: whether there are ``running_mean``, ``running_var`` (unbiased, over the
             count of all ranks) and ``num_batches_tracked``; without them evaluation mode uses the
-            statistics of its own batch.
+            statistics of its own batch. Set to False later, training leaves them as they are.
         bias: whether an affine layer has a bias.
         channel_axis: 1, or -1 for channels-last shapes.
         activation: None or "relu", applied to y.
@@ -220,7 +220,7 @@ class BatchNorm(Layer):
         }
         x = as_array(x)
         self._check_input(x)
-        evaluates = not self.training and self.track_running_stats
+        evaluates = not self.training and "running_mean" in self.buffers
         computed = self._inference_steps if evaluates else self._batch_steps
         return (yield from on_its_device(x, computed(call, x, options)))
 
@@ -235,7 +235,7 @@ class BatchNorm(Layer):
     def _batch_steps(
         self, call: joint, x: Array, options: dict[str, Any]
     ) -> Steps[tuple[Array, Saved]]:
-        updates = self.training and self.track_running_stats and self.observe is None
+        updates = self.training and self.observe is None and self._tracks()
         if updates:
             batches = self.buffers["num_batches_tracked"]
             check_writeable("num_batches_tracked", batches)
@@ -258,12 +258,16 @@ class BatchNorm(Layer):
 
     def _settings(self) -> str:
         batch = ""
-        if self.momentum is None and self.track_running_stats:
+        if self.momentum is None and self._tracks():
             batch = f" (batch {int(self.num_batches_tracked) + 1})"
         return (
             f", momentum={self.momentum!r}{batch}, "
             f"track_running_stats={self.track_running_stats}, check_finite={self.check_finite}"
         )
+
+    def _tracks(self) -> bool:
+        """Whether training moves the running statistics; the option may have changed since."""
+        return self.track_running_stats and "running_mean" in self.buffers
 
     def _running(self) -> tuple[Array, Array, float]:
         if self.momentum is None:
@@ -348,7 +352,7 @@ class BatchNorm(Layer):
 
     def upgrade_state_dict(self, state: dict[str, Any], prefix: str, version: int) -> None:
         """Version 1 had no ``num_batches_tracked``: it keeps its current value."""
-        if version < 2 and self.track_running_stats:
+        if version < 2 and "num_batches_tracked" in self.buffers:
             state.setdefault(f"{prefix}num_batches_tracked", self.num_batches_tracked)
 
     def extra_repr(self) -> str:
