@@ -76,7 +76,7 @@ class Saved:
     @property
     def var(self) -> Array:
         """(C,) float64, the biased variance of that batch, from `invstd`: to 1e-15 of var + eps."""
-        with on_device_of(self.invstd):
+        with on_device_of(self.invstd), np.errstate(all="ignore"):  # Inf where invstd is 0
             return np.maximum(self.invstd**-2.0 - self.eps, 0)
 
     @property

@@ -89,6 +89,8 @@ def test_update_running():
     with pytest.raises(DTypeError, match="running_var is a masked array"):
         F.update_running(mean, np.ma.ones(3), saved, 0.5)
     assert mean.tobytes() == before
+    _, infinite = F.batch_norm_forward(x * np.float32(1e30))
+    assert np.isinf(infinite.var).all()
     _, large = F.batch_norm_forward(x.astype(np.float64) * 1e30)
     F.update_running(mean, var, large, 0.5)
     assert np.isinf(var).all()
