@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections import OrderedDict
 
 import numpy as np
@@ -68,6 +70,20 @@ def test_version_1_has_no_num_batches_tracked(metadata):
     assert target.load_state_dict(state) == ([], [])
     assert target.num_batches_tracked == 41
     np.testing.assert_array_equal(target.weight, trained().weight)
+
+
+def test_a_copy_keeps_the_versions():
+    state = trained().state_dict()
+    copies = (
+        state.copy(), StateDict(state), state | {"weight": state["weight"]}, copy.copy(state),
+        copy.deepcopy(state), pickle.loads(pickle.dumps(state)),
+    )  # fmt: skip
+    for each in copies:
+        assert type(each) is StateDict
+        assert each.metadata == {"": {"version": 2}}
+        assert list(each) == list(state)
+    copies[0].metadata[""]["version"] = 1
+    assert state.metadata == {"": {"version": 2}}
 
 
 def test_version_2_must_have_it():

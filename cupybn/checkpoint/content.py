@@ -33,13 +33,24 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 
 
 class StateDict(dict[str, Any]):
-    """Arrays by path, with ``metadata``: for each layer's path, its ``{"version": ...}``."""
+    """Arrays by path, with ``metadata``: for each layer's path, its ``{"version": ...}``.
+
+    A copy, and ``state | others``, have it too; a plain ``dict(state)`` counts as version 1.
+    """
 
     metadata: dict[str, dict[str, Any]]
 
     def __init__(self, *args: Any, metadata: Mapping[str, Any] | None = None) -> None:
         super().__init__(*args)
+        if metadata is None and args:
+            metadata = getattr(args[0], "metadata", None)
         self.metadata = {path: dict(entry) for path, entry in (metadata or {}).items()}
+
+    def copy(self) -> StateDict:
+        return StateDict(self)
+
+    def __or__(self, others: Any) -> StateDict:  # type: ignore[override]
+        return StateDict(super().__or__(others), metadata=self.metadata)
 
 
 class Description(NamedTuple):
