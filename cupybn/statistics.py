@@ -85,6 +85,7 @@ def message_length(num_features: int) -> int:
     return padded_length(2 * num_features)
 
 
+@lru_cache(maxsize=4096)
 def padded_length(payload: int) -> int:
     """The length of a message that carries `payload` numbers behind its header."""
     return HEADER + max(_MIN_PAYLOAD, 1 << max(payload - 1, 0).bit_length())
@@ -147,9 +148,11 @@ def read_header(summed: np.ndarray[Any, Any], ranks: int) -> Header:
     words = summed.tolist()
     failed = int(words[_FAILED])
     agree = True
-    for i in range(_FINGERPRINT, HEADER - 1, 2):  # on the way of every message, hence no integers
-        mean = words[i] / ranks
-        agree = agree and mean * mean * ranks == words[i + 1] and mean % 1 == 0
+    pieces, squares = words[_FINGERPRINT : HEADER - 1 : 2], words[_FINGERPRINT + 1 : HEADER : 2]
+    for piece, square in zip(pieces, squares, strict=True):
+        mean = piece / ranks  # on the way of every message, hence no integers
+        if mean * mean * ranks != square or mean % 1:
+            agree = False
     failed_rank = int(words[_FAILED_RANKS]) - 1 if failed == 1 else None
     return Header(failed, failed_rank, int(words[COUNT]), agree)
 
