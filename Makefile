@@ -8,8 +8,8 @@ BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint types test-openmpi test-frameworks test-nvrtc test-hostcuda traffic
-.PHONY: bench clean
+.PHONY: demo test check lint types test-openmpi test-frameworks test-pythons test-nvrtc
+.PHONY: test-hostcuda environments traffic bench clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/mpiexec -n 4 $(BIN)/python -m mpi4py examples/train_digits.py
@@ -33,12 +33,20 @@ test-openmpi:
 	$(MAKE) MPI=openmpi VENV=.venv-openmpi .venv-openmpi/test.stamp
 	.venv-openmpi/bin/python -m pytest -m mpi
 
-# What looks different with Numba computing, and beside PyTorch and JAX.
-FRAMEWORKS = any_array check_finite docs double_backward functional layers memory names numba \
-	primitives pytorch sync torch torch_ranks
+# What needs PyTorch, JAX or Numba; then what looks different with Numba computing.
+FRAMEWORKS = any_array docs double_backward memory names numba primitives pytorch torch torch_ranks
+NUMBA = check_finite coalesce double_backward functional joint layers sync
 test-frameworks:
 	$(MAKE) VENV=.venv-frameworks .venv-frameworks/frameworks.stamp
 	.venv-frameworks/bin/python -m pytest $(FRAMEWORKS:%=tests/test_%.py)
+	CUPYBN_CPU_BACKEND=numba .venv-frameworks/bin/python -m pytest -m 'not mpi and not gpu' \
+		$(NUMBA:%=tests/test_%.py)
+
+# A quick choice of tests with every other Python that is supported and found.
+QUICK = any_array architecture check_finite checkpoint cli coalesce distributed double_backward \
+	failures functional joint layers names primitives recalibrate state statistics
+test-pythons:
+	.ci/pythons $(QUICK:%=tests/test_%.py)
 
 # The kernels, compiled by NVRTC for every architecture; no GPU needed, about 450 MB of wheels.
 test-nvrtc:
@@ -49,6 +57,13 @@ test-nvrtc:
 test-hostcuda: $(VENV)/test.stamp
 	CUPYBN_HOST_VARIANT=shuffle $(BIN)/python -m pytest tests/test_kernels.py
 	$(BIN)/python tests/hostcuda/sanitize.py -m pytest tests/test_kernels.py
+
+# All that the tests need. Builds of one checkout must not run at once, tests may: make -j2.
+environments:
+	$(MAKE) $(VENV)/test.stamp
+	$(MAKE) MPI=openmpi VENV=.venv-openmpi .venv-openmpi/test.stamp
+	$(MAKE) VENV=.venv-frameworks .venv-frameworks/frameworks.stamp
+	$(MAKE) VENV=.venv-nvrtc .venv-nvrtc/nvrtc.stamp
 
 # Global memory traffic of the kernels, counted on the CPU.
 traffic: $(VENV)/test.stamp
@@ -71,6 +86,10 @@ $(VENV)/test.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),dev]'
 	touch $@
 
+$(VENV)/quick.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),test]'
+	touch $@
+
 $(VENV)/nvrtc.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),nvrtc]'
 	touch $@
@@ -82,4 +101,4 @@ $(VENV)/frameworks.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf .venv .venv-openmpi .venv-frameworks .venv-nvrtc build dist *.egg-info
+	rm -rf .venv .venv-openmpi .venv-frameworks .venv-nvrtc .venv-3.* build dist *.egg-info

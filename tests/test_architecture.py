@@ -57,6 +57,25 @@ def test_imports_go_to_lower_floors_only(path):
         assert below or other == room or (room, other) in MAY_IMPORT_BESIDE, f"{room} -> {other}"
 
 
+def test_every_module_can_be_imported():
+    """Some are imported by few: in each supported Python, all of them have to be importable."""
+    paths = [path.relative_to(PACKAGE.parent).with_suffix("") for path in PACKAGE.rglob("*.py")]
+    code = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        missing = getattr(error.__cause__ or error, "name", None) or ""
+        if missing.partition(".")[0] not in {"cupy", "numba", "torch"}:
+            raise
+"""
+    names = [".".join(path.parts).removesuffix(".__init__") for path in sorted(paths)]
+    command = [sys.executable, "-W", "error", "-c", code, *names]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+
+
 def test_importing_is_light():
     code = (
         "import sys, cupybn, cupybn.testing;"

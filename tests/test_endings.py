@@ -28,7 +28,7 @@ TIMEOUT = 3
 LIMIT = 20  # seconds from when all ranks are ready
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(2 * (STARTUP + LIMIT))]
 RANKS = [2, 4]
-AT_A_TIME = 3
+AT_A_TIME = 5
 
 FIRST, SECOND = "forward of 'first', message 5", "backward of 'second', message 7"
 SPOKEN = {
@@ -121,7 +121,7 @@ def check_spoken(job, n, where):
     assert job.code != 0
     assert job.seconds < TIMEOUT + 5
     said = rf"cupybn: rank [0-{n - 2}] of {n}, {re.escape(where)} of this communicator: "
-    assert re.search(said + rf"waited {TIMEOUT}\.\d s for the other ranks", job.stderr), job.stderr
+    assert re.search(said + r"waited [3-7]\.\d s for the other ranks", job.stderr), job.stderr
     assert re.search(r'File ".*endings.py", line \d+ in ', job.stderr)  # the Python stack
     assert left_over(job.ranks) == []
 
@@ -143,7 +143,7 @@ def test_under_a_shell_that_lingers_the_ranks_outlive_one_that_is_gone(endings, 
 def test_the_launcher_ends_the_job_when_a_process_is_gone(endings, n, case):
     job = endings(n, case)
     assert job.code != 0
-    assert job.seconds < TIMEOUT
+    assert job.seconds < TIMEOUT + 5
     assert "cupybn: " not in job.stderr
     assert left_over(job.ranks) == []
 
@@ -154,7 +154,8 @@ def test_a_process_that_is_gone_without_an_error_ends_the_job_too(endings, mpiru
     """MPICH's launcher may then give the code of that process, 0, for the whole job."""
     job = endings(n, case)
     assert job.code != 0 or job.library == "MPICH"
-    assert job.seconds < TIMEOUT
+    assert job.seconds < TIMEOUT + 5
+    assert "cupybn: " not in job.stderr
     assert left_over(job.ranks) == []
     if job.library == "MPICH":
         check_spoken(ending(mpirun, n, case, options=["-disable-auto-cleanup"]), n, FIRST)
@@ -166,7 +167,8 @@ def test_messages_of_different_length_end_the_job(endings, n, case):
     """MPICH aborts at once. With Open MPI a rank raises or crashes, or the others wait in vain."""
     job = endings(n, case)
     assert job.code != 0
-    assert job.seconds < (TIMEOUT if job.library == "MPICH" else TIMEOUT + 5)
+    assert job.seconds < TIMEOUT + 5
+    assert not (job.library == "MPICH" and "cupybn: " in job.stderr)
     assert left_over(job.ranks) == []
 
 
@@ -264,6 +266,6 @@ def test_the_job_is_aborted_even_if_no_thread_can_be_started(monkeypatch):
 def test_under_mpi4py_an_exception_ends_the_job_at_once(mpirun, n, case, text):
     job = ending(mpirun, n, case, aborting=True)
     assert job.code != 0
-    assert job.seconds < TIMEOUT
+    assert job.seconds < TIMEOUT + 5
     assert text in job.stderr
     assert "cupybn: " not in job.stderr
