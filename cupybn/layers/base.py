@@ -30,6 +30,9 @@ class Layer:
       Declare a keyword ``save_for_backward`` to be told whether the context will be kept.
     * ``compute_backward(self, dy, context, **options) -> dx``: adds to arrays of ``self.grads``.
 
+    A layer made of layers calls their :meth:`run_forward` and ``compute_backward``, and keeps their
+    contexts in its own: docs/architecture.md has both kinds.
+
     Attributes:
         params, grads, buffers: dicts from name to array; ``grads`` has the keys, shapes and dtypes
             of ``params``. Registered names read as attributes too; assigning copies into the array.
