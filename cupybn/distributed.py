@@ -107,11 +107,12 @@ def broadcast_parameters(layer: Layer, comm: Any = None, root: int = 0) -> None:
         if communicator.rank == root:
             bits = [_words(array) for array in arrays]
         bits = _pool(call, bits)
+    bits = bits.astype(np.uint32)  # all at once: what might not fit in memory, before any writing
     begin = 0
     for array in arrays:
         end = begin - (-array.nbytes // 4)
-        data = bits[begin:end].astype(np.uint32).tobytes()[: array.nbytes]
-        assign(array, np.frombuffer(data, array.dtype).reshape(array.shape))
+        data = bits[begin:end].view(np.uint8)[: array.nbytes]
+        assign(array, data.view(array.dtype).reshape(array.shape))
         begin = end
 
 
