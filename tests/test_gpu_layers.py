@@ -673,10 +673,10 @@ def test_nothing_is_allocated_but_results(step):
             del y, result
             gpu.saved = None
             assert (pool.used_bytes(), pool.total_bytes()) == (used, total)
-        per_channel = 2 * 8 * c
+        vector = 8 * c
         mask = [-(-x.size // 8)] if residual else []
-        assert forward == sorted([per_channel, per_channel, *mask, x.nbytes])
-        assert backward == sorted([per_channel, x.nbytes, *([x.nbytes] if residual else [])])
+        assert forward == sorted([*[vector] * 4, *mask, x.nbytes])
+        assert backward == sorted([2 * vector, x.nbytes, *([x.nbytes] if residual else [])])
 
 
 def test_two_runs_give_the_same_bits():
