@@ -4,25 +4,15 @@
 #include "numeric.cuh"
 #include "geometry.cuh"
 
-// The bits of one vector, element 0 the highest of V. They may lie across two bytes.
+// The bits of one vector, that of element 0 at V - 1. Bit i of the tensor is bit 7 - i % 8 of its byte;
+// the vector may lie across two. What is above those V bits means nothing.
 __device__ __forceinline__ unsigned load_mask(const unsigned char* mask, const slot_t& slot) {
-  i64 begin = slot.offset + slot.first(), end = slot.offset + slot.last() - 1;
-  unsigned high = load_if(slot.active, mask + begin / 8);
-  unsigned low = high;
-  if (slot_t::ragged) {
-    bool two = slot.active && begin / 8 != end / 8;
-    unsigned next = load_if(two, mask + end / 8);
-    if (two) low = next;
-  }
-  // bit i of the tensor is bit 7 - i % 8 of its byte
-  unsigned bits = 0;
-#pragma unroll
-  for (int j = 0; j < V; ++j) {
-    i64 i = slot.offset + j;
-    unsigned byte = !slot_t::ragged || i / 8 == begin / 8 ? high : low;
-    bits = bits << 1 | (byte >> (7 - (i & 7)) & 1u);
-  }
-  return bits;
+  i64 byte = slot.offset >> 3;  // rounds down where element 0 lies before the tensor
+  int begin = slot.offset & 7;
+  unsigned bits = load_if(slot.active && begin + slot.first() < 8, mask + byte);
+  bits <<= 8;
+  if (slot_t::ragged) bits |= load_if(slot.active && begin + slot.last() > 8, mask + byte + 1);
+  return bits >> (16 - V - begin);
 }
 
 // `bits` counts, all ones where there was no ReLU, unless y is computed again.

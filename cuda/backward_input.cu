@@ -6,27 +6,24 @@
 #include "geometry.cuh"
 #include "backward.cuh"
 
-constexpr int UNROLL = 2;
-
 struct Gradient {
   Affine affine;
   acc_t slope, offset;
 };
 
 struct Sums {
-  const double* dy;  // or null
+  const double* dy;  // or both null
   const double* dy_xmu;
 };
 
 __device__ __forceinline__ Gradient gradient_of(const Channel& channel, bool active, i64 c,
                                                 const Sums& sums, double share) {
   Gradient gradient{Affine::of(channel), 0, 0};
-  if (sums.dy) {
-    double slope = load_if(active, sums.dy_xmu + c) * channel.invstd * channel.invstd * share;
-    double offset = Affine::low(channel.mean) * slope - load_if(active, sums.dy + c) * share;
-    gradient.slope = static_cast<acc_t>(-slope);
-    gradient.offset = static_cast<acc_t>(offset);
-  }
+  double sum_dy_xmu = load_or(active, sums.dy_xmu, c, 0.0);
+  double slope = sum_dy_xmu * channel.invstd * channel.invstd * share;
+  double offset = Affine::low(channel.mean) * slope - load_or(active, sums.dy, c, 0.0) * share;
+  gradient.slope = static_cast<acc_t>(-slope);
+  gradient.offset = static_cast<acc_t>(offset);
   return gradient;
 }
 
@@ -38,14 +35,11 @@ __device__ __forceinline__ void add_parameter_gradients(const Walk& walk, i64 ch
   for (int i = threadIdx.x, rest = walk.group(); rest > 0; i += blockDim.x, rest -= blockDim.x) {
     i64 c = walk.first_channel() + i;
     bool active = walk.slice == 0 && i < walk.group() && c < channels;
-    if (dweight) {
-      double sum = load_if(active, local.dy_xmu + c) * load_if(active, invstd + c);
-      store_if(active, dweight + c, load_if(active, dweight + c) + static_cast<param_t>(sum));
-    }
-    if (dbias) {
-      param_t sum = static_cast<param_t>(load_if(active, local.dy + c));
-      store_if(active, dbias + c, load_if(active, dbias + c) + sum);
-    }
+    double of_weight = load_or(active, local.dy_xmu, c, 0.0) * load_if(active, invstd + c);
+    double of_bias = load_or(active, local.dy, c, 0.0);
+    store_at(active, dweight, c,
+             load_or(active, dweight, c, param_t(0)) + static_cast<param_t>(of_weight));
+    store_at(active, dbias, c, load_or(active, dbias, c, param_t(0)) + static_cast<param_t>(of_bias));
   }
 }
 
@@ -56,6 +50,7 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
                const double* sum_dy, const double* sum_dy_xmu, const double* local_dy,
                const double* local_dy_xmu, double share, i64 relu, i64 n, i64 c, i64 l, i64 span,
                i64 group, i64 fold) {
+  constexpr int UNROLL = 2;
   const Shape shape{n, c, l, span, group, fold};
   const ChannelArrays arrays{mean, invstd, {weight, bias}};
   const Sums sums{sum_dy, sum_dy_xmu}, local{local_dy, local_dy_xmu};
@@ -75,12 +70,11 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
     Pack<scalar_t, V> pack_x[UNROLL] = {}, pack[UNROLL];
     unsigned bits[UNROLL];
 #pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-      slot[u] = walk.next();
-      pack[u] = load_slot(dy, slot[u], shape.size());
-      if (needs_x) pack_x[u] = load_slot(x, slot[u], shape.size());
-      bits[u] = masked ? load_mask(mask, slot[u]) : ~0u;
-    }
+    for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
+    load_slots(pack, dy, slot, shape.size());
+    if (needs_x) load_slots(pack_x, x, slot, shape.size());
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) bits[u] = masked ? load_mask(mask, slot[u]) : ~0u;
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       Pack<scalar_t, V> passed;

@@ -6,22 +6,22 @@
 #include "reduce.cuh"
 #include "backward.cuh"
 
-constexpr int UNROLL = 2;
-
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* message_dy_xmu,
                 double* partials, unsigned* counters, const scalar_t* dy, const scalar_t* x,
                 const unsigned char* mask, const double* mean, const double* invstd,
                 const param_t* weight, const param_t* bias, i64 relu, i64 n, i64 c, i64 l,
                 i64 span, i64 group, i64 fold) {
+  constexpr int UNROLL = 2;
   const Shape shape{n, c, l, span, group, fold};
-  const ChannelArrays arrays{mean, invstd, {weight, bias}};
   const bool masked = relu && mask, again = relu && !mask;
+  const Parameters parameters{again ? weight : nullptr, again ? bias : nullptr};
   Walk walk(shape, blockIdx.x, blockIdx.y, skew_of(x));
   __shared__ Affine table[MAX_GROUP];
   fill_table(table, walk, c, [&](bool active, i64 channel) {
-    if (again) return Affine::of(arrays.load(active, channel));
-    return Affine{static_cast<acc_t>(load_if(active, mean + channel)), 0, 0};
+    Channel own{load_if(active, mean + channel), load_if(active && again, invstd + channel), 1, 0};
+    parameters.load(active, channel, own);
+    return Affine::of(own);
   });
   Affine affine[Walk::CHANNELS];
   pick(affine, table, walk);
@@ -32,12 +32,11 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
     Pack<scalar_t, V> pack_x[UNROLL], pack_dy[UNROLL];
     unsigned bits[UNROLL];
 #pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-      slot[u] = walk.next();
-      pack_x[u] = load_slot(x, slot[u], shape.size());
-      pack_dy[u] = load_slot(dy, slot[u], shape.size());
-      bits[u] = masked ? load_mask(mask, slot[u]) : ~0u;
-    }
+    for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
+    load_slots(pack_x, x, slot, shape.size());
+    load_slots(pack_dy, dy, slot, shape.size());
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) bits[u] = masked ? load_mask(mask, slot[u]) : ~0u;
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
 #pragma unroll
@@ -61,9 +60,7 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
     double about_mean = sums.b - low * sums.a;
     store_if(active, sum_dy + channel, sums.a);
     store_if(active, sum_dy_xmu + channel, about_mean);
-    if (message_dy) {
-      store_if(active, message_dy + channel, sums.a);
-      store_if(active, message_dy_xmu + channel, about_mean);
-    }
+    store_at(active, message_dy, channel, sums.a);
+    store_at(active, message_dy_xmu, channel, about_mean);
   });
 }

@@ -6,33 +6,22 @@
 #include "reduce.cuh"
 #include "moments.cuh"
 
-constexpr int UNROLL = 4;
-
-// Any of the four may be null. A message carries count * mean and m2 + count * mean^2, of float64
-// data the first alone.
-struct MomentArrays {
-  double* mean;
-  double* m2;
-  double* weighted;
-  double* about_zero;
-};
-
+// A message carries count * mean and m2 + count * mean^2, of float64 data the first alone: `weighted`
+// and `about_zero`, either of which may be null.
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 batch_moments(double* mean, double* m2, double* weighted, double* about_zero, double* partials,
               unsigned* counters, const scalar_t* x, i64 n, i64 c, i64 l, i64 span, i64 group,
               i64 fold) {
+  constexpr int UNROLL = 4;
   const Shape shape{n, c, l, span, group, fold};
-  const MomentArrays out{mean, m2, weighted, about_zero};
   Walk walk(shape, blockIdx.x, blockIdx.y, skew_of(x));
   ThreadMoments<UNROLL> moments;
   while (walk.left > 0) {
     slot_t slot[UNROLL];
     Pack<scalar_t, V> pack[UNROLL];
 #pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-      slot[u] = walk.next();
-      pack[u] = load_slot(x, slot[u], shape.size());
-    }
+    for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
+    load_slots(pack, x, slot, shape.size());
     if (!moments.started) moments.start(pack, slot);
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) moments.add(pack[u], slot[u]);
@@ -55,9 +44,9 @@ batch_moments(double* mean, double* m2, double* weighted, double* about_zero, do
     double shift = sums.a / count;
     double center = pivot + shift, spread = sums.b - sums.a * shift;
     double weight = count * center;
-    if (out.mean) store_if(active, out.mean + channel, center);
-    if (out.m2) store_if(active, out.m2 + channel, spread);
-    if (out.weighted) store_if(active, out.weighted + channel, weight);
-    if (out.about_zero) store_if(active, out.about_zero + channel, fma(weight, center, spread));
+    store_if(active, mean + channel, center);
+    store_if(active, m2 + channel, spread);
+    store_at(active, weighted, channel, weight);
+    store_at(active, about_zero, channel, fma(weight, center, spread));
   });
 }

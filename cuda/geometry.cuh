@@ -107,20 +107,20 @@ template <int V_, bool RAGGED_> struct Runs {
     i64 rest = all_channels - tile * group_;
     on = lane < lanes && k * V < (rest < group_ ? rest : group_) * fold * length;
     i64 begin = slice * shape.span;
-    left = (shape.n + fold - 1) / fold - begin;
-    if (left > shape.span) left = shape.span;
+    left = shape.n - begin * fold;  // samples: no 64-bit division
+    if (left > shape.span * fold) left = shape.span * fold;
     i64 pitch = fold * all_channels * length;
     offset = (begin + lane) * pitch + tile * group_ * length + k * V;
     step = lanes * pitch;
   }
 
   __device__ __forceinline__ slot_t next() {
-    slot_t slot{offset, 0, V, on && lane < left};
+    slot_t slot{offset, 0, V, on && lane * fold < left};
     if (RAGGED) {
       slot.last_ = total - offset < V ? total - offset : V;
       slot.active = slot.active && slot.last_ > 0;
     }
-    left -= lanes;
+    left -= lanes * fold;
     offset += step;
     return slot;
   }
@@ -162,22 +162,31 @@ template <typename T> __device__ __forceinline__ int skew_of(const T* tensor) {
   return reinterpret_cast<size_t>(tensor) / sizeof(T) % V;
 }
 
-// One vector of a tensor. A vector across the ends of a row is read whole, its neighbours with it;
-// one across the ends of the tensor is read element by element.
-template <typename T>
-__device__ __forceinline__ Pack<T, V> load_slot(const T* tensor, const slot_t& slot, i64 size) {
-  bool inside = slot.active;
-  if (slot_t::ragged) inside = inside && slot.offset >= 0 && slot.offset + V <= size;
-  Pack<T, V> pack = load_pack_if<V>(inside, tensor + slot.offset);
-  if (slot_t::ragged) {
+// Vectors of a tensor. One across the ends of a row is read whole, its neighbours with it; one across
+// the ends of the tensor, of which there are two, element by element: each comes in at the front and
+// moves the others on, so that the rare case is a short loop and no array is indexed at run time.
+template <int COUNT, typename T>
+__device__ __forceinline__ void load_slots(Pack<T, V> (&packs)[COUNT], const T* tensor,
+                                           const slot_t* slots, i64 size) {
+  bool outside[COUNT], any = false;
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      bool alone = !inside && slot.has(j);
-      T value = load_if(alone, tensor + slot.offset + j);
-      if (alone) pack.v[j] = value;
+  for (int u = 0; u < COUNT; ++u) {
+    outside[u] = slot_t::ragged && (slots[u].offset < 0 || slots[u].offset + V > size);
+    packs[u] = load_pack_if<V>(slots[u].active && !outside[u], tensor + slots[u].offset);
+    any = any || (slots[u].active && outside[u]);
+  }
+  if (!slot_t::ragged || !__any_sync(0xffffffffu, any)) return;
+#pragma unroll
+  for (int u = 0; u < COUNT; ++u) {
+#pragma unroll 1
+    for (int j = V - 1; j >= 0; --j) {
+      T value = load_if(outside[u] && slots[u].has(j), tensor + slots[u].offset + j);
+      if (!outside[u]) continue;
+#pragma unroll
+      for (int k = V - 1; k > 0; --k) packs[u].v[k] = packs[u].v[k - 1];
+      packs[u].v[0] = value;
     }
   }
-  return pack;
 }
 
 template <typename T>

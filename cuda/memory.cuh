@@ -46,6 +46,28 @@ template <typename T> __device__ __forceinline__ void store_if(bool active, T* a
   if (active) *address = value;
 }
 
+// Element i of an array that may be null. The compiler must not see that it is null in all rounds of a
+// loop or in none: it would make a copy of the loop for each.
+template <typename T> __device__ __forceinline__ T* element(T* array, i64 i) {
+#ifndef CUPYBN_HOST
+  asm volatile("" : "+l"(array));
+#endif
+  return array ? array + i : nullptr;
+}
+
+template <typename T>
+__device__ __forceinline__ T load_or(bool active, const T* array, i64 i, T otherwise) {
+  const T* address = element(array, i);
+  T value = load_if(active && address, address);
+  return address ? value : otherwise;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_at(bool active, T* array, i64 i, T value) {
+  T* address = element(array, i);
+  store_if(active && address, address, value);
+}
+
 template <typename W> __device__ __forceinline__ void store_word(W* address, const W& word) {
   *address = word;
 }

@@ -24,10 +24,15 @@ template <int UNROLL> struct ThreadMoments {
   // Deviations from a first value are averaged, not the values: constants give that value exactly.
   __device__ __forceinline__ void start(const packs_t& x, const slots_t& slot) {
     if (rows) {
+      Pack<scalar_t, V> row = x[0];
+      slot_t own = slot[0];
 #pragma unroll
-      for (int u = 0; u < (slot_t::ragged ? UNROLL : 1); ++u) {
-        if (!started && slot[u].active) start_row(x[u], slot[u]);
+      for (int u = slot_t::ragged ? UNROLL - 1 : 0; u > 0; --u) {
+        if (slot[0].active || !slot[u].active) continue;  // the first that is active
+        row = x[u];
+        own = slot[u];
       }
+      if (own.active) start_row(row, own);
     } else if (slot[0].active) {
       start_columns(x, slot);
     }

@@ -4,6 +4,9 @@
 #include "numeric.cuh"
 #include "geometry.cuh"
 
+// Vectors across the ends of rows have two rows in one byte of the mask: that is for normalize_flat.
+constexpr bool OWNS_BYTES = !(slot_t::ragged && Walk::CHANNELS == 1);
+
 // A byte of the mask is eight values: of one vector, or of neighbouring lanes, whose first stores it.
 __device__ __forceinline__ void store_mask(unsigned char* mask, const slot_t& slot,
                                            const Pack<scalar_t, V>& y) {
@@ -33,17 +36,12 @@ __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned
     slot_t slot[UNROLL];
     Pack<scalar_t, V> pack[UNROLL];
 #pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-      slot[u] = walk.next();
-      pack[u] = load_slot(x, slot[u], shape.size());
-    }
+    for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
+    load_slots(pack, x, slot, shape.size());
 #pragma unroll
     for (int half = 0; half < UNROLL; half += UNROLL / 2) {
       Pack<scalar_t, V> added[UNROLL / 2] = {};
-#pragma unroll
-      for (int u = 0; u < UNROLL / 2; ++u) {
-        if (residual) added[u] = load_slot(residual, slot[half + u], shape.size());
-      }
+      if (residual) load_slots(added, residual, slot + half, shape.size());
 #pragma unroll
       for (int u = 0; u < UNROLL / 2; ++u) {
         Pack<scalar_t, V>& out = pack[half + u];
@@ -54,7 +52,7 @@ __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned
           narrow(activate(value, relu), out.v[j]);
         }
         store_slot(y, slot[half + u], out);
-        if (mask) store_mask(mask, slot[half + u], out);
+        if (OWNS_BYTES && mask) store_mask(mask, slot[half + u], out);
       }
     }
   }

@@ -225,7 +225,8 @@ def forward_pass(call: joint, x: Array, *args: Any, **options: Any) -> tuple[Arr
 class _restored_on_error:
     """Puts arrays back if memory runs out, or another call fails, after they were updated.
 
-    On the CPU only: on a device nothing is allocated, compiled or checked from then on.
+    On the CPU only: on a device nothing is compiled or checked from then on, and nothing larger
+    than a number a channel is allocated.
     """
 
     def __init__(self, state: Iterable[Array | None]) -> None:

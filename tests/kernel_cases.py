@@ -192,7 +192,7 @@ def run_recentred(finish_forward, case):
 def host_kernels(compile_module=None):
     """The CUDA backend with the host build of its kernels, or with those of `compile_module`."""
     original = source.compile_module
-    source.compile_module = compile_module or (lambda text, name: host_module(text, [name]))
+    source.compile_module = compile_module or host_module
     device.clear_caches()
     try:
         yield
@@ -202,26 +202,26 @@ def host_kernels(compile_module=None):
 
 
 class _Collector:
-    """In the place of a module and its kernels: notes what would be compiled."""
+    """In the place of modules and their kernels: notes what would be compiled, and launched."""
 
     def __init__(self):
-        self.texts = []
+        self.modules = []
+        self.launched = set()
 
-    def __call__(self, text, name):
-        self.texts.append((text, [name]))
-        return self
+    def __call__(self, text, kernels):
+        self.modules.append((text, kernels))
+        note = self.launched.add
+        launch = lambda name: lambda grid, block, arguments: note((text, name))  # noqa: E731
+        return SimpleNamespace(get_function=launch)
 
-    def get_function(self, name):
-        return lambda grid, block, arguments: None
 
-
-def compile_ahead(cases: Iterable[Case]) -> set[str]:
-    """Compiles what the cases need, on all cores; the texts."""
+def compile_ahead(cases: Iterable[Case]) -> set[tuple[str, str]]:
+    """Compiles what the cases need, on all cores; the kernels they launch, with their texts."""
     collector = _Collector()
     with host_kernels(collector):
         for case in cases:
             run(cuda, case)
             if case.x.dtype == np.float64:
                 run_recentred(cuda.finish_forward, case)
-    host_modules(collector.texts)
-    return {text for text, _ in collector.texts}
+    host_modules(collector.modules)
+    return collector.launched

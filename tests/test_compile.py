@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from cupybn.backends import source
 pytestmark = pytest.mark.timeout(900)
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
 LOOKED_AT = "sm_90"
-BUNDLE = 12  # kernels a compilation: NVIDIA's headers cost as much as a third of a kernel
+BUNDLE = 6  # modules a compilation: NVIDIA's headers cost as much as a third of a kernel
 # the others only load what is wide
 LOADS_AND_STORES = {"normalize", "normalize_recentred", "backward_input"}
 
@@ -33,7 +34,8 @@ LOADS_AND_STORES = {"normalize", "normalize_recentred", "backward_input"}
 class Compiled(NamedTuple):
     """What the compiler says of one kernel; the last two for LOOKED_AT only."""
 
-    label: str
+    label: str  # of its module
+    kernel: str
     error: str
     spills: str
     wide_loads: bool
@@ -99,12 +101,12 @@ def compile_text(text: str, arch: str, *more: str) -> tuple[bytes, str]:
 
 
 def bundle(variants: Sequence[source.Variant]) -> str:
-    """One text with all of them, each in a namespace, as kernel_0, kernel_1 and so on."""
-    parts = ["#include <cuda_fp16.h>\n#include <cuda_bf16.h>"]
+    """One text with all of them, each in a namespace; the kernels are kernel_0, kernel_1 ..."""
+    parts, number = ["#include <cuda_fp16.h>\n#include <cuda_bf16.h>"], count()
     for i, variant in enumerate(variants):
-        parts.append(f"#define {variant.kernel} kernel_{i}\nnamespace variant_{i} {{")
-        parts.append(variant.source + "}")
-        parts += [f"#undef {name}" for name in (variant.kernel, *dict(variant.defines))]
+        parts += [f"#define {kernel} kernel_{next(number)}" for kernel in variant.kernels]
+        parts.append(f"namespace variant_{i} {{\n{variant.source}}}")
+        parts += [f"#undef {name}" for name in (*variant.kernels, *dict(variant.defines))]
     return "\n".join(parts) + "\n"
 
 
@@ -129,19 +131,20 @@ def compile_bundle(variants: Sequence[source.Variant], arch: str) -> list[Compil
         cubin, log = compile_text(bundle(variants), arch, "--ptxas-options=-v")
     except RuntimeError as error:
         if len(variants) == 1:
-            return [Compiled(variants[0].label, str(error), "", False, False)]
+            return [Compiled(variants[0].label, "", str(error), "", False, False)]
         return [one for v in variants for one in compile_bundle([v], arch)]
     reports = _sections(log, r"Function properties for ")
     code = _instructions(cubin) if arch == LOOKED_AT and _nvdisasm() else {}
     return [
         Compiled(
             variant.label,
+            kernel,
             "",
             re.search(r"\d+ bytes stack frame.*", reports[i]).group(),
             bool(re.search(r"\bLDG\.E(\.\w+)*\.128\b", code.get(i, ""))),
             bool(re.search(r"\bSTG\.E(\.\w+)*\.128\b", code.get(i, ""))),
         )
-        for i, variant in enumerate(variants)
+        for i, (variant, kernel) in enumerate((v, k) for v in variants for k in v.kernels)
     ]
 
 
@@ -185,7 +188,7 @@ def _of(compiled: Results, dtype: str, arch: str = LOOKED_AT) -> list[Compiled]:
 @pytest.mark.parametrize("dtype", sorted(source.SCALARS))
 def test_every_variant_compiles(compiled, dtype, arch):
     results = _of(compiled, dtype, arch)
-    assert len(results) == len(list(source.variants(dtype)))
+    assert len(results) == sum(len(variant.kernels) for variant in source.variants(dtype))
     assert not [(one.label, one.error) for one in results if one.error]
 
 
@@ -194,34 +197,36 @@ def test_every_variant_compiles(compiled, dtype, arch):
 def test_nothing_spills(compiled, dtype, arch):
     clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
     results = _of(compiled, dtype, arch)
-    assert not [(one.label, one.spills) for one in results if one.spills != clean]
+    assert not [(one.label, one.kernel, one.spills) for one in results if one.spills != clean]
 
 
 @pytest.mark.parametrize("dtype", sorted(source.SCALARS))
 def test_wide_variants_load_and_store_128_bits(compiled, dtype):
     need(None if _nvdisasm() else "no nvdisasm: pip install nvidia-cuda-nvdisasm")
-    variants = {v.label: v for v in source.variants(dtype) if _is_wide(v, dtype)}
-    results = [one for one in _of(compiled, dtype) if one.label in variants]
-    assert len(results) == len(variants) == (20 if dtype == "float64" else 16)
-    assert not [one.label for one in results if not one.wide_loads]
-    stores = [one for one in results if variants[one.label].kernel in LOADS_AND_STORES]
-    assert not [one.label for one in stores if not one.wide_stores]
+    wide = {v.label for v in source.variants(dtype) if _is_wide(v, dtype)}
+    results = [one for one in _of(compiled, dtype) if one.label in wide]
+    assert len(results) == (20 if dtype == "float64" else 16)
+    assert not [(one.label, one.kernel) for one in results if not one.wide_loads]
+    stores = [one for one in results if one.kernel in LOADS_AND_STORES]
+    assert not [(one.label, one.kernel) for one in stores if not one.wide_stores]
 
 
-@pytest.mark.parametrize("kernel", sorted({v.kernel for v in source.variants("float64")}))
-def test_text_as_cupy_gets_it(kernel):
-    """One module, one kernel, under its own name."""
-    variant = next(v for v in source.variants("float64") if v.kernel == kernel)
-    cubin, _ = compile_text(variant.source, LOOKED_AT)
-    assert f".text.{kernel}\0".encode() in cubin
+MODULES = {v.kernels: v for dtype in source.SCALARS for v in source.variants(dtype)}
+
+
+@pytest.mark.parametrize("kernels", sorted(MODULES), ids="+".join)
+def test_text_as_cupy_gets_it(kernels):
+    """A module has its kernels under their own names."""
+    cubin, _ = compile_text(MODULES[kernels].source, LOOKED_AT)
+    assert all(f".text.{kernel}\0".encode() in cubin for kernel in kernels)
 
 
 def test_planted_spill_and_error_are_reported():
     """The checks above can fail."""
 
     class Planted(NamedTuple):
-        kernel: str
         label: str
+        kernels: tuple
         source: str
         defines: tuple = ()
 
@@ -231,8 +236,8 @@ def test_planted_spill_and_error_are_reported():
         for (int i = 0; i < 64; i++) y[i] = kept[(i + n) % 64];
     }
     """
-    bad = Planted("wrong", "wrong", '#line 7 "cuda/wrong.cu"\nno such type;\n')
-    fine, failed = compile_bundle([Planted("planted", "planted", text), bad], LOOKED_AT)
+    bad = Planted("wrong", ("wrong",), '#line 7 "cuda/wrong.cu"\nno such type;\n')
+    fine, failed = compile_bundle([Planted("planted", ("planted",), text), bad], LOOKED_AT)
     assert not fine.error
     assert not fine.spills.startswith("0 bytes stack frame")
     assert not fine.wide_stores

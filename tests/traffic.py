@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ class Figures(NamedTuple):
 def counted_kernels() -> Iterator[None]:
     """The CUDA backend, on NumPy arrays, with kernels that count."""
     real = source.compile_module
-    source.compile_module = lambda text, name: host_module(text, [name], variant="count")
+    source.compile_module = partial(host_module, variant="count")
     device.clear_caches()
     try:
         yield

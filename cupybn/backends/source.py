@@ -24,7 +24,10 @@ SCALARS = {
     "float64": "double",
 }
 _ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-_OVER_TENSORS = ("batch_moments", "normalize", "backward_reduce", "backward_input")
+# Kernels that one pass needs are compiled together: half of a module's time is NVIDIA's headers,
+# our own, and whatever else the compiler does before it comes to the kernel.
+_TOGETHER = (("batch_moments", "normalize"), ("backward_reduce", "backward_input"))
+_HEADERS = {"__half": "cuda_fp16.h", "__nv_bfloat16": "cuda_bf16.h"}
 
 _OWN_INCLUDE = re.compile(r'^#include "([\w.]+)"$')
 _kernels: dict[tuple[Any, ...], Any] = {}
@@ -49,19 +52,18 @@ def source_directory() -> Path:
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel with its choices made; `defines` are macros and their values."""
+    """A module: kernels with their choices made; `defines` are macros and their values."""
 
-    kernel: str
+    kernels: tuple[str, ...]
     defines: tuple[tuple[str, str | int], ...]
 
     @property
     def source(self) -> str:
         lines = [f"#define {name} {value}" for name, value in self.defines]
-        return "\n".join(lines) + "\n" + paste(f"{self.kernel}.cu")
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.kernel,)
+        header = _HEADERS.get(str(dict(self.defines).get("SCALAR")))
+        if header:
+            lines.insert(0, f"#include <{header}>")
+        return "\n".join(lines) + "\n" + paste(*(f"{kernel}.cu" for kernel in self.kernels))
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -69,11 +71,12 @@ class Variant:
 
     @property
     def label(self) -> str:
-        return " ".join([self.kernel, *(f"{name}={value}" for name, value in self.defines)])
+        choices = (f"{name}={value}" for name, value in self.defines)
+        return " ".join(["+".join(self.kernels), *choices])
 
 
-def paste(name: str, directory: Path | None = None) -> str:
-    """The text of a source file with every own header in it once."""
+def paste(*names: str, directory: Path | None = None) -> str:
+    """The text of source files, one after the other, with every own header in it once."""
     seen: set[str] = set()
     root = source_directory() if directory is None else directory
 
@@ -91,25 +94,26 @@ def paste(name: str, directory: Path | None = None) -> str:
                 yield from lines_of(include[1])
                 yield f'#line {number + 1} "cuda/{file}"'
 
-    return "\n".join(lines_of(name)) + "\n"
+    return "\n".join(line for name in names for line in lines_of(name)) + "\n"
 
 
 def get_kernel(kernel: str, **defines: str | int) -> Any:
     """The compiled kernel of these choices, from this process' memory if it was used before."""
-    key = (kernel, *sorted(defines.items()))
-    found = _kernels.get(key)
+    choices = tuple(sorted(defines.items()))
+    found = _kernels.get((kernel, choices))
     if found is None:
         with _lock:
-            found = _kernels.get(key)
-            if found is None:
-                variant = Variant(kernel, tuple(sorted(defines.items())))
-                found = compile_module(variant.source, kernel).get_function(kernel)
-                _kernels[key] = found
+            if (kernel, choices) not in _kernels:
+                together = next((names for names in _TOGETHER if kernel in names), (kernel,))
+                module = compile_module(Variant(together, choices).source, together)
+                for name in together:
+                    _kernels[name, choices] = module.get_function(name)
+            found = _kernels[kernel, choices]
     return found
 
 
-def compile_module(text: str, name: str) -> Any:
-    """A compiled module of one kernel. Tests put the host build in the place of this function."""
+def compile_module(text: str, kernels: tuple[str, ...]) -> Any:
+    """The compiled module of these kernels. Tests put the host build in this function's place."""
     import cupy  # type: ignore[import-not-found, unused-ignore]
 
     module = cupy.RawModule(code=text, options=OPTIONS, name_expressions=None)
@@ -124,19 +128,17 @@ def clear() -> None:
 
 
 def variants(dtype: str) -> Iterator[Variant]:
-    """Every kernel that there is for data of a dtype, or for parameters of it."""
+    """Every module that there is for data of a dtype, or for parameters of it."""
     scalar = ("SCALAR", SCALARS[dtype])
     for rows, vector, ragged in geometries(_ITEMSIZES[dtype]):
         shape = ("RAGGED_VECTORS", int(ragged)), ("ROWS", int(rows)), scalar, ("VECTOR", vector)
-        for kernel in _OVER_TENSORS:
-            # one tensor alone is never read by the element for the sake of the others
-            if kernel != "batch_moments" or not rows or vector > 1:
-                yield Variant(kernel, shape)
+        for kernels in _TOGETHER:
+            yield Variant(kernels, shape)
         if dtype == "float64":
-            yield Variant("normalize_recentred", shape)
-    yield Variant("normalize_flat", (scalar,))
+            yield Variant(("normalize_recentred",), shape)
+    yield Variant(("normalize_flat",), (scalar,))
     if dtype in ("float32", "float64"):
-        yield Variant("finalize_moments", (scalar,))
+        yield Variant(("finalize_moments",), (scalar,))
     if dtype == "float64":
-        yield Variant("normalize_recentred_flat", (scalar,))
-        yield Variant("recentre_moments", ())
+        yield Variant(("normalize_recentred_flat",), (scalar,))
+        yield Variant(("recentre_moments",), ())

@@ -1,0 +1,75 @@
+"""How long NVRTC takes for the first forward and backward of a process, nothing cached: no GPU.
+
+    python tests/compile_time.py [--arch sm_90] [--repeat 3]
+
+Every kind of layer in processes of its own, one after the other; the fastest of `--repeat` is
+printed, in seconds of the process (of the clock). Needs the extra "nvrtc".
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+
+import numpy as np
+from test_compile import compile_text
+
+from cupybn import BatchNorm1d, BatchNorm2d, backends
+from cupybn.backends import cuda, source
+
+SHAPES = {"rows": (4, 64, 28, 28), "ragged rows": (4, 3, 101, 101), "columns": (512, 64)}
+
+
+class _Nothing:
+    def get_function(self, name):
+        return lambda *launch: None
+
+
+def texts(dtype: str, shape: tuple[int, ...]) -> list[str]:
+    """What a layer's first forward and backward compile."""
+    found: list[str] = []
+    source.compile_module = lambda text, kernels: found.append(text) or _Nothing()
+    backends.use_cpu_backend(cuda)
+    if dtype == "bfloat16":
+        from ml_dtypes import bfloat16 as dtype
+    cls = BatchNorm2d if len(shape) == 4 else BatchNorm1d
+    layer = cls(shape[1], dtype="float64" if dtype == "float64" else None)
+    layer.backward(layer(np.ones(shape, dtype)))
+    return found
+
+
+def measure(dtype: str, kind: str, arch: str) -> tuple[float, float, int]:
+    modules = texts(dtype, SHAPES[kind])
+    began, clock = time.process_time(), time.perf_counter()
+    for text in modules:
+        compile_text(text, arch)
+    return time.process_time() - began, time.perf_counter() - clock, len(modules)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(*measure(*args.one, args.arch))
+        return
+    print(f"| type | {' | '.join(SHAPES)} |\n|---|{'---|' * len(SHAPES)}")
+    for dtype in source.SCALARS:
+        cells = []
+        for kind in SHAPES:
+            command = [sys.executable, __file__, "--arch", args.arch, "--one", dtype, kind]
+            runs = [
+                subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+                for _ in range(args.repeat)
+            ]
+            spent, wall, modules = min(runs, key=lambda run: float(run[0]))
+            cells.append(f"{float(spent):.2f} ({float(wall):.2f}), {modules} modules")
+        print(f"| {dtype} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
