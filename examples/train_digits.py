@@ -159,15 +159,23 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
     add("--plot", type=Path, default=Path("digits.png"), metavar="FILE", help="picture to write")
-    add("--save", type=Path, metavar="FILE", help="a checkpoint to write, .npz or .safetensors")
+    add("--save", type=checkpoint, metavar="FILE", help="to write, .npz or .safetensors")
     add("--save-every", type=positive, default=50, metavar="STEPS", help="default %(default)s")
-    add("--resume", type=Path, metavar="FILE", help="a checkpoint to go on from")
+    add("--resume", type=checkpoint, metavar="FILE", help="a checkpoint to go on from")
     args = parser.parse_args()
     if args.save or args.resume:
         if args.sync is False:
             parser.error("without synchronisation every rank has statistics of its own: use --sync")
         args.sync = True
     return args
+
+
+def checkpoint(name: str) -> Path:
+    """A file name that ``cupybn.save`` takes."""
+    path = Path(name)
+    if path.suffix not in (".npz", ".safetensors"):
+        raise argparse.ArgumentTypeError(f"{name} must end in .npz or .safetensors")
+    return path
 
 
 def check_extras() -> None:

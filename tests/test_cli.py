@@ -89,6 +89,9 @@ def test_info_with_nothing_there():
     process = subprocess.run([*arguments, "selftest"], **options)
     assert process.returncode == 1
     assert "selftest: no MPI library could be loaded" in process.stderr
+    process = subprocess.run([*arguments, "bench", "--comm"], **options)
+    assert process.returncode == 2
+    assert "bench: --comm: no MPI library could be loaded" in process.stderr
 
 
 def test_info_with_a_device():

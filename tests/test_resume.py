@@ -126,10 +126,17 @@ def test_resuming_what_is_over_trains_no_further(never_killed, mpirun, tmp_path)
     assert f" {course['accuracies'][-1]:.1%}" in output
 
 
-def test_without_synchronisation_there_is_no_one_state():
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (["--no-sync", "--save", "x.npz"], "every rank has statistics of its own"),
+        (["--sync", "--save", "x.foo"], "--save: x.foo must end in .npz or .safetensors"),
+    ],
+)
+def test_what_cannot_be_saved_is_said_before_training(given, says):
     process = subprocess.run(
-        [sys.executable, str(SCRIPT), "--no-sync", "--save", "x.npz"],
+        [sys.executable, str(SCRIPT), *given],
         env=rank_environment(), capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert process.returncode == 2
-    assert "every rank has statistics of its own" in process.stderr
+    assert says in process.stderr

@@ -114,6 +114,8 @@ def _problem(args: argparse.Namespace, chosen: list[str], launched: bool) -> str
         return "--plot needs matplotlib: pip install 'cupybn[bench]'"
     if "gpu" in chosen and (reason := _no_gpu()):
         return f"--gpu: {reason}"
+    if "comm" in chosen and not args.ranks and (reason := _no_mpi()):
+        return f"--comm: {reason}"
     return None
 
 
@@ -124,6 +126,16 @@ def _no_gpu() -> str | None:
     try:
         check_device("cuda")
     except DeviceError as error:
+        return str(error)
+    return None
+
+
+def _no_mpi() -> str | None:
+    from ...communicators.mpi import load_mpi
+
+    try:
+        load_mpi()
+    except RuntimeError as error:
         return str(error)
     return None
 
