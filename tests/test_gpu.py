@@ -41,6 +41,7 @@ from cupybn import functional as F
 from cupybn.arrays import copy_to_host
 from cupybn.backends import cuda, device, source
 from cupybn.backends import numpy as numpy_backend
+from cupybn.backends.composed import compose
 from cupybn.statistics import BackwardSums, Moments
 
 
@@ -733,6 +734,29 @@ def test_two_runs_give_the_same_bits_and_counters_return_to_zero(dtype):
     assert device._kept.scratch, "no shape was split over blocks"
     for _, counters in device._kept.scratch.values():
         assert not copy_to_host(counters).any()
+
+
+def test_one_launch_after_the_second_message_gives_the_bits_of_two():
+    """Of float64 data over several ranks: finalized in every block, written by one."""
+    failures, ran = [], 0
+    for shape, mode in product([*LAYOUTS, *SPLIT], MODES):
+        case = Case(shape, np.dtype(np.float64), mode)
+        mean, var, _ = cuda.finalize_moments(cuda.batch_moments(case.x), case.eps)
+        moments = Moments(case.count, mean * case.count, var * case.count)
+        results = []
+        for finish_forward in (cuda.finish_forward, compose(cuda)[0]):
+            y, running = case.field(0), (cp.full(shape[1], 0.3), cp.full(shape[1], 0.7))
+            mask = cp.zeros((y.size + 7) // 8, cp.uint8) if case.needs_mask else None
+            statistics = finish_forward(
+                moments, "recentred", case.x, y, case.weight, case.bias, case.eps,
+                activation=case.activation, residual3=case.residual, mask=mask, running=running,
+                factor=0.3,
+            )  # fmt: skip
+            results.append([*statistics, *running, y, *([] if mask is None else [mask])])
+        same = [bool((a == b).all()) for a, b in zip(*results, strict=True)]
+        failures += [] if all(same) else [f"{case.label}: {same}"]
+        ran += 1
+    fail_with(failures, ran)
 
 
 def test_nothing_is_compiled_or_planned_twice(monkeypatch):
