@@ -175,6 +175,23 @@ def test_gpu_with_numpy_in_its_place(fake, tmp_path, capsys, monkeypatch):
     assert "copy rate: " in printed
 
 
+def test_gpu_goes_on_after_a_case_without_memory(fake, tmp_path, capsys, monkeypatch):
+    class Full(gpu.Tensors):
+        def __init__(self, xp, torch, case, seed=0):
+            if case.shape == (8, 16):
+                raise MemoryError
+            super().__init__(xp, torch, case, seed)
+
+    monkeypatch.setattr(gpu, "Tensors", Full)
+    path = tmp_path / "gpu.json"
+    shapes = ["--shapes", "8x16", "4x8x3x3", "--layouts", "rows", "--dtypes", "float32"]
+    assert main(["bench", "--gpu", "--no-torch", "--quick", *shapes, "--json", str(path)]) == 0
+    without, other = json.loads(path.read_text())["gpu"]["cases"]
+    assert (without["paths"], without["skipped"]) == ({}, "MemoryError: ")
+    assert other["paths"]["cupybn"]["forward us"] > 0
+    assert "MemoryError" in capsys.readouterr().out
+
+
 def test_gpu_beside_pytorch_with_numpy_in_its_place(fake, monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

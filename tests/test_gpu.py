@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from itertools import product
 from math import prod
@@ -658,6 +658,33 @@ def test_messages_of_three_ranks(dtype):
     assert close(mean, whole.mean(axis=(0, 2)), tolerance)
     assert close(var, whole.var(axis=(0, 2)), tolerance)
     assert close(invstd, 1 / np.sqrt(copy_to_host(var) + 1e-5), 1e-12)
+
+
+def finished(finish_forward, case):
+    """What a forward of float64 data gives after its second message."""
+    xp, c, y = case.xp, case.shape[1], case.field(case.offsets[3])
+    mask = xp.full((y.size + 7) // 8, 0xAA, dtype=xp.uint8) if case.needs_mask else None
+    running = xp.full(c, 0.3), xp.full(c, 0.7)
+    statistics = finish_forward(
+        Moments(case.count, case.mean * case.count, case.var * case.count), "recentred",
+        case.x, y, case.weight, case.bias, case.eps, activation=case.activation,
+        residual3=case.residual, mask=mask, running=running, factor=0.3,
+    )  # fmt: skip
+    return [*statistics, *running, y, *([] if mask is None else [mask])]
+
+
+@pytest.mark.parametrize("margin", [Field.MARGIN, 0])
+def test_small_shapes_of_float64_after_the_second_message(margin, monkeypatch):
+    """One kernel does what two do; with margin 0 every array is an allocation."""
+    monkeypatch.setattr(Field, "MARGIN", margin)
+    with nullcontext() if margin else allocating_with(None):
+        shapes = [*LAYOUTS, *ODD_ONES, (2, 2, 31360), (3000, 64, 1)]
+        for shape, mode, offsets in product(shapes, MODES, ("aligned", "mixed")):
+            case = Case(shape, np.dtype(np.float64), mode, OFFSETS[offsets])
+            one, two = (finished(f, case) for f in (cuda.finish_forward, compose(cuda)[0]))
+            for a, b in zip(one, two, strict=True):
+                assert close(a, copy_to_host(b), 1e-12), case.label
+            assert not any(int(field.broken()) for field in case.fields), case.label
 
 
 def test_backward_sums_go_into_the_message():

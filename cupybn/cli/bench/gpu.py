@@ -63,7 +63,10 @@ def measure(args: argparse.Namespace, report: Report) -> None:
             heading = (case.group, case.dtype, case.layout)
             report.say(f"\n{case.group}, {case.dtype}, {case.layout}")
             report.say(_table().header())
-        record = bench.record(case, names)
+        try:
+            record = bench.record(case, names)
+        except (MemoryError, RuntimeError) as error:  # the other cases may still have room
+            record = {**case._asdict(), "bytes": case.bytes, "paths": {}, "skipped": reason(error)}
         bench.release()
         records.append(record)
         report.flush()
@@ -72,6 +75,11 @@ def measure(args: argparse.Namespace, report: Report) -> None:
     report.say(f"\ncopy rate: {rate / 1e12:.3f} TB/s before, {after / 1e12:.3f} after")
     section["totals"] = totals(records, {"0": rate}, PATHS, PATHS[1:3])
     print_totals(report, section["totals"], PATHS)
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, after its type."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _usable_torch(args: argparse.Namespace, report: Report) -> Any:
@@ -196,8 +204,8 @@ class Bench:
                 y = path.forward(tensors[0])
                 dx = path.backward(tensors[0], y)
                 self.synchronize()
-            except (RuntimeError, NotImplementedError) as error:
-                record["paths"][name] = {"failed": str(error).splitlines()[0]}
+            except (MemoryError, RuntimeError) as error:
+                record["paths"][name] = {"failed": reason(error)}
                 continue
             working[name] = path
             if name == "cupybn":
