@@ -13,6 +13,7 @@ log=$out/$step.log
 : "${LIMIT:=570}" "${PYTHON:=python3}" "${MPIEXEC:=mpiexec}"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTEST_PLUGINS=pytest_timeout  # no strangers' warnings
 came=() failed=0
 
 # part NAME SECONDS COMMAND...: within what is left of the limit. Interrupted, pytest still reports.
@@ -47,20 +48,20 @@ correct() {
   SHOWN=25 part info 60 "$PYTHON" -m cupybn info
   SHOWN=40 tests layers 240 tests/test_gpu_layers.py
   tests transports 60 tests/test_gpu_transports.py
+  part "bench, quickly" 60 "$PYTHON" -m cupybn bench --gpu --overhead --memory --quick \
+    --json "$out/quick.json"
   SHOWN=40 tests kernels 300 tests/test_gpu.py --durations=15 \
     -k "not every_shape and not 2_31 and not first_step and not large_shapes and not small_shapes"
   tests "first step" 90 tests/test_gpu.py -k first_step
   tests "small shapes" 120 tests/test_gpu.py -k small_shapes
-  part "bench, quickly" 60 "$PYTHON" -m cupybn bench --gpu --overhead --memory --quick \
-    --json "$out/quick.json"
 }
 
 shapes() {
+  tests "large shapes" 200 tests/test_gpu.py -k large_shapes
+  tests "more than 2^31" 200 tests/test_gpu.py -k 2_31
   for dtype in float16 float32 bfloat16 float64; do
     tests "every shape, $dtype" 200 tests/test_gpu.py -k "every_shape and $(only $dtype)"
   done
-  tests "large shapes" 200 tests/test_gpu.py -k large_shapes
-  tests "more than 2^31" 200 tests/test_gpu.py -k 2_31
 }
 
 selftests() { # NAME, OPTIONS of selftest...
