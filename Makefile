@@ -42,7 +42,7 @@ test-frameworks:
 	CUPYBN_CPU_BACKEND=numba .venv-frameworks/bin/python -m pytest -m 'not mpi and not gpu' \
 		$(NUMBA:%=tests/test_%.py)
 
-# A quick choice of tests with every other Python that is supported and found.
+# A quick choice of tests with the oldest supported Python and NumPy, and with the newest Python.
 QUICK = any_array architecture check_finite checkpoint cli coalesce distributed double_backward \
 	failures functional joint layers names primitives recalibrate state statistics
 test-pythons:
