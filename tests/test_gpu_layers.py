@@ -13,9 +13,9 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import reference
-from conftest import DTYPES, TOLERANCE
+from conftest import TOLERANCE
 from rank_checks import Spy, shard
-from test_gpu import ON_GPU, allocating_with, cp
+from test_gpu import DTYPES, ON_GPU, allocating_with, cp
 from test_layers import layer_for, normal
 
 import cupybn
