@@ -2,11 +2,11 @@
 
 Layers against PyTorch's modules with autograd, on the same memory and with the same number of
 threads, in turns. `ratio` is cupybn's time over PyTorch's, forward + backward: below 1, cupybn is
-faster. `err` is the larger of the relative L2 errors of y and of dx against float64, over as many
-channels as make 4 Mi values. The copy rate is that of ``np.copyto`` on as many threads, bytes read
-and written, measured in the same run; a share of it counts 3 B forward and 5 B backward, B being
-the bytes of x: the least that a streaming batch norm moves. Where x stays in the cache it can
-exceed 100 %.
+faster. `err` is the larger of the relative L2 errors of y and of dx against float64, or NumPy's
+long double for float64 data, over as many channels as make 4 Mi values. The copy rate is that of
+``np.copyto`` on as many threads, bytes read and written, measured in the same run; a share of it
+counts 3 B forward and 5 B backward, B being the bytes of x: the least that a streaming batch norm
+moves. Where x stays in the cache it can exceed 100 %.
 """
 
 from __future__ import annotations
@@ -185,7 +185,8 @@ def theirs(torch: Any, t: Tensors, results: dict[str, Any]) -> Path:
 def _errors(t: Tensors, results: dict[str, Any]) -> dict[str, float]:
     shape = t.x.shape
     channels = slice(0, max(1, _CHECKED * shape[1] // prod(shape)))
-    x, dy = (a[:, channels].astype(np.float64) for a in (t.x, t.dy))
+    exact = np.longdouble if t.x.dtype == np.float64 else np.float64
+    x, dy = (a[:, channels].astype(exact) for a in (t.x, t.dy))
     return {
         f"{what} error": _relative(_as_float64(results[what], channels), expected)
         for what, expected in zip(("y", "dx"), _exact(x, dy), strict=True)
