@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser
+from types import SimpleNamespace
 
 import numpy as np
 import numpy_as_cupy
@@ -111,6 +112,20 @@ def test_comm_starts_mpiexec_itself(tmp_path):
     ]
     assert max(row["ranks"] for row in found["model"]["networks"][-1]["rows"]) == 4096
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(
+    np.finfo(np.longdouble).eps > 1e-18, reason="here long double has no more digits than float64"
+)
+def test_float64_results_are_held_against_more_digits():
+    """In columns a float64 mean of many rows has an error of its own, above that of the results."""
+    x = 1e3 + np.random.default_rng(0).standard_normal((1 << 16, 4))
+    case = SimpleNamespace(x=x, dy=x[::-1] - 1e3)
+    y, dx = (a.astype(np.float64) for a in cpu._exact(*(
+        a.astype(np.longdouble) for a in (case.x, case.dy)
+    )))  # fmt: skip
+    errors = cpu._errors(case, {"y": y, "dx": dx})
+    assert max(errors.values()) < 2e-16
 
 
 @pytest.mark.mpi

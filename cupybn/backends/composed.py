@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 from ..arrays import Array
 from ..statistics import Moments
@@ -44,24 +45,9 @@ def compose(
         )  # fmt: skip
         return mean, var, invstd
 
-    def local_forward(
-        x3: Array,
-        y3: Array,
-        weight: Array | None,
-        bias: Array | None,
-        eps: float,
-        *,
-        activation: str | None = None,
-        residual3: Array | None = None,
-        mask: Array | None = None,
-        running: tuple[Array, Array] | None = None,
-        factor: float = 0.0,
-    ) -> Statistics:
-        """The forward of one rank, into y3: (mean, variance, invstd)."""
-        return finish_forward(
-            backend.batch_moments(x3), "local", x3, y3, weight, bias, eps, activation=activation,
-            residual3=residual3, mask=mask, running=running, factor=factor,
-        )  # fmt: skip
+    def local_forward(x3: Array, *given: Any, **options: Any) -> Statistics:
+        """The forward of one rank; takes what ``finish_forward`` takes behind the form."""
+        return finish_forward(backend.batch_moments(x3), "local", x3, *given, **options)
 
     def local_backward(
         dy3: Array,
