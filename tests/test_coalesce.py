@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import reference
-from rank_checks import RECURSIVE_DOUBLING, Spy, bits, branches, normal
+from rank_checks import Spy, bits, branches, normal
 
 import cupybn
 from cupybn import BatchNorm1d, SyncBatchNorm, coalesce, joint, passes
@@ -407,10 +406,3 @@ def test_steps_leave_the_callers_device_current_between_them(monkeypatch):
         call.close()
     assert seen == [1] * 3 + [2] * 3
     assert current == [0]
-
-
-@pytest.mark.mpi
-def test_the_same_bits_with_three_ranks_of_open_mpi(mpirun):
-    """If it doubles recursively at any length: `check_coalesce` compares bits then."""
-    program = Path(__file__).parent / "mpi" / "run_checks.py"
-    mpirun(3, program, "check_coalesce", env=RECURSIVE_DOUBLING)

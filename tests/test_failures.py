@@ -17,7 +17,7 @@ import pytest
 
 PROGRAM = Path(__file__).parent / "mpi" / "failures.py"
 pytestmark = pytest.mark.mpi
-RANKS = [2, 4]
+RANKS = [2, 3, 4]
 
 OWN_ERROR = {
     "forward, three channels": ("ShapeError", "expected 4 channels on axis 1, got 3"),
@@ -156,7 +156,7 @@ def test_every_rank_raises_mismatch_and_says_what_each_did(outcomes, n, case):
     assert [line["error"] for line in lines] == ["CollectiveMismatchError"] * n
     assert [line["unchanged"] for line in lines] == [True] * n
     theirs, culprits = MISMATCH[case]
-    names = "rank 0" if n == 2 else "ranks 0, 1, 2"
+    names = {2: "rank 0", 3: "ranks 0, 1", 4: "ranks 0, 1, 2"}[n]
     for line in lines:
         _, others, culprit = line["text"].split("\n")
         assert others.startswith(f"  {names}: ")

@@ -13,7 +13,7 @@ from ..arrays import Array, copy_to_host, is_cupy
 from ..errors import CollectiveMismatchError, DeviceError, DTypeError, PeerError
 from .base import sum_on_host
 from .cuda_aware import VARIABLE, Answer, cuda_aware
-from .staging import sum_on_device, sum_through_pinned
+from .staging import sum_on_device, sum_through_pinned, wait_until_written
 from .watchdog import Watch, watchdog
 
 _DEFAULT_TIMEOUT = 600.0
@@ -67,6 +67,8 @@ def check_timeout(value: Any, what: str = "timeout") -> float:
 
 class MpiCommunicator:
     """Sums messages with ``MPI.Allreduce`` over a private duplicate of the communicator.
+
+    Of three ranks the first gathers and adds them up, in the order of the ranks: see ``_summed``.
 
     NumPy messages are summed where they are. CuPy messages go one of three ways:
 
@@ -190,7 +192,23 @@ class MpiCommunicator:
         return message
 
     def _summed(self, values: Array) -> Array:
-        self._dup.Allreduce(self._in_place, values)
+        """Adds up in place, each number in an order that its place and the length do not change."""
+        if self.size != 3:
+            self._dup.Allreduce(self._in_place, values)
+            return values
+        # Open MPI has three ranks add up in a ring, or not, by the length of the message, and the
+        # order would change with it; with other numbers of ranks no MPI was seen to do so.
+        parts = None
+        if self.rank == 0:
+            flat = values.reshape(-1, order="A")
+            parts = np.empty_like(flat, shape=(3, flat.size))
+        self._dup.Gather(values, parts)
+        if parts is not None:
+            with np.errstate(all="ignore"):  # as MPI adds: Inf - Inf is NaN, and no warning
+                np.add(parts[0], parts[1], out=flat)
+                np.add(flat, parts[2], out=flat)
+            wait_until_written(flat)
+        self._dup.Bcast(values)
         return values
 
     def first_values(self, total: Array, n: int) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array
+from ..arrays import Array, is_cupy
 
 Sum = Callable[[Array], Any]
 """Adds up, in place and over all ranks, an array that nothing else is writing."""
@@ -83,11 +83,20 @@ def _staging(device: int) -> _Staging:
     return _kept.stagings[device]
 
 
-def sum_on_device(message: Array, summed: Sum) -> None:
-    """Hands the message itself to `summed` once the current stream has written it."""
-    with message.device:
-        staging = _staging(message.device.id)
+def wait_until_written(array: Array) -> None:
+    """Waits for the current stream, if the array is on a device, which must be the current one."""
+    if is_cupy(array):
+        staging = _staging(array.device.id)
         staging.wait(staging.cuda.get_current_stream())
+
+
+def sum_on_device(message: Array, summed: Sum) -> None:
+    """Hands the message itself to `summed` once the current stream has written it.
+
+    The stream is then done with whatever memory `summed` gets from CuPy's pool, too.
+    """
+    with message.device:
+        wait_until_written(message)
         summed(message)
 
 

@@ -25,8 +25,22 @@ class Spy:
         self.dup, self.given = dup, []
 
     def Allreduce(self, *args):
-        self.given.append((args, list(cupy.log)))
+        assert args[0] is MPI.IN_PLACE
+        self.given.append((args[1], list(cupy.log)))
         return self.dup.Allreduce(*args)
+
+    def Gather(self, values, parts):  # of three ranks
+        self.given.append((values, list(cupy.log)))
+        assert (parts is None) == bool(rank)
+        assert rank or type(parts) is type(values)
+        cupy.log.clear()
+        return self.dup.Gather(values, parts)
+
+    def Bcast(self, values):
+        assert values is self.given[-1][0]
+        # The sum is written by the first rank's stream.
+        assert cupy.log == (["event wait"] if isinstance(values, cupy.ndarray) and not rank else [])
+        return self.dup.Bcast(values)
 
 
 def spied(transport):
@@ -57,15 +71,14 @@ def check_sums(comm, check_given):
             comm._dup.given.clear()
             result = comm.allreduce(message, "forward of 'a'")
             assert result is message
-            ((args, before),) = comm._dup.given
+            ((given, before),) = comm._dup.given
             assert "event wait" in before
-            assert args[0] is MPI.IN_PLACE
-            check_given(args[1], message)
+            check_given(given, message)
             np.testing.assert_array_equal(comm.first_values(result, 16), total[:16])
             np.testing.assert_array_equal(message.get(), total)
             # NumPy arrays go as they are
             np.testing.assert_array_equal(comm.allreduce(mine), total)
-            assert comm._dup.given[-1][0][1] is mine
+            assert comm._dup.given[-1][0] is mine
 
 
 def pinned():
