@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from itertools import repeat
+from operator import setitem
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -251,6 +254,15 @@ def assign(target: Array, values: Array) -> None:
         if is_cupy(target) and not is_cupy(values):
             values = cupy_for("the target").asarray(values)
         target[...] = values
+
+
+def assign_all(targets: list[Array], values: list[Array]) -> None:
+    """:func:`assign` for each of them; NumPy's in one call of C, which no interrupt divides."""
+    if any(is_cupy(array) for array in (*targets, *values)):
+        for target, value in zip(targets, values, strict=True):
+            assign(target, value)
+    else:
+        deque(map(setitem, targets, repeat(...), values), maxlen=0)
 
 
 def overlap(a: Array, b: Array) -> bool:

@@ -7,6 +7,8 @@ others raise ``PeerError``; ranks whose trees differ all raise ``CollectiveMisma
 differ so much that their messages have different lengths (a header and a power of two of numbers)
 or dtypes end the job. ``broadcast_parameters`` and ``verify_sync`` first compare the trees in a
 message of fixed length, so either of them at the start of a run finds such a difference.
+
+An interrupt on one rank (Ctrl-C) leaves its NumPy arrays all as they were or all replaced.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Array, assign, copy_to_host, device_of, is_floating, on_device_of
+from .arrays import Array, assign, assign_all, copy_to_host, device_of, is_floating, on_device_of
 from .checks import check_writeable
 from .communicators import Communicator, MpiCommunicator, ThreadCommunicator, resolve
 from .errors import CollectiveMismatchError, DeviceError, DTypeError
@@ -108,12 +110,13 @@ def broadcast_parameters(layer: Layer, comm: Any = None, root: int = 0) -> None:
             bits = [_words(array) for array in arrays]
         bits = _pool(call, bits)
     bits = bits.astype(np.uint32)  # all at once: what might not fit in memory, before any writing
-    begin = 0
+    values, begin = [], 0
     for array in arrays:
         end = begin - (-array.nbytes // 4)
         data = bits[begin:end].view(np.uint8)[: array.nbytes]
-        assign(array, data.view(array.dtype).reshape(array.shape))
+        values.append(data.view(array.dtype).reshape(array.shape))
         begin = end
+    assign_all(arrays, values)
 
 
 def verify_sync(layer: Layer, comm: Any = None) -> None:
@@ -253,12 +256,13 @@ def _outline(layer: Layer, *kinds: str) -> str:
 
 
 def _scatter(bucket: Array, arrays: list[Array]) -> None:
-    begin = 0
+    values, begin = [], 0
+    for array in arrays:
+        end = begin + array.size
+        values.append(bucket[begin:end].reshape(array.shape))
+        begin = end
     with np.errstate(all="ignore"):  # a sum too large for its gradient's dtype becomes Inf
-        for array in arrays:
-            end = begin + array.size
-            assign(array, bucket[begin:end].reshape(array.shape))
-            begin = end
+        assign_all(arrays, values)
 
 
 def _words(array: Array) -> Array:

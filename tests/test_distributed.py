@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import fake_cupy
@@ -13,6 +14,7 @@ from rank_checks import Spy, bits
 import cupybn
 from cupybn import BatchNorm1d, Sequential, distributed, launcher
 from cupybn.communicators import ThreadCommunicator
+from cupybn.statistics import HEADER
 from cupybn.testing import run_ranks
 
 
@@ -136,6 +138,63 @@ def test_an_array_that_cannot_be_written_to(text):
     assert isinstance(first, cupybn.PeerError)
     assert isinstance(second, ValueError if other is None else cupybn.DTypeError)
     assert text in str(second)
+
+
+class Ones:
+    """The second of two ranks that agree, where the sums of all that is sent are 1."""
+
+    rank, size = 1, 2
+
+    def allreduce(self, message, label=""):
+        message[:HEADER] *= 2
+        message[HEADER:] = 1
+        return message
+
+
+def interrupted(call, instruction):
+    """Calls it with an interrupt before that instruction; whether there are so many.
+
+    Python takes interrupts between two instructions: here between those of the modules that write.
+    """
+    left = [instruction]
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename not in (distributed.__file__, cupybn.arrays.__file__):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return left[0] <= 0
+
+
+@pytest.mark.parametrize("name", ["allreduce_gradients", "broadcast_parameters"])
+def test_an_interrupt_leaves_all_as_it_was_or_all_done(name):
+    tree = Sequential(BatchNorm1d(3), BatchNorm1d(2))
+    before = bits(tree)
+    getattr(distributed, name)(tree, Ones())
+    done = bits(tree)
+    assert done != before
+    seen, instruction, more = [], 0, True
+    while more:
+        tree = Sequential(BatchNorm1d(3), BatchNorm1d(2))
+        instruction += 1
+        more = interrupted(partial(getattr(distributed, name), tree, Ones()), instruction)
+        seen.append(bits(tree))
+    assert all(state in (before, done) for state in seen)
+    assert seen[0] == before
+    assert seen[-2:] == [done] * 2
 
 
 @pytest.mark.parametrize("name", ["allreduce_gradients", "broadcast_parameters", "verify_sync"])
