@@ -103,9 +103,9 @@ def broadcast_parameters(layer: Layer, comm: Any = None, root: int = 0) -> None:
         return
     arrays = [array for _, array in _state_arrays(layer)]
     words = sum(-(-array.nbytes // 4) for array in arrays)
-    with joint(communicator, "broadcast_parameters", padded_length(words), np.int64) as call:
+    with joint(communicator, "broadcast_parameters", padded_length(words)) as call:
         # A sum of one rank's bits and the others' zeros, as integers: exact for every dtype.
-        bits = [np.zeros(words, np.int64)]
+        bits = [np.zeros(words)]
         if communicator.rank == root:
             bits = [_words(array) for array in arrays]
         bits = _pool(call, bits)
@@ -140,11 +140,13 @@ def verify_sync(layer: Layer, comm: Any = None) -> None:
     if communicator.size == 1:
         return
     length = padded_length(2 * _PIECES * len(named))
-    with joint(communicator, "verify_sync", length, np.int64) as call:
-        pieces = np.array([_hash_pieces(array) for _, array in named], np.int64).reshape(-1)
+    with joint(communicator, "verify_sync", length) as call:
+        pieces = np.array([_hash_pieces(array) for _, array in named], np.float64).reshape(-1)
         sums = _pool(call, [pieces, pieces * pieces])
     total, squares = np.split(sums, 2)
-    differs = (communicator.size * squares != total * total).reshape(-1, _PIECES).any(axis=1)
+    mean = total / communicator.size  # the same integer on all ranks: see statistics.read_header
+    differs = (mean % 1 != 0) | (communicator.size * mean * mean != squares)
+    differs = differs.reshape(-1, _PIECES).any(axis=1)
     names = [name for (name, _), differ in zip(named, differs, strict=True) if differ]
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -212,7 +214,7 @@ def _check_tree(layer: Any) -> None:
 
 def _comparison(communicator: Communicator, what: str) -> joint:
     """A joint call whose message has the same length whatever the ranks come with."""
-    return joint(communicator, what, padded_length(0), np.int64)
+    return joint(communicator, what, padded_length(0))
 
 
 def _compare(call: joint, settings: str) -> None:
@@ -266,10 +268,10 @@ def _scatter(bucket: Array, arrays: list[Array]) -> None:
 
 
 def _words(array: Array) -> Array:
-    """The array's bytes as unsigned 32-bit words, zeros at the end; each in an int64."""
+    """The array's bytes as unsigned 32-bit words, zeros at the end; each in a float64."""
     data = copy_to_host(array).tobytes()
     data += bytes(-len(data) % 4)
-    return np.frombuffer(data, np.uint32).astype(np.int64)
+    return np.frombuffer(data, np.uint32).astype(np.float64)
 
 
 def _hash_pieces(array: Array) -> list[int]:

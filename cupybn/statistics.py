@@ -94,7 +94,7 @@ def padded_length(payload: int) -> int:
 @lru_cache(maxsize=4096)
 def _fingerprint_words(dtype: Any, text: str) -> np.ndarray[Any, Any]:
     # The pairs (f, f * f) are summed over ranks and must stay exact: 20 bits leave room for 4096
-    # ranks in float64 and int64, 6 bits in float32.
+    # ranks in float64, 6 bits in float32.
     words = np.zeros(HEADER, dtype)
     bits = 6 if words.dtype == np.float32 else 20
     number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "big")

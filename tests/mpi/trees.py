@@ -5,7 +5,7 @@ from mpi4py import MPI
 from test_distributed import different_trees, raised
 
 import cupybn
-from cupybn import distributed
+from cupybn import SyncBatchNorm, distributed
 from cupybn.communicators import MpiCommunicator
 
 world = MPI.COMM_WORLD
@@ -34,3 +34,19 @@ for transport in ("host", "pinned", "auto"):
     assert "group_size=2" in str(error), error
     assert "group_size=3" in str(error), error
     different_trees(lambda transport=transport: MpiCommunicator(world, transport))
+
+# one rank in another call than the others; one value a rank, because 2.0 and 1.0 read as integers,
+# and added, are the bits of Inf: a message of integers among theirs could leave a count of Inf
+strangers = {
+    "verify_sync": lambda comm: distributed.verify_sync(SyncBatchNorm(4), comm),
+    "broadcast_parameters": lambda comm: distributed.broadcast_parameters(SyncBatchNorm(4), comm),
+    "split_comm": lambda comm: distributed.split_comm(comm, 2),
+}
+for name, call in strangers.items():
+    for culprit in range(world.size if world.size > 1 else 0):
+        comm = MpiCommunicator(world, timeout=10)
+        layer = SyncBatchNorm(4, comm=comm, name="layer")
+        x = np.full((1, 4), world.rank, np.float32)
+        error = raised(call, comm) if world.rank == culprit else raised(layer.forward, x)
+        assert type(error) is cupybn.CollectiveMismatchError, repr(error)
+        assert f"rank {culprit}: {name}: " in str(error), error
