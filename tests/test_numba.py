@@ -297,6 +297,76 @@ def test_what_goes_past_the_caches_arrives(shape, dtype):
 
 
 @needs_numba
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_past_the_caches_or_not_is_the_same(shape, dtype, in_place):
+    wide = np.float64 if dtype == np.float64 else np.float32
+    x, dy, residual = (normal(shape, wide, seed=i).astype(dtype) for i in range(3))
+    c = shape[1]
+    transform = normal(c, np.float64, 3), np.abs(normal(c, np.float64, 4)) + 1
+    transform += normal(c, wide, 5), normal(c, wide, 6)
+    sums = compiled.backward_reduce(dy, x, *transform)
+    mask = np.empty(-(-x.size // 8), np.uint8)
+
+    def results(n, mask=None):
+        data, gradient = x[n].copy(), dy[n].copy()
+        y, dx = (data, gradient) if in_place else map(off_by_one, (data.shape,) * 2, (dtype,) * 2)
+        compiled.normalize(
+            data, *transform, activation="relu", residual3=residual[n], out3=y, mask=mask
+        )
+        dresidual = np.empty_like(dx)
+        compiled.backward_input(
+            gradient, x[n], *transform, sums=sums, count=1000, activation="relu", out3=dx,
+            dresidual3=dresidual,
+        )  # fmt: skip
+        plain = compiled.backward_input(dy[n], x[n], *transform, sums=sums, count=1000)
+        return [a.astype(wide) for a in (y, dx, dresidual, plain)]
+
+    whole = results(slice(None), mask)
+    step = -(-shape[0] // 8)
+    parts = zip(*(results(slice(n, n + step)) for n in range(0, shape[0], step)), strict=True)
+    for one, many in zip(whole, parts, strict=True):
+        tolerance = TOLERANCE[dtype.name]
+        np.testing.assert_allclose(one, np.concatenate(many), tolerance, tolerance)
+    np.testing.assert_array_equal(mask, np.packbits(whole[0] > 0))
+
+
+@needs_numba
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("direction", compiled.DIRECTIONS)
+def test_a_rehearsal_compiles_what_is_played(direction, columns):
+    shape = (4, 3, 1) if columns else (4, 3, 200)
+    code = f"""if True:
+        import numpy as np
+        from cupybn.backends import numba
+        from cupybn.layers import BatchNorm1d
+        numba.rehearse({direction!r}, np.dtype("float32"), {columns})
+        def known():
+            return {{kernel: len(kernel.signatures) for kernel in numba.load()._kernels}}
+        before = known()
+        x = np.ones({shape}, np.float32)
+        mean, invstd = np.ones((2, 3))
+        y, one = x.copy(), np.ones(3, np.float32)
+        if {direction!r} == "local forward":
+            numba.local_forward(x, y, one, one, 1e-5, running=(one, one), factor=0.1)
+        elif {direction!r} == "local backward":
+            numba.local_backward(x, x, y, mean, invstd, one, one, count=4, dweight=one, dbias=one)
+        elif {direction!r} == "forward":
+            moments = numba.batch_moments(x, payload=np.zeros(6))
+            numba.finalize_moments(moments, 1e-5, running=(one, one))
+            numba.normalize(x, mean, invstd, one, one)
+        else:
+            sums = numba.backward_reduce(x, x, mean, invstd, one, one, payload=np.zeros(6))
+            options = dict(sums=sums, count=4, local=sums, dweight=one, dbias=one)
+            numba.backward_input(x, x, mean, invstd, one, one, **options)
+        assert known() == before, [k for k, n in known().items() if n != before[k]]
+    """
+    process = chosen(f"exec({code!r})", CUPYBN_CPU_BACKEND="numba")
+    assert not process.returncode, process.stderr
+
+
+@needs_numba
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, LARGE[0]], ids=str)
 @pytest.mark.parametrize("relu", [False, True])

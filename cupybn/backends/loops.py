@@ -14,6 +14,7 @@ All in one file, because Numba finds out that a loop on disk is out of date by t
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numba
@@ -21,7 +22,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic, models, overload, register_model
 
 from .pieces import KINDS, WIDE
 
@@ -94,19 +95,54 @@ def zero(_, x):
     return dtype(x), lambda context, builder, *_: context.get_constant(dtype, 0.0)
 
 
+def _like(kind, element):
+    """The LLVM type of as many elements as `kind` has: a vector, or one number."""
+    return ir.VectorType(element, kind.count) if isinstance(kind, ir.VectorType) else element
+
+
+def _constant(kind, value):
+    return kind([value] * kind.count if isinstance(kind, ir.VectorType) else value)
+
+
+def _widened(builder, dtype, values):
+    """A number or a vector of `dtype`, as the loops see it, in the dtype of the arithmetic."""
+    kind = values.type
+    if dtype == types.int16:
+        half = builder.bitcast(values, _like(kind, ir.HalfType()))
+        return builder.fpext(half, _like(kind, ir.FloatType()))
+    if dtype == types.uint16:
+        word = _like(kind, ir.IntType(32))
+        bits = builder.shl(builder.zext(values, word), _constant(word, 16))
+        return builder.bitcast(bits, _like(kind, ir.FloatType()))
+    return values
+
+
+def _narrowed(builder, dtype, values):
+    """The way back, rounded to nearest, ties to even."""
+    kind = values.type
+    if dtype == types.int16:
+        half = builder.fptrunc(values, _like(kind, ir.HalfType()))
+        return builder.bitcast(half, _like(kind, ir.IntType(16)))
+    if dtype == types.uint16:
+        word = _like(kind, ir.IntType(32))
+        bits = builder.bitcast(values, word)
+        odd = builder.and_(builder.lshr(bits, _constant(word, 16)), _constant(word, 1))
+        rounded = builder.add(bits, builder.add(odd, _constant(word, 0x7FFF)))
+        quiet = builder.or_(bits, _constant(word, 0x400000))  # NaN rounded up could be Inf or 0
+        nan = builder.fcmp_unordered("uno", values, values)
+        kept = builder.lshr(builder.select(nan, quiet, rounded), _constant(word, 16))
+        return builder.trunc(kept, _like(kind, ir.IntType(16)))
+    return values
+
+
 @intrinsic
 def load(_, x, i):
     """x[i] in the dtype of the arithmetic."""
     dtype = x.dtype
 
     def code(context, builder, signature, arguments):
-        value = builder.load(builder.gep(arguments[0], [arguments[1]]))
-        if dtype == types.int16:
-            return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
-        if dtype == types.uint16:
-            word = ir.IntType(32)
-            return builder.bitcast(builder.shl(builder.zext(value, word), word(16)), ir.FloatType())
-        return value
+        values, index = arguments
+        return _widened(builder, dtype, builder.load(builder.gep(values, [index])))
 
     return _arithmetic(dtype)(x, types.intp), code
 
@@ -118,26 +154,10 @@ def store(_, y, i, value):
 
     def code(context, builder, signature, arguments):
         target, index, value = arguments
-        if dtype == types.int16:
-            value = builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
-        elif dtype == types.uint16:
-            value = _to_bfloat16(builder, value)
-        builder.store(value, builder.gep(target, [index]))
+        builder.store(_narrowed(builder, dtype, value), builder.gep(target, [index]))
         return context.get_dummy_value()
 
     return types.none(y, types.intp, _arithmetic(dtype)), code
-
-
-def _to_bfloat16(builder, value):
-    word = ir.IntType(32)
-    bits = builder.bitcast(value, word)
-    odd = builder.and_(builder.lshr(bits, word(16)), word(1))
-    rounded = builder.add(bits, builder.add(odd, word(0x7FFF)))
-    quiet = builder.or_(bits, word(0x400000))  # rounding a NaN's bits up could give Inf or 0
-    nan = builder.fcmp_unordered("uno", value, value)
-    return builder.trunc(
-        builder.lshr(builder.select(nan, quiet, rounded), word(16)), ir.IntType(16)
-    )
 
 
 @intrinsic
@@ -148,16 +168,6 @@ def moved(_, x, i):
         return builder.gep(*arguments[:1], [arguments[1]])
 
     return x(x, types.intp), code
-
-
-@intrinsic
-def same_buffer(_, y):
-    """To WIDE values of y's own dtype, on the stack."""
-
-    def code(context, builder, signature, arguments):
-        return cgutils.alloca_once(builder, context.get_data_type(y.dtype), size=WIDE)
-
-    return y(y), code
 
 
 @intrinsic
@@ -182,22 +192,6 @@ def lanes(_, y):
 
 
 @intrinsic
-def stream_line(_, y, i, source, k):
-    """A cache line from source[k] on to y[i] on, which is aligned, past the caches."""
-
-    def code(context, builder, signature, arguments):
-        target, i, source, k = arguments
-        line = ir.VectorType(ir.IntType(8), LINE).as_pointer()
-        values = builder.load(builder.bitcast(builder.gep(source, [k]), line), align=1)
-        stored = builder.store(values, builder.bitcast(builder.gep(target, [i]), line), align=LINE)
-        mark = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
-        stored.set_metadata("nontemporal", mark)
-        return context.get_dummy_value()
-
-    return types.none(y, types.intp, source, types.intp), code
-
-
-@intrinsic
 def fence(_):
     """Has all that was streamed seen by other threads before what comes next."""
 
@@ -211,20 +205,6 @@ def fence(_):
 @_inside
 def _streams(y, run):
     return y.nbytes >= STREAMED and run * y.itemsize >= STREAMED_RUN
-
-
-@_inside
-def _stream(y, source, size):
-    """Copies without reading the lines of y first."""
-    head = min(size, unaligned(y))
-    for i in range(head):
-        y[i] = source[i]
-    step = lanes(y)
-    last = head + (size - head) // step * step
-    for i in range(head, last, step):
-        stream_line(y, i, source, i)
-    for i in range(last, size):
-        y[i] = source[i]
 
 
 @intrinsic
@@ -257,6 +237,102 @@ def _at(coefficient, i):
     if isinstance(coefficient, types.CPointer):
         return lambda coefficient, i: coefficient[i]
     return lambda coefficient, i: coefficient
+
+
+# ---- a cache line at a time: what goes past the caches ----------------------------------------------
+
+
+class _Line(types.Type):
+    """As many values as a cache line of `y` has, in the dtype of the arithmetic."""
+
+    def __init__(self, y):
+        self.element = _arithmetic(y.dtype)
+        self.count = LINE * 8 // y.dtype.bitwidth
+        super().__init__(f"{self.count} x {self.element}")
+
+
+@register_model(_Line)
+class _LineModel(models.PrimitiveModel):
+    def __init__(self, manager, line):
+        element = manager.lookup(line.element).get_value_type()
+        super().__init__(manager, line, ir.VectorType(element, line.count))
+
+
+@intrinsic
+def line(_, y, values, i):
+    """values[i] and what follows; or a number, as often."""
+    found = _Line(y)
+
+    def code(context, builder, signature, arguments):
+        _, values, index = arguments
+        if isinstance(signature.args[1], types.CPointer):
+            dtype = signature.args[1].dtype
+            vector = ir.VectorType(context.get_value_type(dtype), found.count).as_pointer()
+            there = builder.bitcast(builder.gep(values, [index]), vector)
+            return _widened(builder, dtype, builder.load(there, align=dtype.bitwidth // 8))
+        vector, word = context.get_value_type(found), ir.IntType(32)
+        values = context.cast(builder, values, signature.args[1], found.element)
+        first = builder.insert_element(ir.Constant(vector, ir.Undefined), values, word(0))
+        every = _constant(ir.VectorType(word, found.count), 0)
+        return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), every)
+
+    return found(y, values, i), code
+
+
+def _operation(python, llvm):
+    @intrinsic
+    def apply(_, a, b):
+        def code(context, builder, signature, arguments):
+            return getattr(builder, llvm)(*arguments, flags=("contract",))
+
+        return a(a, b), code
+
+    @overload(python)
+    def _overloaded(a, b):
+        if isinstance(a, _Line) and a == b:
+            return lambda a, b: apply(a, b)
+        return None
+
+
+_operation(operator.add, "fadd")
+_operation(operator.sub, "fsub")
+_operation(operator.mul, "fmul")
+
+
+@intrinsic
+def rectified(_, a):
+    """0 where a is below 0."""
+
+    def code(context, builder, signature, arguments):
+        zeros = _constant(arguments[0].type, 0.0)
+        below = builder.fcmp_ordered("<", arguments[0], zeros)
+        return builder.select(below, zeros, arguments[0])
+
+    return a(a), code
+
+
+@_inside
+def _whole_lines(y, size):
+    """Where the cache lines begin and end that y[0] to y[size] fill."""
+    head = min(size, unaligned(y))
+    return head, head + (size - head) // lanes(y) * lanes(y)
+
+
+@intrinsic
+def stream(_, y, i, values):
+    """``y[i] = values`` past the caches; y[i] is at the beginning of a cache line."""
+    dtype = y.dtype
+
+    def code(context, builder, signature, arguments):
+        target, index, values = arguments
+        values = _narrowed(builder, dtype, values)
+        there = builder.bitcast(builder.gep(target, [index]), values.type.as_pointer())
+        stored = builder.store(values, there, align=LINE)
+        mark = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        stored.set_metadata("nontemporal", mark)
+        return context.get_dummy_value()
+
+    return types.none(y, i, values), code
 
 
 # ---- per channel ---------------------------------------------------------------------------------
@@ -446,8 +522,10 @@ def column_moments(x, means, m2s, length, s, start, _, width, c0, c1, m0, m1, j0
     repeat = min(columns, means.shape[1] * length)
     for j in range(0, repeat, length):
         rough = load(x, first + j) + pivot[j] / samples
-        for k in range(j, columns, repeat):
-            pivot[k : k + length] = rough
+        for k in range(j, j + length):
+            pivot[k] = rough
+    for k in range(repeat, columns):
+        pivot[k] = pivot[k - repeat]
     partial, partial_squares = buffer(x), buffer(x)
     sums = np.zeros(columns)
     squares = np.zeros(columns)
@@ -475,21 +553,31 @@ def column_moments(x, means, m2s, length, s, start, _, width, c0, c1, m0, m1, j0
             sums[j] += partial[j]
             squares[j] += partial_squares[j]
     size = float((m1 - m0) * length * (columns // repeat))
+    _add_repeats(sums, repeat)
+    _add_repeats(squares, repeat)
+    c = j0 // length
     for j in range(0, repeat, length):
-        c = (j0 + j) // length
-        total = _channel_sum(sums, j, length, repeat)
+        total = _channel_sum(sums, j, length)
         shift = total / size
         means[s, c] = pivot[j] + shift
-        m2s[s, c] = _channel_sum(squares, j, length, repeat) - total * shift
+        m2s[s, c] = _channel_sum(squares, j, length) - total * shift
+        c += 1
 
 
 @_inside
-def _channel_sum(sums, j, length, repeat):
-    """Of the columns of one channel: `length` from j on, again after `repeat`, and so on."""
-    total = 0.0
-    for begin in range(j, sums.size, repeat):
-        for k in range(begin, begin + length):
-            total += sums[k]
+def _add_repeats(sums, repeat):
+    """The columns from `repeat` on belong to the same channels once more, and so on."""
+    for begin in range(repeat, sums.size, repeat):
+        for k in range(repeat):
+            sums[k] += sums[begin + k]
+
+
+@_inside
+def _channel_sum(sums, j, length):
+    """Of the columns of one channel, `length` from j on."""
+    total = sums[j]
+    for k in range(j + 1, j + length):
+        total += sums[k]
     return total
 
 
@@ -497,23 +585,35 @@ def _channel_sum(sums, j, length, repeat):
 
 
 @_inside
-def _normalize_run(y, x, residual, begin, size, staged, fused, relu, high, scale, shift, work):
+def _normalize_run(y, x, residual, begin, i0, i1, staged, fused, relu, high, scale, shift, work):
     # Written straight over the x it was read from, y would not come out of a vector loop.
     if not staged:
-        for i in range(size):
+        for i in range(i0, i1):
             z = (load(x, begin + i) - at(high, i)) * at(scale, i) + at(shift, i)
             store(y, i, z)
         return
-    for i in range(size):
+    for i in range(i0, i1):
         work[i] = (load(x, begin + i) - at(high, i)) * at(scale, i) + at(shift, i)
     if fused:
-        for i in range(size):
+        for i in range(i0, i1):
             work[i] += load(residual, begin + i)
     if relu:
-        for i in range(size):
+        for i in range(i0, i1):
             work[i] = zero(x) if work[i] < 0 else work[i]
-    for i in range(size):
+    for i in range(i0, i1):
         store(y, i, work[i])
+
+
+@_inside
+def _stream_normalized(y, x, residual, begin, size, fused, relu, high, scale, shift, work):
+    head, last = _whole_lines(y, size)
+    for i0, i1 in ((0, head), (last, size)):
+        _normalize_run(y, x, residual, begin, i0, i1, True, fused, relu, high, scale, shift, work)
+    for i in range(head, last, lanes(y)):
+        z = (line(y, x, begin + i) - line(y, high, i)) * line(y, scale, i) + line(y, shift, i)
+        if fused:
+            z = z + line(y, residual, begin + i)
+        stream(y, i, rectified(z) if relu else z)
 
 
 @_kernel
@@ -524,19 +624,22 @@ def normalize(
     staged = fused or relu or y.ctypes.data == x.ctypes.data
     streaming = _streams(y, l1 - l0)
     y, x, residual = pointer(y, start), pointer(x, start), pointer(residual, start)
-    work, out = buffer(x), same_buffer(y)
+    work = buffer(x)
     for n in range(n0, n1):
         for c in range(c0, c1):
             for i in range(l0, l1, WIDE):
                 high, scale, shift = _affine(coefficients, c, i)
                 begin, size = (n * channels + c) * length + i, min(WIDE, l1 - i)
                 there = moved(y, begin)
-                _normalize_run(
-                    out if streaming else there, x, residual, begin, size,
-                    staged, fused, relu, high, scale, shift, work,
-                )  # fmt: skip
                 if streaming:
-                    _stream(there, out, size)
+                    _stream_normalized(
+                        there, x, residual, begin, size, fused, relu, high, scale, shift, work
+                    )
+                else:
+                    _normalize_run(
+                        there, x, residual, begin, 0, size,
+                        staged, fused, relu, high, scale, shift, work,
+                    )  # fmt: skip
     fence()
 
 
@@ -671,24 +774,37 @@ def column_reduce(
             sums[j] += partial[j]
             products[j] += partial_products[j]
     repeat = min(columns, sums_dy.shape[1] * length)
+    _add_repeats(sums, repeat)
+    _add_repeats(products, repeat)
+    c = j0 // length
     for j in range(0, repeat, length):
-        c = (j0 + j) // length
-        sums_dy[s, c] = _channel_sum(sums, j, length, repeat)
-        sums_dy_xmu[s, c] = _channel_sum(products, j, length, repeat)
+        sums_dy[s, c] = _channel_sum(sums, j, length)
+        sums_dy_xmu[s, c] = _channel_sum(products, j, length)
+        c += 1
 
 
 @_inside
-def _input_run(dx, passed, x, dresidual, begin, size, constant, fused, high, scale, slope, offset):
-    if fused:
-        for i in range(size):
-            store(dresidual, begin + i, load(passed, i))
+def _input_run(dx, passed, x, begin, i0, i1, constant, high, scale, slope, offset):
     if constant:
-        for i in range(size):
+        for i in range(i0, i1):
             store(dx, i, load(passed, i) * at(scale, i))
         return
-    for i in range(size):
+    for i in range(i0, i1):
         d = (load(x, begin + i) - at(high, i)) * at(slope, i) + load(passed, i) + at(offset, i)
         store(dx, i, d * at(scale, i))
+
+
+@_inside
+def _stream_input(dx, passed, x, begin, size, constant, high, scale, slope, offset):
+    head, last = _whole_lines(dx, size)
+    for i0, i1 in ((0, head), (last, size)):
+        _input_run(dx, passed, x, begin, i0, i1, constant, high, scale, slope, offset)
+    for i in range(head, last, lanes(dx)):
+        d = line(dx, passed, i)
+        if not constant:
+            steep = (line(dx, x, begin + i) - line(dx, high, i)) * line(dx, slope, i)
+            d = steep + d + line(dx, offset, i)
+        stream(dx, i, d * line(dx, scale, i))
 
 
 @_kernel
@@ -698,10 +814,11 @@ def backward_input(
 ):  # fmt: skip
     fused = dresidual.size > 0
     streaming = _streams(dx, l1 - l0)
-    direct = activation == 0 and (streaming or dx.ctypes.data != dy.ctypes.data)
+    apart = streaming or dx.ctypes.data != dy.ctypes.data
+    direct = activation == 0 and apart and not fused
     dx, dresidual, dy = pointer(dx, 0), pointer(dresidual, 0), pointer(dy, 0)
     x, mask = pointer(x, 0), pointer(mask, 0)
-    work, out = buffer(x), same_buffer(dx)
+    work = buffer(x)
     for n in range(n0, n1):
         for c in range(c0, c1):
             for i in range(l0, l1, WIDE):
@@ -710,21 +827,29 @@ def backward_input(
                 slope = coefficient(coefficients, 3, c, i)
                 offset = coefficient(coefficients, 4, c, i)
                 there = moved(dx, begin)
-                target = out if streaming else there
+                if not direct:
+                    _passing(work, dy, x, begin, run, activation, mask, high, scale, shift)
+                if fused:
+                    for k in range(run):
+                        store(dresidual, begin + k, work[k])
                 if direct:
-                    _input_run(
-                        target, moved(dy, begin), x, dresidual, begin, run, constant, fused,
+                    _input(
+                        there, moved(dy, begin), x, begin, run, streaming, constant,
                         high, scale, slope, offset,
                     )  # fmt: skip
                 else:
-                    _passing(work, dy, x, begin, run, activation, mask, high, scale, shift)
-                    _input_run(
-                        target, work, x, dresidual, begin, run, constant, fused,
-                        high, scale, slope, offset,
-                    )  # fmt: skip
-                if streaming:
-                    _stream(there, out, run)
+                    _input(
+                        there, work, x, begin, run, streaming, constant, high, scale, slope, offset
+                    )
     fence()
+
+
+@_inside
+def _input(dx, passed, x, begin, size, streaming, constant, high, scale, slope, offset):
+    if streaming:
+        _stream_input(dx, passed, x, begin, size, constant, high, scale, slope, offset)
+    else:
+        _input_run(dx, passed, x, begin, 0, size, constant, high, scale, slope, offset)
 
 
 # ---- all of it, where the statistics of a piece's channels are in that piece ---------------------

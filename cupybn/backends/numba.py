@@ -21,7 +21,7 @@ from ..statistics import BackwardSums, Moments
 from . import numpy as reference
 from .composed import compose
 from .numpy import Data, PerChannel
-from .pieces import Plan, plan_for
+from .pieces import SHORT, Plan, plan_for
 from .threads import spread
 
 _BITS = {"float16": np.int16, "bfloat16": np.uint16}
@@ -355,7 +355,7 @@ def rehearse(
         How many were not on disk, and the seconds it took.
     """
     began, before = time.perf_counter(), load().compiled()
-    x3 = np.zeros((2, 1, 1 if columns else 64), dtype)
+    x3 = np.zeros((2, 1, 1 if columns else SHORT), dtype)
     y3 = np.empty_like(x3)
     one = np.ones(1, _parameter_dtype(dtype))
     bits = np.zeros(-(-x3.size // 8), np.uint8) if mask else None

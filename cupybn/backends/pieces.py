@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 KINDS = 5  # of coefficients: high, scale, shift, slope, offset
-_SHORT = 96  # runs below this are done by columns
+SHORT = 96  # runs below this are done by columns
 WIDE = 2048  # columns of a piece, at most: their coefficients stay in L1
 _NARROW = 1024  # columns below this are done several rows at a time
 _LITTLE = 1 << 12  # values that are not worth the trouble
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
 @lru_cache(maxsize=1024)
 def plan_for(n: int, channels: int, length: int) -> Plan:
     """The plan for an array that is not empty."""
-    if length < _SHORT:
+    if length < SHORT:
         return _columns(n, channels, length)
     return _rows(n, channels, length)
 
