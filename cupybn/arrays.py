@@ -205,6 +205,7 @@ def move(x: Array, device: str) -> Array:
         return cupy.asarray(host)
 
 
+@lru_cache(maxsize=64)  # the name of a dtype takes NumPy microseconds
 def parameter_dtype(dtype: Any) -> np.dtype[Any]:
     """The dtype of parameters and running statistics, and of the arithmetic, for data of `dtype`.
 
@@ -213,11 +214,7 @@ def parameter_dtype(dtype: Any) -> np.dtype[Any]:
     Raises:
         DTypeError: any other dtype, integers and non-native byte orders included.
     """
-    return _parameter_dtype(np.dtype(dtype))
-
-
-@lru_cache(maxsize=64)  # the name of a dtype takes NumPy microseconds
-def _parameter_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    dtype = np.dtype(dtype)
     name = _PARAMETER_DTYPES.get(dtype.name)
     if name is not None and not dtype.isnative:
         raise DTypeError(

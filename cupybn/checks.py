@@ -31,16 +31,16 @@ def check_activation(activation: str | None) -> None:
 
 def check_parameter(what: str, parameter: Array, x: Array, layout: Layout) -> None:
     """Raises unless the per-channel array has the device, shape and dtype that go with x."""
-    if device_of(parameter) != device_of(x):
+    dtype = parameter_dtype(x.dtype)
+    if not (type(parameter) is type(x) is np.ndarray) and device_of(parameter) != device_of(x):
         raise DeviceError(
             f"{what} is on {device_of(parameter)}, but the input is on {device_of(x)}"
         )
-    if parameter.shape != (layout.channels,):
-        raise ShapeError(f"{what} has shape {parameter.shape}, expected ({layout.channels},)")
-    if parameter.dtype != parameter_dtype(x.dtype):
+    if parameter.shape != layout.per_channel:
+        raise ShapeError(f"{what} has shape {parameter.shape}, expected {layout.per_channel}")
+    if parameter.dtype != dtype:
         raise DTypeError(
-            f"{what} is {parameter.dtype}, but {x.dtype} input goes with "
-            f"{parameter_dtype(x.dtype)} parameters"
+            f"{what} is {parameter.dtype}, but {x.dtype} input goes with {dtype} parameters"
         )
 
 

@@ -28,6 +28,10 @@ class Layout:
     def channels(self) -> int:
         return self.shape[self.channel_axis]
 
+    @cached_property
+    def per_channel(self) -> tuple[int]:
+        return (self.channels,)
+
     @property
     def _others(self) -> tuple[int, ...]:
         axis = self.channel_axis
@@ -94,6 +98,6 @@ def _layout(shape: tuple[int, ...], channel_axis: int, columns: bool) -> Layout:
 
 def check_channel_axis(channel_axis: int) -> int:
     """channel_axis itself if it is 1 or -1, else ValueError."""
-    if not isinstance(channel_axis, int | np.integer) or channel_axis not in (1, -1):
+    if not isinstance(channel_axis, (int, np.integer)) or channel_axis not in (1, -1):
         raise ValueError(f"channel_axis must be 1 or -1, got {channel_axis!r}")
     return channel_axis

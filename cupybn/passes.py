@@ -45,7 +45,7 @@ from .statistics import BackwardSums, Moments, message_length
 ALONE = SelfCommunicator()
 
 
-@dataclass
+@dataclass(slots=True)
 class Saved:
     """What a forward keeps for its backward. x, weight and bias are kept by reference.
 
@@ -170,8 +170,9 @@ def forward_steps(
     for what, array in zip(("running_mean", "running_var"), state or (), strict=False):
         check_written(what, array, x, layout)
     backend = backend_for(x3)
-    affine = weight is not None, bias is not None
-    settings = _settings(layout.channels, repr(eps), x.dtype, affine, activation) + settings
+    if call.ranks > 1:
+        affine = weight is not None, bias is not None
+        settings = _settings(layout.channels, repr(eps), x.dtype, affine, activation) + settings
     exact = x.dtype == np.float64
     call.agree(settings, messages=2 if exact else 1)
     if check_finite and is_capturing(x3):

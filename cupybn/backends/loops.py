@@ -34,7 +34,7 @@ STREAMED = 1 << 23  # bytes of an output that goes past the caches, in runs of a
 STREAMED_RUN = 1 << 9  # bytes
 RUN = 4096  # values in one float32 sum, at most
 ROWS = 64  # of columns in one float32 sum, four at a time
-SAMPLE = 16  # values that make a pivot
+SAMPLE = 16  # values that make a pivot, or a row of a channel's columns
 
 _options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
@@ -239,10 +239,10 @@ def _at(coefficient, i):
     return lambda coefficient, i: coefficient
 
 
-# ---- a cache line at a time: what goes past the caches ----------------------------------------------
+# ---- a cache line at a time: what goes past the caches -------------------------------------------
 
 
-class _Line(types.Type):
+class _Line(types.Type):  # type: ignore[misc]
     """As many values as a cache line of `y` has, in the dtype of the arithmetic."""
 
     def __init__(self, y):
@@ -252,7 +252,7 @@ class _Line(types.Type):
 
 
 @register_model(_Line)
-class _LineModel(models.PrimitiveModel):
+class _LineModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager, line):
         element = manager.lookup(line.element).get_value_type()
         super().__init__(manager, line, ir.VectorType(element, line.count))
@@ -513,15 +513,18 @@ def column_moments(x, means, m2s, length, s, start, _, width, c0, c1, m0, m1, j0
     x = pointer(x, start + j0)
     columns = j1 - j0
     first = m0 * width
-    pivot = np.full(columns, zero(x))
-    samples = zero(x)
-    for m in range(m0, m1, max(1, (m1 - m0) // SAMPLE)):
-        for j in range(columns):
-            pivot[j] += load(x, m * width + j) - load(x, first + j)
-        samples += 1
     repeat = min(columns, means.shape[1] * length)
+    pivot = np.full(columns, zero(x))
+    rows = min(m1 - m0, max(1, SAMPLE // length))
+    for m in range(1, rows):
+        i = (m0 + m * ((m1 - m0) // rows)) * width
+        for j in range(repeat):
+            pivot[j] += load(x, i + j) - load(x, first + j)
     for j in range(0, repeat, length):
-        rough = load(x, first + j) + pivot[j] / samples
+        total = zero(x)
+        for k in range(j, j + length):
+            total += (load(x, first + k) - load(x, first + j)) + pivot[k] / rows
+        rough = load(x, first + j) + total / length
         for k in range(j, j + length):
             pivot[k] = rough
     for k in range(repeat, columns):

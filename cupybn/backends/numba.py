@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import parameter_dtype as _parameter_dtype
+from ..arrays import parameter_dtype
 from ..statistics import BackwardSums, Moments
 from . import numpy as reference
 from .composed import compose
@@ -190,7 +190,7 @@ def backward_input(
     dx3 = np.empty_like(x3) if out3 is None else out3
     if local is not None:
         gradients = dweight, dbias
-        vectors = [_vector(gradient, _parameter_dtype(x3.dtype)) for gradient in gradients]
+        vectors = [_vector(gradient, parameter_dtype(x3.dtype)) for gradient in gradients]
         load().add_gradients(*vectors, *map(_vector, local), _vector(invstd), 0, invstd.size)
         _copy_back(gradients, vectors)
     if x3.size == 0:
@@ -236,21 +236,21 @@ def local_forward(
             x3, y3, weight, bias, eps, activation=activation, residual3=residual3, mask=mask,
             running=running, factor=factor,
         )  # fmt: skip
-    dtype = _parameter_dtype(x3.dtype)
-    (mean, invstd), var = np.empty((2, 1, c)), np.empty((1, c))
+    dtype = parameter_dtype(x3.dtype)
+    mean, var, invstd = np.empty((1, c)), np.empty((1, c)), np.empty(c)
     states = running or (None, None)
     dense = [_vector(state, dtype) for state in states]
     y = _flat(y3)
     arguments = (
         y, _flat(x3), _flat(residual3, x3), activation is not None, _vector(weight, dtype),
-        _vector(bias, dtype), eps, mean, invstd[0], var, *dense, factor,
+        _vector(bias, dtype), eps, mean, invstd, var, *dense, factor,
         np.empty(plan.coefficients, dtype), plan.repeats, plan.group,
     )  # fmt: skip
     loops = load()
     spread(loops.column_forward if plan.columns else loops.row_forward, arguments, plan.pieces)
     _pack_mask(y, mask)
     _copy_back(states, dense)
-    return mean[0], var[0], invstd[0]
+    return mean[0], var[0], invstd
 
 
 def local_backward(
@@ -280,7 +280,7 @@ def local_backward(
             mask=mask, dresidual3=dresidual3, dweight=dweight, dbias=dbias,
         )  # fmt: skip
         return
-    dtype = _parameter_dtype(x3.dtype)
+    dtype = parameter_dtype(x3.dtype)
     gradients = dweight, dbias
     dense = [_vector(gradient, dtype) for gradient in gradients]
     arguments = (
@@ -357,7 +357,7 @@ def rehearse(
     began, before = time.perf_counter(), load().compiled()
     x3 = np.zeros((2, 1, 1 if columns else SHORT), dtype)
     y3 = np.empty_like(x3)
-    one = np.ones(1, _parameter_dtype(dtype))
+    one = np.ones(1, parameter_dtype(dtype))
     bits = np.zeros(-(-x3.size // 8), np.uint8) if mask else None
     mean, invstd = np.zeros((2, 1))
     if direction == "local forward":
@@ -386,7 +386,7 @@ def _coefficients(
     bias: Data | None,
 ) -> Data:
     """What the loops multiply and add, for each channel or column; slope and offset come later."""
-    dtype = _parameter_dtype(x3.dtype)
+    dtype = parameter_dtype(x3.dtype)
     coefficients = np.empty(plan.coefficients, dtype)
     load().fill_affine(
         coefficients, plan.repeats, _vector(mean), _vector(invstd),
@@ -418,16 +418,21 @@ def _flat(a3: Data | None, like: Data | None = None) -> Data:
     if a3 is None:
         assert like is not None
         return _nothing(_as_loops_see(like.dtype))
-    flat = _writable(a3 if a3.flags.c_contiguous else a3.copy()).reshape(-1)
-    dtype = _as_loops_see(flat.dtype)
-    return flat if dtype is flat.dtype else flat.view(dtype)
+    if not a3.flags.carray:
+        a3 = _writable(a3 if a3.flags.c_contiguous else a3.copy())
+    dtype = _as_loops_see(a3.dtype)
+    return a3.reshape(-1) if dtype is a3.dtype else a3.reshape(-1).view(dtype)
 
 
 def _vector(values: Data | None, dtype: np.dtype[Any] = _FLOAT64) -> Data:
     if values is None:
         return _nothing(dtype)
-    if values.dtype == dtype and values.flags.c_contiguous:
-        return _writable(values)
+    if values.dtype == dtype:
+        flags = values.flags
+        if flags.carray:  # contiguous, aligned and writeable
+            return values
+        if flags.c_contiguous:
+            return _writable(values)
     return np.ascontiguousarray(values, dtype)
 
 
@@ -445,6 +450,6 @@ def _dense(a3: Data | None) -> Data | None:
 
 
 def _copy_back(given: Any, written: Any) -> None:
-    for target, values in zip(given, written, strict=True):
-        if target is not None and values is not target:
-            target[...] = values
+    for i, target in enumerate(given):
+        if target is not None and written[i] is not target:
+            target[...] = written[i]

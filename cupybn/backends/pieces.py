@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 KINDS = 5  # of coefficients: high, scale, shift, slope, offset
 SHORT = 96  # runs below this are done by columns
-WIDE = 2048  # columns of a piece, at most: their coefficients stay in L1
+WIDE = 1024  # columns of a piece, at most: their coefficients stay in L1
 _NARROW = 1024  # columns below this are done several rows at a time
 _LITTLE = 1 << 12  # values that are not worth the trouble
 _CACHED = 1 << 17  # values of x, of dy and of dx that fit in a 2 MB cache together
@@ -33,22 +33,17 @@ class Plan(NamedTuple):
         columns: which loops.
         pieces: the last arguments of the loops.
         counts: values per channel of each segment. Sums over a segment are merged in this order.
-        width: columns of the widest row of pieces; for row loops the channels.
         repeats: columns a channel has side by side.
         group: so many channels of a piece stay in the cache together.
+        coefficients: the shape of the coefficients that ``loops.py`` takes.
     """
 
     columns: bool
     pieces: tuple[Piece, ...]
     counts: tuple[float, ...]
-    width: int
     repeats: int
     group: int
-
-    @property
-    def coefficients(self) -> tuple[int, ...]:
-        """The shape of the coefficients that ``loops.py`` takes."""
-        return (KINDS, 1, self.width) if self.columns else (KINDS, self.width)
+    coefficients: tuple[int, ...]
 
 
 @lru_cache(maxsize=1024)
@@ -73,7 +68,8 @@ def _rows(n: int, channels: int, length: int) -> Plan:
                 for c in range(0, channels, step)
             )
             counts.append(float(count))
-    return Plan(False, tuple(pieces), tuple(counts), channels, 1, max(1, _CACHED // (n * length)))
+    group = max(1, _CACHED // (n * length))
+    return Plan(False, tuple(pieces), tuple(counts), 1, group, (KINDS, channels))
 
 
 def _columns(n: int, channels: int, length: int) -> Plan:
@@ -95,7 +91,8 @@ def _columns(n: int, channels: int, length: int) -> Plan:
                 for j in range(0, wide, tile)
             )
             counts.append(float((m1 - m0) * wide // channels))
-    return Plan(True, tuple(pieces), tuple(counts), width * together, length, channels)
+    coefficients = KINDS, 1, width * together  # of the widest row of pieces
+    return Plan(True, tuple(pieces), tuple(counts), length, channels, coefficients)
 
 
 def _cut(size: int, parts: int) -> Iterator[tuple[int, int]]:

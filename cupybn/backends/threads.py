@@ -43,8 +43,8 @@ def set_threads(number: int | None) -> None:
 
 def spread(loop: Callable[..., Any], arguments: Sequence[Any], pieces: Sequence[Any]) -> None:
     """``loop(*arguments, *piece)`` for each piece, on as many threads as are of use."""
-    helpers = min(thread_count(), len(pieces)) - 1
-    if helpers <= 0:
+    helpers = min(thread_count(), len(pieces)) - 1 if len(pieces) > 1 else 0
+    if helpers == 0:
         for piece in pieces:
             loop(*arguments, *piece)
         return

@@ -195,7 +195,7 @@ class BatchNorm(Layer):
         def steps() -> Steps[Array]:
             y, context = yield from self._forward_steps(call, x, residual, out, save)
             if save:
-                self.saved = context
+                self._keep(context)
             return y
 
         return Started(call, steps())
@@ -246,7 +246,7 @@ class BatchNorm(Layer):
             self.params.get("bias"),
             self.eps,
             name=self.label,
-            settings=self._settings(),
+            settings=self._settings() if call.ranks > 1 else "",
             running=self._running() if updates else None,
             check_finite=self.check_finite and self.training,
             observe=self.observe,
@@ -299,7 +299,7 @@ class BatchNorm(Layer):
                 raise self.no_context()
             dx = yield from self._backward_steps(call, dy, context, out)
             if self.saved is context:
-                self.saved = None
+                self._keep(None)
             return dx
 
         return Started(call, steps())
