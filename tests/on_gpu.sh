@@ -65,7 +65,7 @@ shapes() {
 }
 
 selftests() { # NAME, OPTIONS of selftest...
-  for n in 1 2 4; do
+  for n in 1 2 3 4; do
     part "selftest $1, $n ranks" 60 "$MPIEXEC" -n $n "$PYTHON" -m cupybn selftest "${@:2}"
   done
 }
