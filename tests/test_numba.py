@@ -135,15 +135,31 @@ def test_ranks_share_the_cores(monkeypatch, env, expected):
     assert threads.thread_count() == expected
 
 
+taking = threading.Lock()
+
+
+def in_python(work):
+    """A loop as the compiled ones are, of Python: work(*arguments, piece) for all it can take."""
+
+    def loop(*arguments):
+        *arguments, pieces, taken = arguments
+        while True:
+            with taking:
+                i = int(taken[0])
+                taken[0] += 1
+            if i >= len(pieces):
+                return
+            work(*arguments, int(pieces[i]))
+
+    return loop
+
+
 def test_every_piece_is_done_once_whoever_calls():
     threads.set_threads(3)
     done = []
-
-    def loop(call, piece):
-        done.append((call, piece))
-
+    loop = in_python(lambda call, piece: done.append((call, piece)) or time.sleep(1e-4))
     callers = [
-        threading.Thread(target=threads.spread, args=(loop, (call,), [(i,) for i in range(50)]))
+        threading.Thread(target=threads.spread, args=(loop, (call,), np.arange(50)))
         for call in range(6)
     ]
     for caller in callers:
@@ -156,12 +172,14 @@ def test_every_piece_is_done_once_whoever_calls():
 def test_an_error_in_any_piece_is_raised():
     threads.set_threads(2)
 
-    def loop(piece):
+    def work(piece):
         if piece == 7:
             raise MemoryError("piece 7")
+        time.sleep(0.001)
 
-    with pytest.raises(MemoryError, match="piece 7"):
-        threads.spread(loop, (), [(i,) for i in range(10)])
+    for _ in range(5):
+        with pytest.raises(MemoryError, match="piece 7"):
+            threads.spread(in_python(work), (), np.arange(10))
     with pytest.raises(ValueError, match="at least 1, got 0"):
         threads.set_threads(0)
 
@@ -185,7 +203,8 @@ def test_only_workers_are_moved():
     threads.set_threads(2)
     allowed, at = os.sched_getaffinity(0), set()
     for _ in range(20):
-        threads.spread(lambda _: at.add(threading.get_ident()) or time.sleep(0.001), (), [(0,)] * 4)
+        work = in_python(lambda _: at.add(threading.get_ident()) or time.sleep(0.001))
+        threads.spread(work, (), np.arange(4))
         assert os.sched_getaffinity(0) == allowed
     assert len(at) == 2
 
@@ -201,6 +220,25 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(shape, relu):
         threads.set_threads(number)
         for actual, value in zip(everything(compiled, x, dy, relu), expected, strict=True):
             np.testing.assert_array_equal(actual, value)
+
+
+@needs_numba
+def test_compiled_loops_take_every_piece_once():
+    import numba
+
+    @numba.njit(nogil=True)
+    def loop(times, pieces, taken):
+        i = take(taken)
+        while i < len(pieces):
+            times[pieces[i]] += 1
+            i = take(taken)
+
+    take = compiled.load().take
+    for number in (1, 2, 5):
+        threads.set_threads(number)
+        times = np.zeros(200_000, np.int64)
+        threads.spread(loop, (times,), np.arange(times.size))
+        assert (times == 1).all()
 
 
 @needs_numba

@@ -57,6 +57,7 @@ def compiled():
 
 
 _inside = numba.njit(forceinline=True, **_options)
+_piece = numba.njit(**_options)  # kept on disk with the kernels that call it
 
 
 # ---- values --------------------------------------------------------------------------------------
@@ -86,6 +87,17 @@ def buffer(_, x):
         return cgutils.alloca_once(builder, context.get_data_type(dtype), size=WIDE + 16)
 
     return types.CPointer(dtype)(x), code
+
+
+@intrinsic
+def take(_, taken):
+    """The next number, from 0: taken[0], which is one more for the next thread that asks."""
+
+    def code(context, builder, signature, arguments):
+        data = context.make_array(taken)(context, builder, arguments[0]).data
+        return builder.atomic_rmw("add", data, context.get_constant(types.int64, 1), "monotonic")
+
+    return types.int64(taken), code
 
 
 @intrinsic
@@ -476,8 +488,9 @@ def _deviations(x, begin, size, pivot):
     return total, squares
 
 
-@_kernel
-def row_moments(x, means, m2s, _, s, start, channels, length, c0, c1, n0, n1, l0, l1):
+@_piece
+def _row_moments(x, means, m2s, _, piece):
+    s, start, channels, length, c0, c1, n0, n1, l0, l1 = piece
     x = pointer(x, start)
     mean, m2 = means[s], m2s[s]
     mean[c0:c1] = 0.0
@@ -508,8 +521,9 @@ def row_moments(x, means, m2s, _, s, start, channels, length, c0, c1, n0, n1, l0
             count += size
 
 
-@_kernel
-def column_moments(x, means, m2s, length, s, start, _, width, c0, c1, m0, m1, j0, j1):
+@_piece
+def _column_moments(x, means, m2s, length, piece):
+    s, start, _, width, _, _, m0, m1, j0, j1 = piece
     x = pointer(x, start + j0)
     columns = j1 - j0
     first = m0 * width
@@ -619,10 +633,9 @@ def _stream_normalized(y, x, residual, begin, size, fused, relu, high, scale, sh
         stream(y, i, rectified(z) if relu else z)
 
 
-@_kernel
-def normalize(
-    y, x, residual, relu, coefficients, s, start, channels, length, c0, c1, n0, n1, l0, l1
-):  # fmt: skip
+@_piece
+def _normalize(y, x, residual, relu, coefficients, piece):
+    _, start, channels, length, c0, c1, n0, n1, l0, l1 = piece
     fused = residual.size > 0
     staged = fused or relu or y.ctypes.data == x.ctypes.data
     streaming = _streams(y, l1 - l0)
@@ -656,19 +669,22 @@ def _affine(coefficients, c, j):
 
 
 @_kernel
-def pack_mask(y, mask, begin, end):
-    """One bit for each y above 0, into the bytes from `begin` to `end`, as ``np.packbits``."""
+def pack_mask(y, mask, pieces, taken):
+    """One bit for each y above 0, into the bytes of each piece, as ``np.packbits``."""
     size = y.size
     y = pointer(y, 0)
-    for i in range(begin, end):
-        byte = 0
-        if 8 * i + 8 <= size:
-            for k in range(8):
-                byte |= (load(y, 8 * i + k) > 0) << (7 - k)
-        else:
-            for k in range(size - 8 * i):
-                byte |= (load(y, 8 * i + k) > 0) << (7 - k)
-        mask[i] = byte
+    p = take(taken)
+    while p < len(pieces):
+        for i in range(pieces[p, 0], pieces[p, 1]):
+            byte = 0
+            if 8 * i + 8 <= size:
+                for k in range(8):
+                    byte |= (load(y, 8 * i + k) > 0) << (7 - k)
+            else:
+                for k in range(size - 8 * i):
+                    byte |= (load(y, 8 * i + k) > 0) << (7 - k)
+            mask[i] = byte
+        p = take(taken)
 
 
 # ---- backward ------------------------------------------------------------------------------------
@@ -715,11 +731,9 @@ def _passed_sums(passed, x, begin, size, high):
     return total, products
 
 
-@_kernel
-def row_reduce(
-    sums_dy, sums_dy_xmu, dy, x, activation, mask, coefficients, _,
-    s, start, channels, length, c0, c1, n0, n1, l0, l1,
-):  # fmt: skip
+@_piece
+def _row_reduce(sums_dy, sums_dy_xmu, dy, x, activation, mask, coefficients, _, piece):
+    s, start, channels, length, c0, c1, n0, n1, l0, l1 = piece
     sum_dy, sum_dy_xmu = sums_dy[s], sums_dy_xmu[s]
     sum_dy[c0:c1] = 0.0
     sum_dy_xmu[c0:c1] = 0.0
@@ -739,11 +753,9 @@ def row_reduce(
                 sum_dy_xmu[c] += b
 
 
-@_kernel
-def column_reduce(
-    sums_dy, sums_dy_xmu, dy, x, activation, mask, coefficients, length,
-    s, start, _, width, c0, c1, m0, m1, j0, j1,
-):  # fmt: skip
+@_piece
+def _column_reduce(sums_dy, sums_dy_xmu, dy, x, activation, mask, coefficients, length, piece):
+    s, start, _, width, _, _, m0, m1, j0, j1 = piece
     columns = j1 - j0
     high, scale, shift = _affine(coefficients, 0, j0)
     dy, x, mask = pointer(dy, 0), pointer(x, 0), pointer(mask, 0)
@@ -810,11 +822,9 @@ def _stream_input(dx, passed, x, begin, size, constant, high, scale, slope, offs
         stream(dx, i, d * line(dx, scale, i))
 
 
-@_kernel
-def backward_input(
-    dx, dresidual, dy, x, activation, mask, constant, coefficients,
-    s, start, channels, length, c0, c1, n0, n1, l0, l1,
-):  # fmt: skip
+@_piece
+def _backward_input(dx, dresidual, dy, x, activation, mask, constant, coefficients, piece):
+    _, start, channels, length, c0, c1, n0, n1, l0, l1 = piece
     fused = dresidual.size > 0
     streaming = _streams(dx, l1 - l0)
     apart = streaming or dx.ctypes.data != dy.ctypes.data
@@ -855,84 +865,162 @@ def _input(dx, passed, x, begin, size, streaming, constant, high, scale, slope, 
         _input_run(dx, passed, x, begin, 0, size, constant, high, scale, slope, offset)
 
 
-# ---- all of it, where the statistics of a piece's channels are in that piece ---------------------
+# ---- what threads call: pieces, each taken by whoever comes first --------------------------------
+
+
+@_inside
+def _bounds(pieces, i):
+    """Piece i as a tuple; see ``Piece`` of ``pieces.py``."""
+    p = pieces[i]
+    return p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9]
+
+
+@_inside
+def _channels_only(piece, a, b):
+    s, start, channels, length, _, _, n0, n1, l0, l1 = piece
+    return s, start, channels, length, a, b, n0, n1, l0, l1
+
+
+@_kernel
+def row_moments(x, means, m2s, length, pieces, taken):
+    i = take(taken)
+    while i < len(pieces):
+        _row_moments(x, means, m2s, length, _bounds(pieces, i))
+        i = take(taken)
+
+
+@_kernel
+def column_moments(x, means, m2s, length, pieces, taken):
+    i = take(taken)
+    while i < len(pieces):
+        _column_moments(x, means, m2s, length, _bounds(pieces, i))
+        i = take(taken)
+
+
+@_kernel
+def normalize(y, x, residual, relu, coefficients, pieces, taken):
+    i = take(taken)
+    while i < len(pieces):
+        _normalize(y, x, residual, relu, coefficients, _bounds(pieces, i))
+        i = take(taken)
+
+
+@_kernel
+def row_reduce(
+    sums_dy, sums_dy_xmu, dy, x, activation, mask, coefficients, length, pieces, taken
+):  # fmt: skip
+    i = take(taken)
+    while i < len(pieces):
+        piece = _bounds(pieces, i)
+        _row_reduce(sums_dy, sums_dy_xmu, dy, x, activation, mask, coefficients, length, piece)
+        i = take(taken)
+
+
+@_kernel
+def column_reduce(
+    sums_dy, sums_dy_xmu, dy, x, activation, mask, coefficients, length, pieces, taken
+):  # fmt: skip
+    i = take(taken)
+    while i < len(pieces):
+        piece = _bounds(pieces, i)
+        _column_reduce(sums_dy, sums_dy_xmu, dy, x, activation, mask, coefficients, length, piece)
+        i = take(taken)
+
+
+@_kernel
+def backward_input(
+    dx, dresidual, dy, x, activation, mask, constant, coefficients, pieces, taken
+):  # fmt: skip
+    i = take(taken)
+    while i < len(pieces):
+        piece = _bounds(pieces, i)
+        _backward_input(dx, dresidual, dy, x, activation, mask, constant, coefficients, piece)
+        i = take(taken)
+
+
+# ---- the same: all of it, where the statistics of a piece's channels are in that piece -----------
 
 
 @_kernel
 def row_forward(
     y, x, residual, relu, weight, bias, eps, mean, invstd, var, running_mean, running_var, factor,
-    coefficients, repeats, group, s, start, channels, length, c0, c1, n0, n1, l0, l1,
+    coefficients, length, group, pieces, taken,
 ):  # fmt: skip
-    count = float((n1 - n0) * (l1 - l0))
-    for a in range(c0, c1, group):  # so many channels that the second pass finds them in the cache
-        b = min(a + group, c1)
-        row_moments(x, mean, var, repeats, s, start, channels, length, a, b, n0, n1, l0, l1)
-        finalize_moments(
-            mean[0], var[0], count, eps, 0, mean[0], var[0], invstd, running_mean, running_var,
-            factor, a, b,
-        )  # fmt: skip
-        fill_affine(coefficients, repeats, mean[0], invstd, weight, bias, a, b)
-        normalize(
-            y, x, residual, relu, coefficients, s, start, channels, length, a, b, n0, n1, l0, l1
-        )
+    i = take(taken)
+    while i < len(pieces):
+        _, _, _, _, c0, c1, n0, n1, l0, l1 = _bounds(pieces, i)
+        count = float((n1 - n0) * (l1 - l0))
+        for a in range(c0, c1, group):  # so many that the second pass finds them in the cache
+            b = min(a + group, c1)
+            piece = _channels_only(_bounds(pieces, i), a, b)
+            _row_moments(x, mean, var, length, piece)
+            finalize_moments(
+                mean[0], var[0], count, eps, 0, mean[0], var[0], invstd, running_mean,
+                running_var, factor, a, b,
+            )  # fmt: skip
+            fill_affine(coefficients, length, mean[0], invstd, weight, bias, a, b)
+            _normalize(y, x, residual, relu, coefficients, piece)
+        i = take(taken)
 
 
 @_kernel
 def column_forward(
     y, x, residual, relu, weight, bias, eps, mean, invstd, var, running_mean, running_var, factor,
-    coefficients, repeats, group, s, start, channels, length, c0, c1, n0, n1, l0, l1,
+    coefficients, length, group, pieces, taken,
 ):  # fmt: skip
-    a, b = l0 // repeats, min(l1 // repeats, invstd.size)
-    column_moments(x, mean, var, repeats, s, start, channels, length, c0, c1, n0, n1, l0, l1)
-    count = float((n1 - n0) * (l1 - l0) // (b - a))
-    finalize_moments(
-        mean[0], var[0], count, eps, 0, mean[0], var[0], invstd, running_mean, running_var,
-        factor, a, b,
-    )  # fmt: skip
-    fill_affine(coefficients, repeats, mean[0], invstd, weight, bias, a, b)
-    normalize(
-        y, x, residual, relu, coefficients, s, start, channels, length, c0, c1, n0, n1, l0, l1
-    )
+    i = take(taken)
+    while i < len(pieces):
+        piece = _bounds(pieces, i)
+        _, _, _, _, _, _, m0, m1, j0, j1 = piece
+        a, b = j0 // length, min(j1 // length, invstd.size)
+        _column_moments(x, mean, var, length, piece)
+        count = float((m1 - m0) * (j1 - j0) // (b - a))
+        finalize_moments(
+            mean[0], var[0], count, eps, 0, mean[0], var[0], invstd, running_mean, running_var,
+            factor, a, b,
+        )  # fmt: skip
+        fill_affine(coefficients, length, mean[0], invstd, weight, bias, a, b)
+        _normalize(y, x, residual, relu, coefficients, piece)
+        i = take(taken)
 
 
 @_kernel
 def row_backward(
     dx, dresidual, dy, x, activation, mask, constant, mean, invstd, weight, bias, count,
-    sums, dweight, dbias, coefficients, repeats, group,
-    s, start, channels, length, c0, c1, n0, n1, l0, l1,
+    sums, dweight, dbias, coefficients, length, group, pieces, taken,
 ):  # fmt: skip
-    for a in range(c0, c1, group):
-        b = min(a + group, c1)
-        fill_affine(coefficients, repeats, mean, invstd, weight, bias, a, b)
-        row_reduce(
-            sums[0:1], sums[1:2], dy, x, activation, mask, coefficients, repeats,
-            s, start, channels, length, a, b, n0, n1, l0, l1,
-        )  # fmt: skip
-        add_segments(sums[0:1], sums[1:2], mean, coefficients, repeats, a, b)
-        add_gradients(dweight, dbias, sums[0], sums[1], invstd, a, b)
-        fill_slope(coefficients, repeats, mean, invstd, sums[0], sums[1], count, a, b)
-        backward_input(
-            dx, dresidual, dy, x, activation, mask, constant, coefficients,
-            s, start, channels, length, a, b, n0, n1, l0, l1,
-        )  # fmt: skip
+    i = take(taken)
+    while i < len(pieces):
+        _, _, _, _, c0, c1, _, _, _, _ = _bounds(pieces, i)
+        for a in range(c0, c1, group):
+            b = min(a + group, c1)
+            piece = _channels_only(_bounds(pieces, i), a, b)
+            fill_affine(coefficients, length, mean, invstd, weight, bias, a, b)
+            _row_reduce(
+                sums[0:1], sums[1:2], dy, x, activation, mask, coefficients, length, piece
+            )
+            add_segments(sums[0:1], sums[1:2], mean, coefficients, length, a, b)
+            add_gradients(dweight, dbias, sums[0], sums[1], invstd, a, b)
+            fill_slope(coefficients, length, mean, invstd, sums[0], sums[1], count, a, b)
+            _backward_input(dx, dresidual, dy, x, activation, mask, constant, coefficients, piece)
+        i = take(taken)
 
 
 @_kernel
 def column_backward(
     dx, dresidual, dy, x, activation, mask, constant, mean, invstd, weight, bias, count,
-    sums, dweight, dbias, coefficients, repeats, group,
-    s, start, channels, length, c0, c1, n0, n1, l0, l1,
+    sums, dweight, dbias, coefficients, length, group, pieces, taken,
 ):  # fmt: skip
-    a, b = l0 // repeats, min(l1 // repeats, mean.size)
-    fill_affine(coefficients, repeats, mean, invstd, weight, bias, a, b)
-    column_reduce(
-        sums[0:1], sums[1:2], dy, x, activation, mask, coefficients, repeats,
-        s, start, channels, length, c0, c1, n0, n1, l0, l1,
-    )  # fmt: skip
-    add_segments(sums[0:1], sums[1:2], mean, coefficients, repeats, a, b)
-    add_gradients(dweight, dbias, sums[0], sums[1], invstd, a, b)
-    fill_slope(coefficients, repeats, mean, invstd, sums[0], sums[1], count, a, b)
-    backward_input(
-        dx, dresidual, dy, x, activation, mask, constant, coefficients,
-        s, start, channels, length, c0, c1, n0, n1, l0, l1,
-    )  # fmt: skip
+    i = take(taken)
+    while i < len(pieces):
+        piece = _bounds(pieces, i)
+        a, b = piece[8] // length, min(piece[9] // length, mean.size)
+        fill_affine(coefficients, length, mean, invstd, weight, bias, a, b)
+        _column_reduce(
+            sums[0:1], sums[1:2], dy, x, activation, mask, coefficients, length, piece
+        )
+        add_segments(sums[0:1], sums[1:2], mean, coefficients, length, a, b)
+        add_gradients(dweight, dbias, sums[0], sums[1], invstd, a, b)
+        fill_slope(coefficients, length, mean, invstd, sums[0], sums[1], count, a, b)
+        _backward_input(dx, dresidual, dy, x, activation, mask, constant, coefficients, piece)
+        i = take(taken)

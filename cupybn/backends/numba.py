@@ -128,7 +128,7 @@ def normalize(
 def _pack_mask(y: Data, mask: Data | None) -> None:
     if mask is not None:
         bounds = range(0, mask.size, _MASK_PIECE)
-        pieces = [(begin, min(begin + _MASK_PIECE, mask.size)) for begin in bounds]
+        pieces = np.array([(begin, min(begin + _MASK_PIECE, mask.size)) for begin in bounds])
         spread(load().pack_mask, (y, mask), pieces)
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 KINDS = 5  # of coefficients: high, scale, shift, slope, offset
 SHORT = 96  # runs below this are done by columns
@@ -31,7 +33,7 @@ class Plan(NamedTuple):
 
     Attributes:
         columns: which loops.
-        pieces: the last arguments of the loops.
+        pieces: one a row, in the order of ``Piece``.
         counts: values per channel of each segment. Sums over a segment are merged in this order.
         repeats: columns a channel has side by side.
         group: so many channels of a piece stay in the cache together.
@@ -39,7 +41,7 @@ class Plan(NamedTuple):
     """
 
     columns: bool
-    pieces: tuple[Piece, ...]
+    pieces: np.ndarray[Any, np.dtype[np.int64]]
     counts: tuple[float, ...]
     repeats: int
     group: int
@@ -69,7 +71,7 @@ def _rows(n: int, channels: int, length: int) -> Plan:
             )
             counts.append(float(count))
     group = max(1, _CACHED // (n * length))
-    return Plan(False, tuple(pieces), tuple(counts), 1, group, (KINDS, channels))
+    return Plan(False, _rows_of(pieces), tuple(counts), 1, group, (KINDS, channels))
 
 
 def _columns(n: int, channels: int, length: int) -> Plan:
@@ -92,7 +94,11 @@ def _columns(n: int, channels: int, length: int) -> Plan:
             )
             counts.append(float((m1 - m0) * wide // channels))
     coefficients = KINDS, 1, width * together  # of the widest row of pieces
-    return Plan(True, tuple(pieces), tuple(counts), length, channels, coefficients)
+    return Plan(True, _rows_of(pieces), tuple(counts), length, channels, coefficients)
+
+
+def _rows_of(pieces: list[Piece]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.array(pieces, np.int64)
 
 
 def _cut(size: int, parts: int) -> Iterator[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """Threads for compiled loops: how many, and handing them the pieces of one call.
 
-The loops release Python's lock, so Python's own threads do. Any number of callers may hand in work
+The loops release Python's lock, so Python's own threads do. They take the lock once a call, not once
+a piece: a thread that waits for it sleeps, and wakes slowly. Any number of callers may hand in work
 at once: each does its own pieces too, and takes back what no thread has begun.
 """
 
@@ -12,6 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import numpy as np
 
 from ..launcher import leading_number, local_size
 
@@ -41,28 +44,26 @@ def set_threads(number: int | None) -> None:
     _forget_pool()
 
 
-def spread(loop: Callable[..., Any], arguments: Sequence[Any], pieces: Sequence[Any]) -> None:
-    """``loop(*arguments, *piece)`` for each piece, on as many threads as are of use."""
+def spread(loop: Callable[..., Any], arguments: Sequence[Any], pieces: Any) -> None:
+    """``loop(*arguments, pieces, taken)``, on as many threads as are of use.
+
+    Each call takes pieces, with ``take(taken)`` of ``loops.py``, until there are none.
+    """
+    taken = np.zeros(1, np.int64)
     helpers = min(thread_count(), len(pieces)) - 1 if len(pieces) > 1 else 0
     if helpers == 0:
-        for piece in pieces:
-            loop(*arguments, *piece)
+        loop(*arguments, pieces, taken)
         return
-    rest = iter(pieces)  # taking the next one holds Python's lock
     core = _current_core()
-
-    def work() -> None:
-        for piece in rest:
-            loop(*arguments, *piece)
 
     def help_out() -> None:
         _leave_core(core)
-        work()
+        loop(*arguments, pieces, taken)
 
     pool = _workers()
     started = [pool.submit(help_out) for _ in range(helpers)]
     try:
-        work()
+        loop(*arguments, pieces, taken)
     finally:
         for future in started:
             if not future.cancel():
