@@ -159,7 +159,7 @@ def test_every_piece_is_done_once_whoever_calls():
     done = []
     loop = in_python(lambda call, piece: done.append((call, piece)) or time.sleep(1e-4))
     callers = [
-        threading.Thread(target=threads.spread, args=(loop, (call,), np.arange(50)))
+        threading.Thread(target=threads.spread, args=(loop, (call,), np.arange(50), 50))
         for call in range(6)
     ]
     for caller in callers:
@@ -179,7 +179,7 @@ def test_an_error_in_any_piece_is_raised():
 
     for _ in range(5):
         with pytest.raises(MemoryError, match="piece 7"):
-            threads.spread(in_python(work), (), np.arange(10))
+            threads.spread(in_python(work), (), np.arange(10), 10)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         threads.set_threads(0)
 
@@ -204,7 +204,7 @@ def test_only_workers_are_moved():
     allowed, at = os.sched_getaffinity(0), set()
     for _ in range(20):
         work = in_python(lambda _: at.add(threading.get_ident()) or time.sleep(0.001))
-        threads.spread(work, (), np.arange(4))
+        threads.spread(work, (), np.arange(4), 4)
         assert os.sched_getaffinity(0) == allowed
     assert len(at) == 2
 
@@ -237,7 +237,7 @@ def test_compiled_loops_take_every_piece_once():
     for number in (1, 2, 5):
         threads.set_threads(number)
         times = np.zeros(200_000, np.int64)
-        threads.spread(loop, (times,), np.arange(times.size))
+        threads.spread(loop, (times,), np.arange(times.size), number)
         assert (times == 1).all()
 
 

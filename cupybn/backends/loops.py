@@ -996,9 +996,7 @@ def row_backward(
             b = min(a + group, c1)
             piece = _channels_only(_bounds(pieces, i), a, b)
             fill_affine(coefficients, length, mean, invstd, weight, bias, a, b)
-            _row_reduce(
-                sums[0:1], sums[1:2], dy, x, activation, mask, coefficients, length, piece
-            )
+            _row_reduce(sums[0:1], sums[1:2], dy, x, activation, mask, coefficients, length, piece)
             add_segments(sums[0:1], sums[1:2], mean, coefficients, length, a, b)
             add_gradients(dweight, dbias, sums[0], sums[1], invstd, a, b)
             fill_slope(coefficients, length, mean, invstd, sums[0], sums[1], count, a, b)
@@ -1016,9 +1014,7 @@ def column_backward(
         piece = _bounds(pieces, i)
         a, b = piece[8] // length, min(piece[9] // length, mean.size)
         fill_affine(coefficients, length, mean, invstd, weight, bias, a, b)
-        _column_reduce(
-            sums[0:1], sums[1:2], dy, x, activation, mask, coefficients, length, piece
-        )
+        _column_reduce(sums[0:1], sums[1:2], dy, x, activation, mask, coefficients, length, piece)
         add_segments(sums[0:1], sums[1:2], mean, coefficients, length, a, b)
         add_gradients(dweight, dbias, sums[0], sums[1], invstd, a, b)
         fill_slope(coefficients, length, mean, invstd, sums[0], sums[1], count, a, b)

@@ -63,7 +63,7 @@ def batch_moments(x3: Data, *, payload: PerChannel | None = None) -> Moments:
     plan = plan_for(n, c, length)
     means, m2s = np.empty((2, len(plan.counts), c))
     loop = load().column_moments if plan.columns else load().row_moments
-    spread(loop, (_flat(x3), means, m2s, plan.repeats), plan.pieces)
+    spread(loop, (_flat(x3), means, m2s, plan.repeats), plan.pieces, plan.threads)
     if len(plan.counts) > 1:
         load().merge_moments(means, m2s, np.array(plan.counts))
     moments = Moments(n * length, means[0], m2s[0])
@@ -119,7 +119,7 @@ def normalize(
     y, residual = _flat(dense), _flat(residual3, x3)
     coefficients = _coefficients(plan, x3, mean, invstd, weight, bias)
     arguments = y, _flat(x3), residual, activation is not None, coefficients
-    spread(load().normalize, arguments, plan.pieces)
+    spread(load().normalize, arguments, plan.pieces, plan.threads)
     _pack_mask(y, mask)
     _copy_back((y3,), (dense,))
     return y3
@@ -129,7 +129,7 @@ def _pack_mask(y: Data, mask: Data | None) -> None:
     if mask is not None:
         bounds = range(0, mask.size, _MASK_PIECE)
         pieces = np.array([(begin, min(begin + _MASK_PIECE, mask.size)) for begin in bounds])
-        spread(load().pack_mask, (y, mask), pieces)
+        spread(load().pack_mask, (y, mask), pieces, len(pieces))
 
 
 def backward_reduce(
@@ -160,7 +160,8 @@ def backward_reduce(
             sums_dy, sums_dy_xmu, _flat(dy3), _flat(x3), *_activation(activation, mask),
             coefficients, plan.repeats,
         )  # fmt: skip
-        spread(load().column_reduce if plan.columns else load().row_reduce, arguments, plan.pieces)
+        loop = load().column_reduce if plan.columns else load().row_reduce
+        spread(loop, arguments, plan.pieces, plan.threads)
         load().add_segments(sums_dy, sums_dy_xmu, _vector(mean), coefficients, plan.repeats, 0, c)
         sums = BackwardSums(sums_dy[0], sums_dy_xmu[0])
     if payload is not None:
@@ -207,7 +208,7 @@ def backward_input(
         _flat(dense[0]), _flat(dense[1], x3), _flat(dy3), _flat(x3),
         *_activation(activation, mask), sums is None, coefficients,
     )  # fmt: skip
-    spread(load().backward_input, arguments, plan.pieces)
+    spread(load().backward_input, arguments, plan.pieces, plan.threads)
     _copy_back((dx3, dresidual3), dense)
     return dx3
 
@@ -246,8 +247,8 @@ def local_forward(
         _vector(bias, dtype), eps, mean, invstd, var, *dense, factor,
         np.empty(plan.coefficients, dtype), plan.repeats, plan.group,
     )  # fmt: skip
-    loops = load()
-    spread(loops.column_forward if plan.columns else loops.row_forward, arguments, plan.pieces)
+    loop = load().column_forward if plan.columns else load().row_forward
+    spread(loop, arguments, plan.pieces, plan.threads)
     _pack_mask(y, mask)
     _copy_back(states, dense)
     return mean[0], var[0], invstd
@@ -289,8 +290,8 @@ def local_backward(
         float(max(count, 1)), np.empty((2, x3.shape[1])), *dense,
         np.empty(plan.coefficients, dtype), plan.repeats, plan.group,
     )  # fmt: skip
-    loops = load()
-    spread(loops.column_backward if plan.columns else loops.row_backward, arguments, plan.pieces)
+    loop = load().column_backward if plan.columns else load().row_backward
+    spread(loop, arguments, plan.pieces, plan.threads)
     _copy_back(gradients, dense)
 
 

@@ -19,6 +19,7 @@ _LITTLE = 1 << 12  # values that are not worth the trouble
 _CACHED = 1 << 17  # values of x, of dy and of dx that fit in a 2 MB cache together
 _PIECE = 1 << 18  # values of a piece, about
 _LEAST = 1 << 16  # values per channel that are worth a segment
+_SHARE = 1 << 17  # values that are worth waking a thread: about 100 us of forward
 _UNITS = 256  # channels times segments that keep any number of threads busy
 
 Piece = tuple[int, int, int, int, int, int, int, int, int, int]
@@ -35,6 +36,7 @@ class Plan(NamedTuple):
         columns: which loops.
         pieces: one a row, in the order of ``Piece``.
         counts: values per channel of each segment. Sums over a segment are merged in this order.
+        threads: at most, that are of use.
         repeats: columns a channel has side by side.
         group: so many channels of a piece stay in the cache together.
         coefficients: the shape of the coefficients that ``loops.py`` takes.
@@ -43,6 +45,7 @@ class Plan(NamedTuple):
     columns: bool
     pieces: np.ndarray[Any, np.dtype[np.int64]]
     counts: tuple[float, ...]
+    threads: int
     repeats: int
     group: int
     coefficients: tuple[int, ...]
@@ -71,7 +74,8 @@ def _rows(n: int, channels: int, length: int) -> Plan:
             )
             counts.append(float(count))
     group = max(1, _CACHED // (n * length))
-    return Plan(False, _rows_of(pieces), tuple(counts), 1, group, (KINDS, channels))
+    threads = _threads(n * channels * length, len(pieces))
+    return Plan(False, _rows_of(pieces), tuple(counts), threads, 1, group, (KINDS, channels))
 
 
 def _columns(n: int, channels: int, length: int) -> Plan:
@@ -94,7 +98,12 @@ def _columns(n: int, channels: int, length: int) -> Plan:
             )
             counts.append(float((m1 - m0) * wide // channels))
     coefficients = KINDS, 1, width * together  # of the widest row of pieces
-    return Plan(True, _rows_of(pieces), tuple(counts), length, channels, coefficients)
+    threads = _threads(n * width, len(pieces))
+    return Plan(True, _rows_of(pieces), tuple(counts), threads, length, channels, coefficients)
+
+
+def _threads(values: int, pieces: int) -> int:
+    return max(1, min(pieces, values // _SHARE))
 
 
 def _rows_of(pieces: list[Piece]) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -1,8 +1,8 @@
 """Threads for compiled loops: how many, and handing them the pieces of one call.
 
-The loops release Python's lock, so Python's own threads do. They take the lock once a call, not once
-a piece: a thread that waits for it sleeps, and wakes slowly. Any number of callers may hand in work
-at once: each does its own pieces too, and takes back what no thread has begun.
+The loops release Python's lock, so Python's own threads do. They take the lock once a call, not
+once a piece: a thread that waits for it sleeps, and wakes slowly. Any number of callers may hand in
+work at once: each does its own pieces too, and takes back what no thread has begun.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def set_threads(number: int | None) -> None:
     _forget_pool()
 
 
-def spread(loop: Callable[..., Any], arguments: Sequence[Any], pieces: Any) -> None:
-    """``loop(*arguments, pieces, taken)``, on as many threads as are of use.
+def spread(loop: Callable[..., Any], arguments: Sequence[Any], pieces: Any, at_most: int) -> None:
+    """``loop(*arguments, pieces, taken)``, on as many threads as there may be.
 
     Each call takes pieces, with ``take(taken)`` of ``loops.py``, until there are none.
     """
     taken = np.zeros(1, np.int64)
-    helpers = min(thread_count(), len(pieces)) - 1 if len(pieces) > 1 else 0
+    helpers = min(thread_count(), at_most) - 1 if at_most > 1 else 0
     if helpers == 0:
         loop(*arguments, pieces, taken)
         return

@@ -1,12 +1,14 @@
 """The CPU backends beside PyTorch on the CPU: forward + backward in training mode.
 
 Layers against PyTorch's modules with autograd, on the same memory and with the same number of
-threads, in turns. `ratio` is cupybn's time over PyTorch's, forward + backward: below 1, cupybn is
-faster. `err` is the larger of the relative L2 errors of y and of dx against float64, or NumPy's
-long double for float64 data, over as many channels as make 4 Mi values. The copy rate is that of
-``np.copyto`` on as many threads, bytes read and written, measured in the same run; a share of it
-counts 3 B forward and 5 B backward, B being the bytes of x: the least that a streaming batch norm
-moves. Where x stays in the cache it can exceed 100 %.
+threads, in turns. A turn begins with 20 ms of calls that are not timed, as in a loop of training;
+with several threads after a pause, in which the other's threads stop to spin. `ratio` is cupybn's
+time over PyTorch's, forward + backward: below 1, cupybn is faster. `err` is the larger of the
+relative L2 errors of y and of dx against float64, or NumPy's long double for float64 data, over as
+many channels as make 4 Mi values. The copy rate is that of ``np.copyto`` on as many threads, bytes
+read and written, measured in the same run; a share of it counts 3 B forward and 5 B backward, B
+being the bytes of x: the least that a streaming batch norm moves. Where x stays in the cache it can
+exceed 100 %.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ _SOME = [
     (4096, 1024), (64, 2048), (64, 4, 112, 112), (4, 256, 16, 16), (8, 16),
 ]  # fmt: skip
 _REST = 0.02  # seconds in which OpenMP's threads stop to spin for more work
+_WARM = 0.02  # seconds of calls before each turn
 _CHECKED = 1 << 22  # values whose errors are taken
 _COPIED = 1 << 28
 
@@ -131,7 +134,7 @@ def _record(
             record["paths"][name] = {"failed": reason}
             del paths[name]
     rest = _REST if threads > 1 else 0.0
-    for name, times in interleave(paths, repeat, seconds=seconds, rest=rest).items():
+    for name, times in interleave(paths, repeat, seconds=seconds, rest=rest, warm=_WARM).items():
         record["paths"][name] = in_microseconds(times) | _errors(tensors, results[name])
     return record
 

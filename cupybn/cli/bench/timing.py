@@ -19,6 +19,7 @@ def interleave(
     *,
     seconds: float = float("inf"),
     rest: float = 0.0,
+    warm: float = 0.0,
     calls: int | None = None,
     before: Callable[[], object] | None = None,
     after: Callable[[], object] | None = None,
@@ -26,13 +27,15 @@ def interleave(
     """{path: {part: [seconds of one call, one for each repetition]}}.
 
     In each repetition every path has its turn: a block of calls of all its parts in their order.
-    Blocks of short calls are preceded by a call that is not timed.
+    Blocks of short calls are preceded by a call that is not timed, or by `warm` seconds of them.
 
     Args:
         paths: what to call, by path and part, e.g. {"torch": {"forward": f, "backward": b}}.
         repeat: how many repetitions.
         seconds: after which no further repetition begins, but three there are.
         rest: seconds of pause before a turn, in which the threads of the one before come to rest.
+        warm: seconds of calls that are not timed before a block: after others' turns, and more so
+            after a rest, processor, caches and heap are not what they are in a loop of training.
         calls: in a block; None: as many as take 2 ms.
         before: called before each block, not timed.
         after: called at the end of each block, its time is part of the last part's.
@@ -46,7 +49,10 @@ def interleave(
         for name, parts in paths.items():
             if rest:
                 time.sleep(rest)
-            if many[name] > 1:
+            end_of_warming = time.perf_counter() + warm
+            while time.perf_counter() < end_of_warming:
+                _block(parts, 1, after)
+            if many[name] > 1 and not warm:
                 _block(parts, 1, after)
             if before is not None:
                 before()
