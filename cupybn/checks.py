@@ -46,7 +46,8 @@ def check_parameter(what: str, parameter: Array, x: Array, layout: Layout) -> No
 
 def check_written(what: str, array: Array, x: Array, layout: Layout) -> None:
     """Raises unless the array can take what is computed for each channel of x."""
-    check_writeable(what, array)
+    if type(array) is not np.ndarray or not array.flags.writeable:
+        check_writeable(what, array)
     check_parameter(what, array, x, layout)
 
 

@@ -318,16 +318,16 @@ def backward_steps(
     dx3 = _output3(layout, x3, out)
     dresidual3 = np.empty_like(x3) if fused_residual else None
     call.agree(saved.settings)
+    options = saved.options
     backend.prepare_backward(
-        dy3, x3, dx3, dresidual3=dresidual3, constant=saved.constant, ranks=call.ranks,
-        **saved.options,
+        dy3, x3, dx3, dresidual3=dresidual3, constant=saved.constant, ranks=call.ranks, **options
     )  # fmt: skip
 
     whole = call.ranks == 1
     if not whole:
         size = 2 * layout.channels
         payload = call.payload(x3, size)
-        local = backend.backward_reduce(dy3, x3, *saved.transform, **saved.options, payload=payload)
+        local = backend.backward_reduce(dy3, x3, *saved.transform, **options, payload=payload)
         _, total = yield 0, size
         pooled = BackwardSums(*np.split(total, 2))
     yield None
@@ -335,13 +335,13 @@ def backward_steps(
     with nullcontext() if alone else _restored_on_error((dweight, dbias)):
         if whole:
             backend.local_backward(
-                dy3, x3, dx3, *saved.transform, **saved.options,
+                dy3, x3, dx3, *saved.transform, **options,
                 count=0 if saved.constant else saved.count, dresidual3=dresidual3,
                 dweight=dweight, dbias=dbias,
             )  # fmt: skip
         else:
             backend.backward_input(
-                dy3, x3, *saved.transform, **saved.options,
+                dy3, x3, *saved.transform, **options,
                 sums=pooled, count=saved.count, out3=dx3, dresidual3=dresidual3,
                 local=local, dweight=dweight, dbias=dbias,
             )  # fmt: skip

@@ -331,11 +331,12 @@ def _prepare(direction: str, x3: Data, ranks: int, mask: bool = False) -> None:
     if x3.size == 0:
         return
     plan = plan_for(*x3.shape)
-    if ranks == 1 and len(plan.counts) == 1:
-        direction = f"local {direction}"
-    key = direction, x3.dtype, plan.columns, mask
+    whole = ranks == 1 and len(plan.counts) == 1
+    key = direction, whole, x3.dtype, plan.columns, mask
     if key not in _ready:
-        compiled, seconds = rehearse(*key)
+        if whole:
+            direction = f"local {direction}"
+        compiled, seconds = rehearse(direction, x3.dtype, plan.columns, mask)
         _log.log(
             logging.INFO if compiled else logging.DEBUG,
             "%s of %s %s: %d loops compiled, the others read from disk, in %.1f s",
