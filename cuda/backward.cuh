@@ -4,15 +4,23 @@
 #include "numeric.cuh"
 #include "geometry.cuh"
 
-// The bits of one vector, that of element 0 at V - 1. Bit i of the tensor is bit 7 - i % 8 of its byte;
-// the vector may lie across two. What is above those V bits means nothing.
-__device__ __forceinline__ unsigned load_mask(const unsigned char* mask, const slot_t& slot) {
-  i64 byte = slot.offset >> 3;  // rounds down where element 0 lies before the tensor
-  int begin = slot.offset & 7;
-  unsigned bits = load_if(slot.active && begin + slot.first() < 8, mask + byte);
+// The bits of a vector, that of its first element at V - 1. Bit i of the tensor is bit 7 - i % 8 of its
+// byte; a vector of a ragged row may lie across two. What is above those bits means nothing.
+__device__ __forceinline__ unsigned load_mask(const unsigned char* mask, const Slot& slot) {
+  i64 byte = slot.offset / 8;
+  int begin = slot.offset % 8;
+  unsigned bits = load_if(slot.active, mask + byte);
   bits <<= 8;
-  if (slot_t::ragged) bits |= load_if(slot.active && begin + slot.last() > 8, mask + byte + 1);
+  if (Walk::RAGGED && Walk::CHANNELS == 1) {
+    bits |= load_if(slot.active && begin + V > 8, mask + byte + 1);
+  }
   return bits >> (16 - V - begin);
+}
+
+// The bit of one element, set where there is no mask.
+__device__ __forceinline__ unsigned load_bit(const unsigned char* mask, const Slot& slot) {
+  unsigned char none = 0xff;
+  return load_or(slot.active, mask, slot.offset / 8, none) >> (7 - slot.offset % 8);
 }
 
 // `bits` counts, all ones where there was no ReLU, unless y is computed again.

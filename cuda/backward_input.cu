@@ -66,13 +66,13 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
   add_parameter_gradients(walk, c, dweight, dbias, local, invstd);
 
   while (walk.left > 0) {
-    slot_t slot[UNROLL];
+    Slot slot[UNROLL];
     Pack<scalar_t, V> pack_x[UNROLL] = {}, pack[UNROLL];
     unsigned bits[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
-    load_slots(pack, dy, slot, shape.size());
-    if (needs_x) load_slots(pack_x, x, slot, shape.size());
+    load_slots(pack, dy, slot);
+    if (needs_x) load_slots(pack_x, x, slot);
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) bits[u] = masked ? load_mask(mask, slot[u]) : ~0u;
 #pragma unroll
@@ -87,8 +87,23 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
         if (sum_dy) d = fused(value - own.affine.high, own.slope, d) + own.offset;
         narrow(d * own.affine.scale, pack[u].v[j]);
       }
-      store_slot(dx, slot[u], pack[u]);
-      if (dresidual) store_slot(dresidual, slot[u], passed);
+      store_pack_if<V>(slot[u].active, dx + slot[u].offset, pack[u]);
+      if (dresidual) store_pack_if<V>(slot[u].active, dresidual + slot[u].offset, passed);
     }
   }
+
+  each_single(walk, [&](const Single& single) {
+    const Slot& slot = single.slot;
+    const Gradient& own = table[single.channel];
+    acc_t value = widen(load_if(slot.active && needs_x, x + slot.offset));
+    unsigned bits = load_bit(masked ? mask : nullptr, slot);
+    acc_t d = passing(widen(load_if(slot.active, dy + slot.offset)), value, own.affine, again, bits,
+                      V - 1);
+    scalar_t passed, input;
+    narrow(d, passed);
+    if (sum_dy) d = fused(value - own.affine.high, own.slope, d) + own.offset;
+    narrow(d * own.affine.scale, input);
+    store_if(slot.active, dx + slot.offset, input);
+    store_at(slot.active, dresidual, slot.offset, passed);
+  });
 }

@@ -28,20 +28,20 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
 
   acc_t of_dy[V] = {}, of_dy_xmu[V] = {};
   while (walk.left > 0) {
-    slot_t slot[UNROLL];
+    Slot slot[UNROLL];
     Pack<scalar_t, V> pack_x[UNROLL], pack_dy[UNROLL];
     unsigned bits[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
-    load_slots(pack_x, x, slot, shape.size());
-    load_slots(pack_dy, dy, slot, shape.size());
+    load_slots(pack_x, x, slot);
+    load_slots(pack_dy, dy, slot);
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) bits[u] = masked ? load_mask(mask, slot[u]) : ~0u;
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
+      if (!slot[u].active) continue;
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        if (!slot[u].has(j)) continue;
         const Affine& own = affine[Walk::CHANNELS == 1 ? 0 : j];
         acc_t value = widen(pack_x[u].v[j]);
         acc_t d = passing(widen(pack_dy[u].v[j]), value, own, again, bits[u], j);
@@ -51,10 +51,21 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
     }
   }
 
-  Pair pairs[V];
+  Pair pairs[Walk::CHANNELS] = {};
 #pragma unroll
-  for (int j = 0; j < V; ++j) pairs[j] = {of_dy[j], of_dy_xmu[j]};
-  reduce_tile(pairs, walk, shape, Scratch{partials, counters},
+  for (int j = 0; j < V; ++j) {
+    Pair& sum = pairs[Walk::CHANNELS == 1 ? 0 : j];
+    sum = sum + Pair{of_dy[j], of_dy_xmu[j]};
+  }
+  auto pair_of = [&](const Single& single) {
+    const Slot& slot = single.slot;
+    const Affine& own = table[single.channel];
+    acc_t value = widen(load_if(slot.active, x + slot.offset));
+    unsigned bits = load_bit(masked ? mask : nullptr, slot);
+    acc_t d = passing(widen(load_if(slot.active, dy + slot.offset)), value, own, again, bits, V - 1);
+    return Pair{d, static_cast<double>(d) * (value - own.high)};
+  };
+  reduce_tile(pairs, walk, shape, Scratch{partials, counters}, pair_of,
               [&](bool active, i64 channel, Pair sums) {
     double low = Affine::low(load_if(active, mean + channel));
     double about_mean = sums.b - low * sums.a;

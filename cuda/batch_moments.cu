@@ -17,11 +17,11 @@ batch_moments(double* mean, double* m2, double* weighted, double* about_zero, do
   Walk walk(shape, blockIdx.x, blockIdx.y, skew_of(x));
   ThreadMoments<UNROLL> moments;
   while (walk.left > 0) {
-    slot_t slot[UNROLL];
+    Slot slot[UNROLL];
     Pack<scalar_t, V> pack[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
-    load_slots(pack, x, slot, shape.size());
+    load_slots(pack, x, slot);
     if (!moments.started) moments.start(pack, slot);
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) moments.add(pack[u], slot[u]);
@@ -33,11 +33,15 @@ batch_moments(double* mean, double* m2, double* weighted, double* about_zero, do
   });
   double pivot_of[Walk::CHANNELS];
   pick(pivot_of, pivots, walk);
-  Pair own[V];
-#pragma unroll
-  for (int j = 0; j < V; ++j) own[j] = moments.about(pivot_of[Walk::CHANNELS == 1 ? 0 : j], j);
+  Pair own[Walk::CHANNELS];
+  moments.about(pivot_of, own);
 
-  reduce_tile(own, walk, shape, Scratch{partials, counters},
+  auto pair_of = [&](const Single& single) {
+    double value = widen(load_if(single.slot.active, x + single.slot.offset));
+    double deviation = value - pivots[single.channel];
+    return Pair{deviation, deviation * deviation};
+  };
+  reduce_tile(own, walk, shape, Scratch{partials, counters}, pair_of,
               [&](bool active, i64 channel, Pair sums) {
     double count = static_cast<double>(n * l);
     double pivot = pivots[active ? channel - walk.first_channel() : 0];

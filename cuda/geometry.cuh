@@ -6,9 +6,10 @@
 // each of its V elements stays in one channel. L == 1 is the plain case of columns. Where a sample is
 // no whole number of vectors, `fold` samples make one line, and all channels are one run.
 //
-// With RAGGED, vectors may lie across the ends of a row or of the tensor: elements outside
-// [first, last) are not the block's. `left` counts down what is left to the block, in all threads
-// alike: they take the same number of rounds.
+// With RAGGED, rows or the tensor are no whole number of vectors, or begin inside of one. Their rest, in
+// front of the first whole vector and behind the last, is read by the element, after the vectors.
+// `left` counts down what is left to the block, in all threads alike: they take the same number of
+// rounds.
 #pragma once
 #include "memory.cuh"
 
@@ -23,54 +24,49 @@ struct Shape {
   __device__ i64 size() const { return n * c * l; }
 };
 
-template <int V, bool RAGGED> struct Slot {
-  static constexpr bool ragged = RAGGED;
-  i64 offset;  // of element 0, which lies before the row or the tensor where first > 0
-  int first_, last_;
+// A vector, by its first element.
+struct Slot {
+  i64 offset;
   bool active;
+};
 
-  __device__ __forceinline__ int first() const { return RAGGED ? first_ : 0; }
-  __device__ __forceinline__ int last() const { return RAGGED ? last_ : V; }
-  __device__ __forceinline__ bool whole() const { return active && last() - first() == V; }
-  __device__ __forceinline__ bool has(int j) const {
-    return active && (!RAGGED || (j >= first_ && j < last_));
-  }
+// An element of the rest. Its channel counts from the block's first, its place from the line's.
+struct Single {
+  Slot slot;
+  int channel, place;
 };
 
 template <int V_, bool RAGGED_> struct Rows {
   static constexpr int V = V_;
   static constexpr bool RAGGED = RAGGED_;
   static constexpr int CHANNELS = 1;  // that the elements of one vector can belong to
-  using slot_t = Slot<V, RAGGED>;
 
-  i64 base, k, slots, left, length, row_pitch, step_k, step_base;
+  i64 base, k, slots, left, length, row_pitch, step_base, singles;
   i64 tile, slice;
-  int skew;
+  int step_k, skew;
 
   // `skew`: elements from the last vector boundary in memory to the tensor, the same for all tensors
   __device__ Rows(const Shape& shape, i64 tile, i64 slice, int skew)
-      : length(shape.l), row_pitch(shape.c * shape.l), tile(tile), slice(slice), skew(skew) {
-    slots = RAGGED ? (length + V - 2) / V + 1 : length / V;
+      : length(shape.l), row_pitch(shape.c * shape.l), singles(shape.n * 2 * V), tile(tile),
+        slice(slice), skew(skew) {
+    slots = length / V;  // ragged: at most
     i64 begin = slice * shape.span;
     left = shape.n * slots - begin;
     if (left > shape.span) left = shape.span;
     i64 index = begin + threadIdx.x;
     k = index % slots;
     base = index / slots * row_pitch + tile * length;
-    int threads = blockDim.x, short_slots = slots > threads ? threads + 1 : slots;
+    unsigned threads = blockDim.x, short_slots = slots > threads ? threads + 1 : slots;
     step_k = threads % short_slots;
     step_base = threads / short_slots * row_pitch;
   }
 
-  __device__ __forceinline__ slot_t next() {
-    slot_t slot{base + k * V, 0, V, threadIdx.x < left};
-    if (RAGGED) {
-      i64 start = k * V - ((base + skew) & (V - 1));
-      slot.offset = base + start;
-      slot.first_ = start < 0 ? -start : 0;
-      slot.last_ = length - start < V ? length - start : V;
-      slot.active = slot.active && slot.first_ < slot.last_;
-    }
+  // elements of a row in front of its first whole vector
+  __device__ __forceinline__ int head(i64 row) const { return -(row + skew) & (V - 1); }
+
+  __device__ __forceinline__ Slot next() {
+    i64 start = k * V + (RAGGED ? head(base) : 0);
+    Slot slot{base + start, threadIdx.x < left && (!RAGGED || start + V <= length)};
     left -= blockDim.x;
     base += step_base;
     k += step_k;
@@ -79,6 +75,14 @@ template <int V_, bool RAGGED_> struct Rows {
       base += row_pitch;
     }
     return slot;
+  }
+
+  // Of the 2 * V elements at the ends of a row.
+  __device__ __forceinline__ Single single(i64 i) const {
+    i64 row = i / (2 * V) * row_pitch + tile * length;
+    int j = i % (2 * V), tail = (length - head(row)) & (V - 1);
+    bool active = i < singles && (j < V ? j < head(row) : j >= 2 * V - tail);
+    return {{row + (j < V ? j : length - 2 * V + j), active}, 0, 0};
   }
 
   __device__ __forceinline__ i64 first_channel() const { return tile; }
@@ -90,7 +94,7 @@ template <int V_, bool RAGGED_> struct Runs {
   static constexpr int V = V_;
   static constexpr bool RAGGED = RAGGED_;
   static constexpr int CHANNELS = V;
-  using slot_t = Slot<V, RAGGED>;
+  static constexpr int singles = 8;  // a byte of a mask: it is stored at once
 
   i64 left, offset, step, total;
   i64 tile, slice, all_channels;
@@ -114,15 +118,19 @@ template <int V_, bool RAGGED_> struct Runs {
     step = lanes * pitch;
   }
 
-  __device__ __forceinline__ slot_t next() {
-    slot_t slot{offset, 0, V, on && lane * fold < left};
-    if (RAGGED) {
-      slot.last_ = total - offset < V ? total - offset : V;
-      slot.active = slot.active && slot.last_ > 0;
-    }
+  __device__ __forceinline__ Slot next() {
+    bool whole = !RAGGED || offset < total - total % singles;
+    Slot slot{offset, on && lane * fold < left && whole};
     left -= lanes * fold;
     offset += step;
     return slot;
+  }
+
+  // Of the last elements of the tensor.
+  __device__ __forceinline__ Single single(i64 i) const {
+    i64 element = total - total % singles + i;
+    int place = element % (slots * V);
+    return {{element, element < total}, place / length % group_, place};
   }
 
   __device__ __forceinline__ i64 first_channel() const { return tile * group_; }
@@ -151,53 +159,33 @@ using Walk = Rows<VECTOR, RAGGED_VECTORS>;
 #else
 using Walk = Runs<VECTOR, RAGGED_VECTORS>;
 #endif
-using slot_t = Walk::slot_t;
 constexpr int V = VECTOR;
 
-// of a multiprocessor: up to 128 registers a thread where vectors are ragged or a thread has the
-// coefficients of eight channels, else 80. Then ptxas spills none; left alone, it would.
-constexpr int MIN_BLOCKS = RAGGED_VECTORS || Walk::CHANNELS == 8 ? 2 : 3;
+// of a multiprocessor: up to 128 registers a thread where it has the coefficients of eight channels,
+// else 80. Then ptxas spills none; left alone, it would.
+constexpr int MIN_BLOCKS = Walk::CHANNELS == 8 ? 2 : 3;
 
 template <typename T> __device__ __forceinline__ int skew_of(const T* tensor) {
   return reinterpret_cast<size_t>(tensor) / sizeof(T) % V;
 }
 
-// Vectors of a tensor. One across the ends of a row is read whole, its neighbours with it; one across
-// the ends of the tensor, of which there are two, element by element: each comes in at the front and
-// moves the others on, so that the rare case is a short loop and no array is indexed at run time.
 template <int COUNT, typename T>
 __device__ __forceinline__ void load_slots(Pack<T, V> (&packs)[COUNT], const T* tensor,
-                                           const slot_t* slots, i64 size) {
-  bool outside[COUNT], any = false;
+                                           const Slot* slots) {
 #pragma unroll
   for (int u = 0; u < COUNT; ++u) {
-    outside[u] = slot_t::ragged && (slots[u].offset < 0 || slots[u].offset + V > size);
-    packs[u] = load_pack_if<V>(slots[u].active && !outside[u], tensor + slots[u].offset);
-    any = any || (slots[u].active && outside[u]);
-  }
-  if (!slot_t::ragged || !__any_sync(0xffffffffu, any)) return;
-#pragma unroll
-  for (int u = 0; u < COUNT; ++u) {
-#pragma unroll 1
-    for (int j = V - 1; j >= 0; --j) {
-      T value = load_if(outside[u] && slots[u].has(j), tensor + slots[u].offset + j);
-      if (!outside[u]) continue;
-#pragma unroll
-      for (int k = V - 1; k > 0; --k) packs[u].v[k] = packs[u].v[k - 1];
-      packs[u].v[0] = value;
-    }
+    packs[u] = load_pack_if<V>(slots[u].active, tensor + slots[u].offset);
   }
 }
 
-template <typename T>
-__device__ __forceinline__ void store_slot(T* tensor, const slot_t& slot, const Pack<T, V>& pack) {
-  bool whole = slot.whole();
-  store_pack_if<V>(whole, tensor + slot.offset, pack);
-  if (slot_t::ragged) {
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      store_if(!whole && slot.has(j), tensor + slot.offset + j, pack.v[j]);
-    }
+// Calls each(single) for the rest of the block's rows or lines, equally often in all threads.
+template <typename Each>
+__device__ __forceinline__ void each_single(const Walk& walk, Each each) {
+  if (!Walk::RAGGED) return;
+  i64 threads = blockDim.x;
+#pragma unroll 1
+  for (i64 i = walk.slice * threads; i < walk.singles; i += gridDim.y * threads) {
+    each(walk.single(i + threadIdx.x));
   }
 }
 

@@ -12,11 +12,10 @@
 template <int UNROLL> struct ThreadMoments {
   static constexpr bool rows = Walk::CHANNELS == 1;
   using packs_t = Pack<scalar_t, V>[UNROLL];
-  using slots_t = slot_t[UNROLL];
+  using slots_t = Slot[UNROLL];
 
   acc_t pivot[Walk::CHANNELS] = {}, sum[V] = {}, square[V] = {};
-  int count = 0;  // rows: values; runs: vectors
-  int cut = V;    // runs: elements of the one ragged vector
+  int count = 0;  // vectors
   bool started = false;
 
   __device__ __forceinline__ acc_t pivot_of(int j) const { return pivot[rows ? 0 : j]; }
@@ -25,31 +24,23 @@ template <int UNROLL> struct ThreadMoments {
   __device__ __forceinline__ void start(const packs_t& x, const slots_t& slot) {
     if (rows) {
       Pack<scalar_t, V> row = x[0];
-      slot_t own = slot[0];
+      started = slot[0].active;
 #pragma unroll
-      for (int u = slot_t::ragged ? UNROLL - 1 : 0; u > 0; --u) {
-        if (slot[0].active || !slot[u].active) continue;  // the first that is active
-        row = x[u];
-        own = slot[u];
+      for (int u = 1; u < (Walk::RAGGED ? UNROLL : 1); ++u) {
+        if (!started) row = x[u];  // the first that is active
+        started = started || slot[u].active;
       }
-      if (own.active) start_row(row, own);
+      if (started) start_row(row);
     } else if (slot[0].active) {
       start_columns(x, slot);
     }
   }
 
-  __device__ __forceinline__ void start_row(const Pack<scalar_t, V>& x, const slot_t& slot) {
-    started = true;
-    acc_t first = 0, deviation = 0;
+  __device__ __forceinline__ void start_row(const Pack<scalar_t, V>& x) {
+    acc_t first = widen(x.v[0]), deviation = 0;
 #pragma unroll
-    for (int j = V - 1; j >= 0; --j) {
-      if (slot.has(j)) first = widen(x.v[j]);
-    }
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      if (slot.has(j)) deviation += widen(x.v[j]) - first;
-    }
-    pivot[0] = first + deviation / (slot.last() - slot.first());
+    for (int j = 1; j < V; ++j) deviation += widen(x.v[j]) - first;
+    pivot[0] = first + deviation / V;
   }
 
   __device__ __forceinline__ void start_columns(const packs_t& x, const slots_t& slot) {
@@ -59,30 +50,34 @@ template <int UNROLL> struct ThreadMoments {
       acc_t first = widen(x[0].v[j]), deviation = 0, n = 1;
 #pragma unroll
       for (int u = 1; u < UNROLL; ++u) {
-        if (slot[u].has(j)) deviation += widen(x[u].v[j]) - first, n += 1;
+        if (slot[u].active) deviation += widen(x[u].v[j]) - first, n += 1;
       }
       pivot[j] = first + deviation * (1 / n);
     }
   }
 
-  __device__ __forceinline__ void add(const Pack<scalar_t, V>& x, const slot_t& slot) {
+  __device__ __forceinline__ void add(const Pack<scalar_t, V>& x, const Slot& slot) {
     if (!slot.active) return;
-    count += rows ? slot.last() - slot.first() : 1;
-    if (!rows && slot_t::ragged && !slot.whole()) cut = slot.last();
+    count += 1;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      if (!slot.has(j)) continue;
       acc_t deviation = widen(x.v[j]) - pivot_of(j);
       sum[j] += deviation;
       square[j] = fused(deviation, deviation, square[j]);
     }
   }
 
-  // The sums of x - shared and (x - shared)^2, element j of the vectors.
-  __device__ __forceinline__ Pair about(double shared, int j) const {
-    double n = rows ? (j == 0 ? count : 0) : count - (j >= cut ? 1 : 0);
-    if (count == 0) return {0, 0};
-    double shift = static_cast<double>(pivot_of(j)) - shared, s = sum[j];
-    return {s + n * shift, square[j] + shift * (2 * s + n * shift)};
+  // The sums of x - shared and (x - shared)^2: of all elements, or of element j of the vectors.
+  __device__ __forceinline__ void about(const double (&shared)[Walk::CHANNELS],
+                                        Pair (&own)[Walk::CHANNELS]) const {
+    double n = rows ? count * V : count;
+#pragma unroll
+    for (int c = 0; c < Walk::CHANNELS; ++c) {
+      double s = sum[c], q = square[c], shift = static_cast<double>(pivot[c]) - shared[c];
+#pragma unroll
+      for (int j = 1; j < (rows ? V : 1); ++j) s += sum[j], q += square[j];
+      own[c] = {s + n * shift, q + shift * (2 * s + n * shift)};
+      if (count == 0) own[c] = {0, 0};
+    }
   }
 };

@@ -5,17 +5,18 @@
 #include "geometry.cuh"
 
 // Vectors across the ends of rows have two rows in one byte of the mask: that is for normalize_flat.
-constexpr bool OWNS_BYTES = !(slot_t::ragged && Walk::CHANNELS == 1);
+constexpr bool OWNS_BYTES = !(Walk::RAGGED && Walk::CHANNELS == 1);
 
 // A byte of the mask is eight values: of one vector, or of neighbouring lanes, whose first stores it.
-__device__ __forceinline__ void store_mask(unsigned char* mask, const slot_t& slot,
-                                           const Pack<scalar_t, V>& y) {
+template <int WIDTH>
+__device__ __forceinline__ void store_mask(unsigned char* mask, const Slot& slot,
+                                           const Pack<scalar_t, WIDTH>& y) {
   unsigned bits = 0;
 #pragma unroll
-  for (int j = 0; j < V; ++j) bits = bits << 1 | (slot.has(j) ? bit_of(y.v[j]) : 0u);
+  for (int j = 0; j < WIDTH; ++j) bits = bits << 1 | (slot.active ? bit_of(y.v[j]) : 0u);
 #pragma unroll
-  for (int width = V; width < 8; width *= 2) {
-    bits = bits << width | __shfl_down_sync(0xffffffffu, bits, width / V);
+  for (int width = WIDTH; width < 8; width *= 2) {
+    bits = bits << width | __shfl_down_sync(0xffffffffu, bits, width / WIDTH);
   }
   bool first = slot.active && slot.offset % 8 == 0;
   store_if(first, mask + slot.offset / 8, static_cast<unsigned char>(bits));
@@ -33,15 +34,15 @@ __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned
   pick(affine, table, walk);
 
   while (walk.left > 0) {
-    slot_t slot[UNROLL];
+    Slot slot[UNROLL];
     Pack<scalar_t, V> pack[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
-    load_slots(pack, x, slot, shape.size());
+    load_slots(pack, x, slot);
 #pragma unroll
     for (int half = 0; half < UNROLL; half += UNROLL / 2) {
       Pack<scalar_t, V> added[UNROLL / 2] = {};
-      if (residual) load_slots(added, residual, slot + half, shape.size());
+      if (residual) load_slots(added, residual, slot + half);
 #pragma unroll
       for (int u = 0; u < UNROLL / 2; ++u) {
         Pack<scalar_t, V>& out = pack[half + u];
@@ -51,9 +52,20 @@ __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned
           if (residual) value += widen(added[u].v[j]);
           narrow(activate(value, relu), out.v[j]);
         }
-        store_slot(y, slot[half + u], out);
-        if (OWNS_BYTES && mask) store_mask(mask, slot[half + u], out);
+        const Slot& to = slot[half + u];
+        store_pack_if<V>(to.active, y + to.offset, out);
+        if (OWNS_BYTES && mask) store_mask(mask, to, out);
       }
     }
   }
+
+  each_single(walk, [&](const Single& single) {
+    const Slot& slot = single.slot;
+    acc_t value = table[single.channel].apply(widen(load_if(slot.active, x + slot.offset)));
+    value += widen(load_or(slot.active, residual, slot.offset, scalar_t{}));
+    Pack<scalar_t, 1> out;
+    narrow(activate(value, relu), out.v[0]);
+    store_if(slot.active, y + slot.offset, out.v[0]);
+    if (OWNS_BYTES && mask) store_mask(mask, slot, out);
+  });
 }

@@ -78,13 +78,16 @@ __device__ __forceinline__ bool is_last_slice(unsigned* counter, unsigned slices
   return last[0];
 }
 
-// Rows: the V pairs of every thread belong to the one channel of the block.
-template <typename Finish>
-__device__ __forceinline__ void reduce_tile(const Pair (&own)[V], const Rows<V, RAGGED_VECTORS>& walk,
-                                            const Shape& shape, Scratch scratch, Finish finish) {
+// Rows: everything belongs to the one channel of the block. `pair_of(single)` is one of the rest.
+template <typename PairOf, typename Finish>
+__device__ __forceinline__ void reduce_tile(const Pair (&own)[1], const Rows<V, RAGGED_VECTORS>& walk,
+                                            const Shape& shape, Scratch scratch, PairOf pair_of,
+                                            Finish finish) {
   Pair sum = own[0];
-#pragma unroll
-  for (int j = 1; j < V; ++j) sum = sum + own[j];
+  each_single(walk, [&](const Single& single) {
+    Pair rest = pair_of(single);
+    if (single.slot.active) sum = sum + rest;
+  });
   sum = block_sum(sum);
   i64 c = walk.tile;
   bool first = threadIdx.x == 0;
@@ -123,9 +126,10 @@ __device__ __forceinline__ void add_members(Pair* channels, const Pair* elements
 }
 
 // Runs: pair j of every thread belongs to the channel of its element j.
-template <typename Finish>
+template <typename PairOf, typename Finish>
 __device__ __forceinline__ void reduce_tile(const Pair (&own)[V], const Runs<V, RAGGED_VECTORS>& walk,
-                                            const Shape& shape, Scratch scratch, Finish finish) {
+                                            const Shape& shape, Scratch scratch, PairOf pair_of,
+                                            Finish finish) {
   __shared__ Pair elements[MAX_THREADS * V];
   __shared__ Pair channels[MAX_GROUP];
   int width = walk.slots * V;
@@ -135,6 +139,11 @@ __device__ __forceinline__ void reduce_tile(const Pair (&own)[V], const Runs<V, 
   }
   __syncthreads();
   add_rows(elements, width, walk.lanes);
+  each_single(walk, [&](const Single& single) {
+    Pair rest = pair_of(single);
+    if (single.slot.active) elements[single.place] = elements[single.place] + rest;
+    __syncthreads();
+  });
   add_members(channels, elements, walk);
 
   int group = walk.group();

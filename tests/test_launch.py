@@ -39,16 +39,21 @@ def visits(plan, shape, skew):
     if plan.flat:
         return np.bincount(np.arange(plan.grid[0] * plan.threads * 8), minlength=size)[:size]
     if plan.rows:
-        per_row = (length + v - 2) // v + 1 if plan.ragged else length // v
+        per_row = length // v
         index = np.arange(plan.slices * plan.span)
         index = index[index < n * per_row]
         base = (index // per_row)[:, None] * c * length + np.arange(c) * length
         k = (index % per_row)[:, None]
-        start = k * v - ((base + skew) % v if plan.ragged else np.zeros_like(base))
-        element = (start[:, :, None] + np.arange(v)).reshape(-1)
-        inside = (element >= 0) & (element < length)
-        assert plan.ragged or inside.all()
-        flat = (base[:, :, None] + start[:, :, None] + np.arange(v)).reshape(-1)[inside]
+        start = k * v + (-(base + skew) % v if plan.ragged else np.zeros_like(base))
+        whole = start + v <= length
+        assert plan.ragged or whole.all()
+        flat = ((base + start)[whole][:, None] + np.arange(v)).reshape(-1)
+        if plan.ragged:
+            row = (np.arange(n)[:, None] * c + np.arange(c)) * length
+            head, j = -(row + skew)[:, :, None] % v, np.arange(2 * v)
+            tail = (length - head) % v
+            element = np.where(j < v, j, length - 2 * v + j) + row[:, :, None]
+            flat = np.append(flat, element[np.where(j < v, j < head, j >= 2 * v - tail)])
     else:
         lines = -(-n // plan.fold)
         line = np.arange(plan.slices * plan.span)
@@ -60,7 +65,10 @@ def visits(plan, shape, skew):
         run = run[run < pitch]
         flat = (line[:, None] * pitch + run).reshape(-1)
         assert plan.ragged or flat.size == size
-        flat = flat[flat < size]
+        if plan.ragged:
+            rest = np.arange(size - size % 8, size)
+            assert pitch == plan.group * plan.fold * length
+            flat = np.append(flat[flat < size - size % 8], rest)
     return np.bincount(flat, minlength=size)
 
 

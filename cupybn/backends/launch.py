@@ -32,7 +32,7 @@ class LaunchPlan:
     Attributes:
         rows: one channel a block; else runs.
         vector: elements of a vector.
-        ragged: vectors may lie across the ends of a row or of the tensor.
+        ragged: rows or the tensor may begin or end inside of a vector.
         grid: tiles of channels, slices.
         threads: of a block.
         span: vectors (rows) or lines (runs) of a slice.
@@ -108,12 +108,11 @@ def _plan_rows(
 ) -> LaunchPlan:
     n, c, length = shape
     vector = _VECTOR_BYTES // itemsize
-    # vectors across ends have neighbouring rows in one byte of a mask
+    # those of ragged rows do not begin with a byte of a mask
     if length < vector or (alignment if whole_bytes else congruence) < _VECTOR_BYTES:
         vector = 1
     ragged = length % vector != 0 or alignment < vector * itemsize
-    per_row = (length + vector - 2) // vector + 1 if ragged else length // vector
-    total = n * per_row
+    total = n * (length // vector)
     threads = min(THREADS, _round_up(_ceil(total, 2), WARP))
     slices = _slices(c, n * length * itemsize, multiprocessors)
     span = _round_up(_ceil(total, slices), threads)
