@@ -31,16 +31,14 @@ __device__ __forceinline__ Gradient gradient_of(const Channel& channel, bool act
 __device__ __forceinline__ void add_parameter_gradients(const Walk& walk, i64 channels,
                                                         param_t* dweight, param_t* dbias,
                                                         const Sums& local, const double* invstd) {
-#pragma unroll 1
-  for (int i = threadIdx.x, rest = walk.group(); rest > 0; i += blockDim.x, rest -= blockDim.x) {
-    i64 c = walk.first_channel() + i;
-    bool active = walk.slice == 0 && i < walk.group() && c < channels;
+  each_channel(walk, channels, [&](bool own, i64 c, int) {
+    bool active = own && walk.slice == 0;
     double of_weight = load_or(active, local.dy_xmu, c, 0.0) * load_if(active, invstd + c);
     double of_bias = load_or(active, local.dy, c, 0.0);
     store_at(active, dweight, c,
              load_or(active, dweight, c, param_t(0)) + static_cast<param_t>(of_weight));
     store_at(active, dbias, c, load_or(active, dbias, c, param_t(0)) + static_cast<param_t>(of_bias));
-  }
+  });
 }
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)

@@ -141,9 +141,10 @@ template <int V_, bool RAGGED_> struct Runs {
 #pragma unroll
     for (int j = 0; j < CHANNELS; ++j) {
       own[j] = channel;
-      if (++rest < length) continue;
-      rest = 0;
-      if (++channel == group_) channel = 0;
+      bool next = ++rest == length;
+      rest = next ? 0 : rest;
+      channel += next ? 1 : 0;
+      channel = channel == group_ ? 0 : channel;
     }
   }
 
@@ -189,16 +190,26 @@ __device__ __forceinline__ void each_single(const Walk& walk, Each each) {
   }
 }
 
+// Calls each(active, c, i) for the block's channels, i from 0, equally often in all threads.
+template <typename Each>
+__device__ __forceinline__ void each_channel(const Walk& walk, i64 channels, Each each) {
+  int begin = 0;
+#pragma unroll 1
+  do {
+    int i = begin + threadIdx.x;
+    i64 c = walk.first_channel() + i;
+    each(i < walk.group() && c < channels, c, i);
+    begin += blockDim.x;
+  } while (Walk::CHANNELS > 1 && begin < walk.group());
+}
+
 // What `make(active, c)` gives for every channel of the block, computed once and shared.
 template <typename Value, typename Make>
 __device__ __forceinline__ void fill_table(Value* table, const Walk& walk, i64 channels, Make make) {
-#pragma unroll 1
-  for (int i = threadIdx.x, rest = walk.group(); rest > 0; i += blockDim.x, rest -= blockDim.x) {
-    i64 c = walk.first_channel() + i;
-    bool active = i < walk.group() && c < channels;
+  each_channel(walk, channels, [&](bool active, i64 c, int i) {
     Value value = make(active, c);
     if (active) table[i] = value;
-  }
+  });
   __syncthreads();
 }
 

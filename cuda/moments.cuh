@@ -45,14 +45,19 @@ template <int UNROLL> struct ThreadMoments {
 
   __device__ __forceinline__ void start_columns(const packs_t& x, const slots_t& slot) {
     started = true;
+    acc_t n = 1;
+#pragma unroll
+    for (int u = 1; u < UNROLL; ++u) n += slot[u].active ? 1 : 0;
+    acc_t share = 1 / n;
 #pragma unroll
     for (int j = 0; j < Walk::CHANNELS; ++j) {
-      acc_t first = widen(x[0].v[j]), deviation = 0, n = 1;
+      acc_t first = widen(x[0].v[j]), deviation = 0;
 #pragma unroll
       for (int u = 1; u < UNROLL; ++u) {
-        if (slot[u].active) deviation += widen(x[u].v[j]) - first, n += 1;
+        acc_t other = widen(x[u].v[j]);
+        deviation += slot[u].active ? other - first : 0;
       }
-      pivot[j] = first + deviation * (1 / n);
+      pivot[j] = first + deviation * share;
     }
   }
 
