@@ -96,13 +96,13 @@ template <int V_, bool RAGGED_> struct Runs {
   static constexpr int CHANNELS = V;
   static constexpr int singles = 8;  // a byte of a mask: it is stored at once
 
-  i64 left, offset, step, total;
+  i64 left, offset, step, total, samples;
   i64 tile, slice, all_channels;
   int slots, lanes, k, lane, length, group_, fold;
   bool on;
 
   __device__ Runs(const Shape& shape, i64 tile, i64 slice, int)
-      : total(shape.size()), tile(tile), slice(slice), all_channels(shape.c), length(shape.l),
+      : total(shape.size()), samples(shape.n), tile(tile), slice(slice), all_channels(shape.c), length(shape.l),
         group_(shape.group), fold(shape.fold) {
     slots = group_ * fold * length / V;
     lanes = blockDim.x / slots;
@@ -128,9 +128,10 @@ template <int V_, bool RAGGED_> struct Runs {
 
   // Of the last elements of the tensor.
   __device__ __forceinline__ Single single(i64 i) const {
-    i64 element = total - total % singles + i;
-    int place = element % (slots * V);
-    return {{element, element < total}, place / length % group_, place};
+    int rest = total % singles, line = slots * V;
+    // the last line has samples % fold of them, `fold` being a power of two; none may have all `rest`
+    int place = (8 * line + (samples & (fold - 1)) * group_ * length - rest + static_cast<int>(i)) % line;
+    return {{total - rest + i, i < rest}, place / length % group_, place};
   }
 
   __device__ __forceinline__ i64 first_channel() const { return tile * group_; }

@@ -102,7 +102,7 @@ def compile_text(text: str, arch: str, *more: str) -> tuple[bytes, str]:
 
 def bundle(variants: Sequence[source.Variant]) -> str:
     """One text with all of them, each in a namespace; the kernels are kernel_0, kernel_1 ..."""
-    parts, number = ["#include <cuda_fp16.h>\n#include <cuda_bf16.h>"], count()
+    parts, number = [], count()
     for i, variant in enumerate(variants):
         parts += [f"#define {kernel} kernel_{next(number)}" for kernel in variant.kernels]
         parts.append(f"namespace variant_{i} {{\n{variant.source}}}")

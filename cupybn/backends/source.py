@@ -18,16 +18,15 @@ from .launch import geometries
 
 OPTIONS = ("-std=c++17",)
 SCALARS = {
-    "float16": "__half",
-    "bfloat16": "__nv_bfloat16",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
     "float32": "float",
     "float64": "double",
 }
 _ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-# Kernels that one pass needs are compiled together: half of a module's time is NVIDIA's headers,
-# our own, and whatever else the compiler does before it comes to the kernel.
+# Kernels that one pass needs are compiled together: some of a module's time is our headers, and
+# whatever else the compiler does before it comes to the kernel.
 _TOGETHER = (("batch_moments", "normalize"), ("backward_reduce", "backward_input"))
-_HEADERS = {"__half": "cuda_fp16.h", "__nv_bfloat16": "cuda_bf16.h"}
 
 _OWN_INCLUDE = re.compile(r'^#include "([\w.]+)"$')
 _kernels: dict[tuple[Any, ...], Any] = {}
@@ -59,11 +58,8 @@ class Variant:
 
     @property
     def source(self) -> str:
-        lines = [f"#define {name} {value}" for name, value in self.defines]
-        header = _HEADERS.get(str(dict(self.defines).get("SCALAR")))
-        if header:
-            lines.insert(0, f"#include <{header}>")
-        return "\n".join(lines) + "\n" + paste(*(f"{kernel}.cu" for kernel in self.kernels))
+        lines = (f"#define {name} {value}\n" for name, value in self.defines)
+        return "".join(lines) + paste(*(f"{kernel}.cu" for kernel in self.kernels))
 
     @property
     def options(self) -> tuple[str, ...]:
