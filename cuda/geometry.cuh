@@ -30,10 +30,10 @@ struct Slot {
   bool active;
 };
 
-// An element of the rest. Its channel counts from the block's first, its place from the line's.
+// An element of the rest, its channel counted from the block's first.
 struct Single {
   Slot slot;
-  int channel, place;
+  int channel;
 };
 
 template <int V_, bool RAGGED_> struct Rows {
@@ -82,7 +82,7 @@ template <int V_, bool RAGGED_> struct Rows {
     i64 row = i / (2 * V) * row_pitch + tile * length;
     int j = i % (2 * V), tail = (length - head(row)) & (V - 1);
     bool active = i < singles && (j < V ? j < head(row) : j >= 2 * V - tail);
-    return {{row + (j < V ? j : length - 2 * V + j), active}, 0, 0};
+    return {{row + (j < V ? j : length - 2 * V + j), active}, 0};
   }
 
   __device__ __forceinline__ i64 first_channel() const { return tile; }
@@ -96,13 +96,13 @@ template <int V_, bool RAGGED_> struct Runs {
   static constexpr int CHANNELS = V;
   static constexpr int singles = 8;  // a byte of a mask: it is stored at once
 
-  i64 left, offset, step, total, samples;
+  i64 left, offset, step, total;
   i64 tile, slice, all_channels;
   int slots, lanes, k, lane, length, group_, fold;
   bool on;
 
   __device__ Runs(const Shape& shape, i64 tile, i64 slice, int)
-      : total(shape.size()), samples(shape.n), tile(tile), slice(slice), all_channels(shape.c), length(shape.l),
+      : total(shape.size()), tile(tile), slice(slice), all_channels(shape.c), length(shape.l),
         group_(shape.group), fold(shape.fold) {
     slots = group_ * fold * length / V;
     lanes = blockDim.x / slots;
@@ -126,12 +126,12 @@ template <int V_, bool RAGGED_> struct Runs {
     return slot;
   }
 
-  // Of the last elements of the tensor.
-  __device__ __forceinline__ Single single(i64 i) const {
-    int rest = total % singles, line = slots * V;
-    // the last line has samples % fold of them, `fold` being a power of two; none may have all `rest`
-    int place = (8 * line + (samples & (fold - 1)) * group_ * length - rest + static_cast<int>(i)) % line;
-    return {{total - rest + i, i < rest}, place / length % group_, place};
+  // Of the last elements of the tensor. Counted from its end there is no division by 64 bits.
+  __device__ __forceinline__ Single single(unsigned i) const {
+    int rest = total % singles;
+    unsigned behind = rest - 1 - i, channels = group_;
+    int channel = group_ - 1 - behind / static_cast<unsigned>(length) % channels;
+    return {{total - rest + i, i < rest}, channel};
   }
 
   __device__ __forceinline__ i64 first_channel() const { return tile * group_; }
@@ -180,15 +180,21 @@ __device__ __forceinline__ void load_slots(Pack<T, V> (&packs)[COUNT], const T* 
   }
 }
 
-// Calls each(single) for the rest of the block's rows or lines, equally often in all threads.
+// Calls each(single) for the block's share of the rest, equally often in all threads. Of rows every
+// slice has one; of runs the first slice has all, in its first threads.
 template <typename Each>
-__device__ __forceinline__ void each_single(const Walk& walk, Each each) {
+__device__ __forceinline__ void each_single(const Rows<V, RAGGED_VECTORS>& walk, Each each) {
   if (!Walk::RAGGED) return;
   i64 threads = blockDim.x;
 #pragma unroll 1
   for (i64 i = walk.slice * threads; i < walk.singles; i += gridDim.y * threads) {
     each(walk.single(i + threadIdx.x));
   }
+}
+
+template <typename Each>
+__device__ __forceinline__ void each_single(const Runs<V, RAGGED_VECTORS>& walk, Each each) {
+  if (Walk::RAGGED && walk.slice == 0) each(walk.single(threadIdx.x));
 }
 
 // Calls each(active, c, i) for the block's channels, i from 0, equally often in all threads.

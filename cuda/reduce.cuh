@@ -139,24 +139,24 @@ __device__ __forceinline__ void reduce_tile(const Pair (&own)[V], const Runs<V, 
   }
   __syncthreads();
   add_rows(elements, width, walk.lanes);
+  add_members(channels, elements, walk);
   each_single(walk, [&](const Single& single) {
     Pair rest = pair_of(single);
-    if (single.slot.active) elements[single.place] = elements[single.place] + rest;
+    Pair& sum = channels[single.channel];
+#pragma unroll 1
+    for (int i = 0; i < walk.singles; ++i) {  // one by one: they may be of one channel
+      if (threadIdx.x == i && single.slot.active) sum = sum + rest;
+      __syncwarp();
+    }
     __syncthreads();
   });
-  add_members(channels, elements, walk);
 
   int group = walk.group();
   int slices = gridDim.y;
   if (slices > 1) {
-#pragma unroll 1
-    for (int begin = 0; begin < group; begin += blockDim.x) {
-      int i = begin + threadIdx.x;
-      i64 c = walk.first_channel() + i;
-      bool active = i < group && c < shape.c;
-      store_partial(active, scratch.partials, walk.slice * shape.c + c,
-                    channels[active ? i : 0]);
-    }
+    each_channel(walk, shape.c, [&](bool active, i64 c, int i) {
+      store_partial(active, scratch.partials, walk.slice * shape.c + c, channels[active ? i : 0]);
+    });
     if (!is_last_slice(scratch.counters + walk.tile, slices)) return;
     int height = blockDim.x < group ? 1 : blockDim.x / group;
 #pragma unroll 1
@@ -177,11 +177,7 @@ __device__ __forceinline__ void reduce_tile(const Pair (&own)[V], const Runs<V, 
     add_rows(elements, group, height);
   }
   const Pair* sums = slices > 1 ? elements : channels;
-#pragma unroll 1
-  for (int begin = 0; begin < group; begin += blockDim.x) {
-    int i = begin + threadIdx.x;
-    i64 c = walk.first_channel() + i;
-    bool active = i < group && c < shape.c;
+  each_channel(walk, shape.c, [&](bool active, i64 c, int i) {
     finish(active, c, sums[active ? i : 0]);
-  }
+  });
 }

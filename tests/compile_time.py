@@ -19,7 +19,12 @@ from test_compile import compile_text
 from cupybn import BatchNorm1d, BatchNorm2d, backends
 from cupybn.backends import cuda, source
 
-SHAPES = {"rows": (4, 64, 28, 28), "ragged rows": (4, 3, 101, 101), "columns": (512, 64)}
+SHAPES = {
+    "rows": (4, 64, 28, 28),
+    "ragged rows": (4, 3, 101, 101),
+    "columns": (512, 64),
+    "ragged runs": (5, 3, 7, 7),
+}
 
 
 class _Nothing:
