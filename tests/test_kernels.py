@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import DTYPES, TOLERANCE
 from cuda_tools import need
-from hostcuda.build import missing
+from hostcuda.build import host_module, missing
 from kernel_cases import (
     CS,
     LARGE,
@@ -226,3 +226,28 @@ def test_nan_and_inf_stay_in_their_channel(bad, dtype):
         assert (got.dx[:, others] == expected.dx[:, others]).all()
         assert np.isnan(got.var[channel])
         assert np.isnan(got.y[:, channel].astype(np.float32)).all()
+
+
+def test_bfloat16_by_its_bits():
+    """As GPUs without an instruction for it round, and as all of them read it."""
+    bfloat16 = next(d for d in DTYPES if d.name == "bfloat16")
+    upper = np.arange(1 << 16, dtype=np.uint32) << 16
+    bits = np.concatenate([upper + low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
+    values = bits.view(np.float32)
+    text = """extern "C" __global__
+    void there_and_back(bfloat16* there, float* back, const float* x) {
+      i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
+      narrow(x[i], there[i]);
+      back[i] = widen(there[i]);
+    }
+    """
+    module = host_module("#define SCALAR bfloat16\n" + source.paste("numeric.cuh") + text,
+                         ["there_and_back"])  # fmt: skip
+    there, back = np.empty(values.shape, np.uint16), np.empty_like(values)
+    module.get_function("there_and_back")((values.size // 256,), (256,), (there, back, values))
+    with np.errstate(invalid="ignore"):
+        expected = values.astype(bfloat16)
+    number = ~np.isnan(values)
+    assert (there.view(bfloat16)[number] == expected[number]).all()
+    assert np.isnan(back[~number]).all()
+    assert (back[number] == expected[number].astype(np.float32)).all()

@@ -114,7 +114,9 @@ def _plan_rows(
     ragged = length % vector != 0 or alignment < vector * itemsize
     total = n * (length // vector)
     threads = min(THREADS, _round_up(_ceil(total, 2), WARP))
-    slices = _slices(c, n * length * itemsize, multiprocessors)
+    # what is read by the element costs a thread as much as a vector
+    alone = 2 * n * vector if ragged else 0
+    slices = _slices(c, (total + alone) * vector * itemsize, multiprocessors)
     span = _round_up(_ceil(total, slices), threads)
     return LaunchPlan(True, vector, ragged, (c, _ceil(total, span)), threads, span, 1, 1)
 
