@@ -334,6 +334,40 @@ def test_what_goes_past_the_caches_arrives(shape, dtype):
     assert np.abs(dx.astype(np.float64) - exact).max() < tolerance * scale
 
 
+def unaligned(values):
+    """A copy whose values begin in the middle of others."""
+    memory = bytearray(values.nbytes + 1)
+    copy = np.frombuffer(memory, np.uint8)[1:].view(values.dtype).reshape(values.shape)
+    copy[...] = values
+    assert not copy.flags.aligned
+    return copy
+
+
+@needs_numba
+@pytest.mark.parametrize("shape", [(300, 33), (9000, 333), (70, 50, 30, 30)], ids=str)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_unaligned_arrays_are_taken(shape, ranks):
+    backends.use_cpu_backend("numba")
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal(shape, np.float32) for _ in range(2))
+
+    def step(place, comm):
+        layer = cupybn.SyncBatchNorm(shape[1], activation="relu", comm=comm)
+        for arrays in (layer.params, layer.grads, layer.buffers):
+            for name in {"weight", "bias", "running_mean", "running_var"} & set(arrays):
+                arrays[name] = place(arrays[name])
+        outs = [None, None] if place is np.copy else [place(x) for _ in range(2)]
+        y = layer.forward(place(x), place(dy), out=outs[0])
+        dx, dresidual = layer.backward(place(dy), out=outs[1])
+        return [y, dx, dresidual, *layer.grads.values(), *layer.buffers.values()]
+
+    def both(comm):
+        for one, other in zip(step(unaligned, comm), step(np.copy, comm), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+    run_ranks(ranks, both)
+
+
 @needs_numba
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("shape", LARGE, ids=str)

@@ -1,15 +1,16 @@
 """The loops of ``backends/numba.py``, compiled by Numba when they are first needed.
 
 Data come flat, in the order (N, C, L); float16 is seen as int16 and bfloat16 as uint16, because
-Numba has neither on the CPU. Each call of a loop does one piece of a plan (``pieces.py``): of rows,
-which are runs of one channel with a number for each coefficient; or of columns, where runs are
-short: then there is one coefficient a column.
+Numba has neither on the CPU. Each call of a loop takes pieces of a plan (``pieces.py``) until none
+is left: of rows, which are runs of one channel with a number for each coefficient; or of columns,
+where runs are short: then there is one coefficient a column.
 
 Only adding up may be reassociated, to make it a vector loop: differences from a pivot or mean are
 taken as written, and nothing may assume that there is no NaN or Inf. Inside the loops arrays are
 pointers: Numba would count references for every run, and check every index for its sign.
 
-All in one file, because Numba finds out that a loop on disk is out of date by this file alone.
+All in one file, because Numba finds out that a loop on disk is out of date by this file alone:
+whoever changes KINDS or WIDE touches this file too.
 """
 
 from __future__ import annotations

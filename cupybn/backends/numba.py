@@ -241,7 +241,8 @@ def local_forward(
     mean, var, invstd = np.empty((1, c)), np.empty((1, c)), np.empty(c)
     states = running or (None, None)
     dense = [_vector(state, dtype) for state in states]
-    y = _flat(y3)
+    written = _dense(y3)
+    y = _flat(written)
     arguments = (
         y, _flat(x3), _flat(residual3, x3), activation is not None, _vector(weight, dtype),
         _vector(bias, dtype), eps, mean, invstd, var, *dense, factor,
@@ -250,7 +251,7 @@ def local_forward(
     loop = load().column_forward if plan.columns else load().row_forward
     spread(loop, arguments, plan.pieces, plan.threads)
     _pack_mask(y, mask)
-    _copy_back(states, dense)
+    _copy_back((y3, *states), (written, *dense))
     return mean[0], var[0], invstd
 
 
@@ -284,15 +285,17 @@ def local_backward(
     dtype = parameter_dtype(x3.dtype)
     gradients = dweight, dbias
     dense = [_vector(gradient, dtype) for gradient in gradients]
+    written = _dense(dx3), _dense(dresidual3)
     arguments = (
-        _flat(dx3), _flat(dresidual3, x3), _flat(dy3), _flat(x3), *_activation(activation, mask),
+        _flat(written[0]), _flat(written[1], x3), _flat(dy3), _flat(x3),
+        *_activation(activation, mask),
         count == 0, _vector(mean), _vector(invstd), _vector(weight, dtype), _vector(bias, dtype),
         float(max(count, 1)), np.empty((2, x3.shape[1])), *dense,
         np.empty(plan.coefficients, dtype), plan.repeats, plan.group,
     )  # fmt: skip
     loop = load().column_backward if plan.columns else load().row_backward
     spread(loop, arguments, plan.pieces, plan.threads)
-    _copy_back(gradients, dense)
+    _copy_back((dx3, dresidual3, *gradients), (*written, *dense))
 
 
 def prepare_forward(
@@ -402,7 +405,7 @@ def _activation(activation: str | None, mask: Data | None) -> tuple[int, Data]:
     return number, _vector(mask, _UINT8)
 
 
-# ---- arrays as the loops take them: contiguous, writable, of a dtype that Numba knows ------------
+# ---- arrays as the loops take them: contiguous, aligned, writeable, of a dtype that Numba knows --
 
 
 @lru_cache(maxsize=16)
@@ -421,7 +424,7 @@ def _flat(a3: Data | None, like: Data | None = None) -> Data:
         assert like is not None
         return _nothing(_as_loops_see(like.dtype))
     if not a3.flags.carray:
-        a3 = _writable(a3 if a3.flags.c_contiguous else a3.copy())
+        a3 = _writable(a3) if _fits(a3) else a3.copy()
     dtype = _as_loops_see(a3.dtype)
     return a3.reshape(-1) if dtype is a3.dtype else a3.reshape(-1).view(dtype)
 
@@ -430,12 +433,16 @@ def _vector(values: Data | None, dtype: np.dtype[Any] = _FLOAT64) -> Data:
     if values is None:
         return _nothing(dtype)
     if values.dtype == dtype:
-        flags = values.flags
-        if flags.carray:  # contiguous, aligned and writeable
+        if values.flags.carray:
             return values
-        if flags.c_contiguous:
+        if _fits(values):
             return _writable(values)
-    return np.ascontiguousarray(values, dtype)
+    return np.array(values, dtype, order="C")
+
+
+def _fits(a: Data) -> bool:
+    """With ``writeable`` that is ``flags.carray``."""
+    return a.flags.c_contiguous and a.flags.aligned
 
 
 def _writable(a: Data) -> Data:
@@ -448,7 +455,7 @@ def _writable(a: Data) -> Data:
 
 
 def _dense(a3: Data | None) -> Data | None:
-    return a3 if a3 is None or a3.flags.c_contiguous else np.empty(a3.shape, a3.dtype)
+    return a3 if a3 is None or _fits(a3) else np.empty(a3.shape, a3.dtype)
 
 
 def _copy_back(given: Any, written: Any) -> None:
