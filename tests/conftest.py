@@ -109,7 +109,13 @@ def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
     ) -> subprocess.CompletedProcess[str]:
         python = [sys.executable, "-m", "mpi4py"] if aborting else [sys.executable]
         command = [mpiexec, *options, "-n", str(n), *under, *python, str(script), *map(str, args)]
-        process = run_job(command, rank_environment(**(env or {})), timeout, ready)
+        try:
+            process = run_job(command, rank_environment(**(env or {})), timeout, ready)
+        except subprocess.TimeoutExpired as job:
+            if not check:
+                raise
+            said = "\n".join((text or b"").decode() for text in (job.stdout, job.stderr))
+            pytest.fail(f"{n} ranks of {script} {args} did not end\n{said}", pytrace=False)
         if check and process.returncode != 0:
             pytest.fail(
                 f"{n} ranks of {script} {args} ended with {process.returncode}\n"
