@@ -867,6 +867,8 @@ def _input(dx, passed, x, begin, size, streaming, constant, high, scale, slope, 
 
 
 # ---- what threads call: pieces, each taken by whoever comes first --------------------------------
+#
+# A function each: Numba keeps no loop on disk that is handed the function to call.
 
 
 @_inside
