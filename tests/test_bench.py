@@ -302,6 +302,18 @@ def test_turns_are_taken_and_times_are_of_one_call():
     assert len(timing.interleave(paths, 50, seconds=0)["a"]["forward"]) == 3
 
 
+def test_each_turn_begins_with_calls_that_are_not_timed():
+    paths = {"a": {"call": lambda: time.sleep(0.002)}}
+    began = time.perf_counter()
+    timing.interleave(paths, 3, calls=1)
+    cold = time.perf_counter() - began
+    began = time.perf_counter()
+    found = timing.interleave(paths, 3, calls=1, warm=0.05)
+    assert time.perf_counter() - began > cold + 0.1
+    assert [len(times) for times in found["a"].values()] == [3]
+    assert max(found["a"]["call"]) < 0.05
+
+
 def test_the_fit_finds_the_network():
     network = model.Network(7e-6, 1 / 3e9)
     sizes = [2048, 8192, 65536]

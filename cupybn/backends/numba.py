@@ -226,7 +226,7 @@ def local_forward(
     running: tuple[Data, Data] | None = None,
     factor: float = 0.0,
 ) -> tuple[PerChannel, PerChannel, PerChannel]:
-    """``batch_moments``, ``finalize_moments`` and ``normalize`` of one rank; y3 is contiguous.
+    """``batch_moments``, ``finalize_moments`` and ``normalize`` of one rank.
 
     In one go where a thread has all values of a channel: it reads them again from its cache.
     """
@@ -271,7 +271,7 @@ def local_backward(
     dweight: Data | None = None,
     dbias: Data | None = None,
 ) -> None:
-    """``backward_reduce`` and ``backward_input`` of one rank; dx3 and dresidual3 are contiguous.
+    """``backward_reduce`` and ``backward_input`` of one rank.
 
     A count of 0: the statistics are constants.
     """
