@@ -28,19 +28,19 @@ from .arrays import (
 )
 from .backends import backend_for
 from .checks import (
-    check_activation,
     check_eps,
     check_like,
     check_out,
     check_overlap,
     check_parameter,
     check_written,
+    is_relu,
 )
 from .communicators import Communicator, SelfCommunicator
 from .errors import ShapeError
 from .joint import Steps, joint
 from .layout import Layout, check_channel_axis, layout_of
-from .statistics import BackwardSums, Moments, message_length
+from .statistics import BackwardSums, Moments, Transform, message_length
 
 ALONE = SelfCommunicator()
 
@@ -81,11 +81,11 @@ class Saved:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"activation": self.activation, "mask": self.mask}
+        return {"relu": self.activation is not None, "mask": self.mask}
 
     @property
-    def transform(self) -> tuple[Array, Array, Array | None, Array | None]:
-        return self.mean, self.invstd, self.weight, self.bias
+    def transform(self) -> Transform:
+        return Transform(self.mean, self.invstd, self.weight, self.bias)
 
 
 def check_saved(saved: object) -> None:
@@ -181,7 +181,7 @@ def forward_steps(
         )
 
     backend.prepare_forward(
-        x3, y3, residual3=residual3, mask=mask, activation=activation,
+        x3, y3, residual3=residual3, mask=mask, relu=activation is not None,
         running_dtype=None if state is None else _name_of(state[0].dtype), ranks=call.ranks,
     )  # fmt: skip
     whole = call.ranks == 1 and observe is None and not check_finite
@@ -202,13 +202,13 @@ def forward_steps(
     with _restored_on_error(state or ()):
         given = x3, y3, weight, bias, eps
         options = {
-            "activation": activation, "residual3": residual3, "mask": mask, "running": state,
+            "relu": activation is not None, "residual3": residual3, "mask": mask, "running": state,
             "factor": factor,
         }  # fmt: skip
         if whole:
-            mean, _, invstd = backend.local_forward(*given, **options)
+            mean, invstd = backend.local_forward(*given, **options)
         else:
-            mean, _, invstd = backend.finish_forward(moments, form, *given, **options)
+            mean, invstd = backend.finish_forward(moments, form, *given, **options)
         saved = Saved(
             mean, invstd, eps, count, call.comm, x3, layout, weight, bias, activation,
             settings, name, residual is not None, mask,
@@ -327,7 +327,7 @@ def backward_steps(
     if not whole:
         size = 2 * layout.channels
         payload = call.payload(x3, size)
-        local = backend.backward_reduce(dy3, x3, *saved.transform, **options, payload=payload)
+        local = backend.backward_reduce(dy3, x3, saved.transform, **options, payload=payload)
         _, total = yield 0, size
         pooled = BackwardSums(*np.split(total, 2))
     yield None
@@ -335,13 +335,13 @@ def backward_steps(
     with nullcontext() if alone else _restored_on_error((dweight, dbias)):
         if whole:
             backend.local_backward(
-                dy3, x3, dx3, *saved.transform, **options,
+                dy3, x3, dx3, saved.transform, **options,
                 count=0 if saved.constant else saved.count, dresidual3=dresidual3,
                 dweight=dweight, dbias=dbias,
             )  # fmt: skip
         else:
             backend.backward_input(
-                dy3, x3, *saved.transform, **options,
+                dy3, x3, saved.transform, **options,
                 sums=pooled, count=saved.count, out3=dx3, dresidual3=dresidual3,
                 local=local, dweight=dweight, dbias=dbias,
             )  # fmt: skip
@@ -374,7 +374,7 @@ def _prepare(
     """Every check of the arguments, the views, and the memory of the output."""
     parameter_dtype(x.dtype)
     check_eps(eps)
-    check_activation(activation)
+    is_relu(activation)
     layout = layout_of(x, check_channel_axis(channel_axis))
     for what, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
@@ -410,7 +410,7 @@ def _settings(
 
 def _normalize(saved: Saved, residual3: Array | None, y3: Array) -> None:
     backend_for(saved.x3).normalize(
-        saved.x3, *saved.transform, **saved.options, residual3=residual3, out3=y3
+        saved.x3, saved.transform, **saved.options, residual3=residual3, out3=y3
     )
 
 

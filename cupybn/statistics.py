@@ -80,6 +80,20 @@ class BackwardSums(NamedTuple):
     sum_dy_xmu: Array
 
 
+class Transform(NamedTuple):
+    """What maps x to xhat and on to y: (C,) each.
+
+    Attributes:
+        mean, invstd: float64.
+        weight, bias: of the dtype that goes with x, or None.
+    """
+
+    mean: Array
+    invstd: Array
+    weight: Array | None = None
+    bias: Array | None = None
+
+
 def message_length(num_features: int) -> int:
     """Numbers in a forward or backward message of a layer with that many channels."""
     return padded_length(2 * num_features)

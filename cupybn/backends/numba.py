@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import parameter_dtype
-from ..statistics import BackwardSums, Moments
+from ..statistics import BackwardSums, Moments, Transform
 from . import numpy as reference
 from .composed import compose
 from .numpy import Data, PerChannel
@@ -97,12 +97,9 @@ def finalize_moments(
 
 def normalize(
     x3: Data,
-    mean: PerChannel,
-    invstd: PerChannel,
-    weight: Data | None = None,
-    bias: Data | None = None,
+    transform: Transform,
     *,
-    activation: str | None = None,
+    relu: bool = False,
     residual3: Data | None = None,
     out3: Data | None = None,
     mask: Data | None = None,
@@ -117,8 +114,8 @@ def normalize(
     plan = plan_for(*x3.shape)
     dense = _dense(y3)
     y, residual = _flat(dense), _flat(residual3, x3)
-    coefficients = _coefficients(plan, x3, mean, invstd, weight, bias)
-    arguments = y, _flat(x3), residual, activation is not None, coefficients
+    coefficients = _coefficients(plan, x3, transform)
+    arguments = y, _flat(x3), residual, relu, coefficients
     spread(load().normalize, arguments, plan.pieces, plan.threads)
     _pack_mask(y, mask)
     _copy_back((y3,), (dense,))
@@ -135,12 +132,9 @@ def _pack_mask(y: Data, mask: Data | None) -> None:
 def backward_reduce(
     dy3: Data,
     x3: Data,
-    mean: PerChannel,
-    invstd: PerChannel,
-    weight: Data | None = None,
-    bias: Data | None = None,
+    transform: Transform,
     *,
-    activation: str | None = None,
+    relu: bool = False,
     mask: Data | None = None,
     payload: PerChannel | None = None,
 ) -> BackwardSums:
@@ -155,14 +149,15 @@ def backward_reduce(
     else:
         plan = plan_for(*x3.shape)
         sums_dy, sums_dy_xmu = np.empty((2, len(plan.counts), c))
-        coefficients = _coefficients(plan, x3, mean, invstd, weight, bias)
+        coefficients = _coefficients(plan, x3, transform)
         arguments = (
-            sums_dy, sums_dy_xmu, _flat(dy3), _flat(x3), *_activation(activation, mask),
+            sums_dy, sums_dy_xmu, _flat(dy3), _flat(x3), *_activation(relu, mask),
             coefficients, plan.repeats,
         )  # fmt: skip
         loop = load().column_reduce if plan.columns else load().row_reduce
         spread(loop, arguments, plan.pieces, plan.threads)
-        load().add_segments(sums_dy, sums_dy_xmu, _vector(mean), coefficients, plan.repeats, 0, c)
+        mean = _vector(transform.mean)
+        load().add_segments(sums_dy, sums_dy_xmu, mean, coefficients, plan.repeats, 0, c)
         sums = BackwardSums(sums_dy[0], sums_dy_xmu[0])
     if payload is not None:
         np.concatenate(sums, out=payload)
@@ -172,14 +167,11 @@ def backward_reduce(
 def backward_input(
     dy3: Data,
     x3: Data,
-    mean: PerChannel,
-    invstd: PerChannel,
-    weight: Data | None = None,
-    bias: Data | None = None,
+    transform: Transform,
     *,
     sums: BackwardSums | None = None,
     count: int = 0,
-    activation: str | None = None,
+    relu: bool = False,
     mask: Data | None = None,
     out3: Data | None = None,
     dresidual3: Data | None = None,
@@ -192,21 +184,22 @@ def backward_input(
     if local is not None:
         gradients = dweight, dbias
         vectors = [_vector(gradient, parameter_dtype(x3.dtype)) for gradient in gradients]
-        load().add_gradients(*vectors, *map(_vector, local), _vector(invstd), 0, invstd.size)
+        invstd = _vector(transform.invstd)
+        load().add_gradients(*vectors, *map(_vector, local), invstd, 0, invstd.size)
         _copy_back(gradients, vectors)
     if x3.size == 0:
         return dx3
     plan = plan_for(*x3.shape)
     dense = _dense(dx3), _dense(dresidual3)
-    coefficients = _coefficients(plan, x3, mean, invstd, weight, bias)
+    coefficients = _coefficients(plan, x3, transform)
     if sums is not None:
         load().fill_slope(
-            coefficients, plan.repeats, _vector(mean), _vector(invstd), *map(_vector, sums),
-            float(max(count, 1)), 0, mean.size,
+            coefficients, plan.repeats, _vector(transform.mean), _vector(transform.invstd),
+            *map(_vector, sums), float(max(count, 1)), 0, x3.shape[1],
         )  # fmt: skip
     arguments = (
         _flat(dense[0]), _flat(dense[1], x3), _flat(dy3), _flat(x3),
-        *_activation(activation, mask), sums is None, coefficients,
+        *_activation(relu, mask), sums is None, coefficients,
     )  # fmt: skip
     spread(load().backward_input, arguments, plan.pieces, plan.threads)
     _copy_back((dx3, dresidual3), dense)
@@ -220,12 +213,12 @@ def local_forward(
     bias: Data | None,
     eps: float,
     *,
-    activation: str | None = None,
+    relu: bool = False,
     residual3: Data | None = None,
     mask: Data | None = None,
     running: tuple[Data, Data] | None = None,
     factor: float = 0.0,
-) -> tuple[PerChannel, PerChannel, PerChannel]:
+) -> tuple[PerChannel, PerChannel]:
     """``batch_moments``, ``finalize_moments`` and ``normalize`` of one rank.
 
     In one go where a thread has all values of a channel: it reads them again from its cache.
@@ -234,7 +227,7 @@ def local_forward(
     plan = plan_for(n, c, length) if x3.size else None
     if plan is None or len(plan.counts) > 1:
         return _local_forward(
-            x3, y3, weight, bias, eps, activation=activation, residual3=residual3, mask=mask,
+            x3, y3, weight, bias, eps, relu=relu, residual3=residual3, mask=mask,
             running=running, factor=factor,
         )  # fmt: skip
     dtype = parameter_dtype(x3.dtype)
@@ -244,7 +237,7 @@ def local_forward(
     written = _dense(y3)
     y = _flat(written)
     arguments = (
-        y, _flat(x3), _flat(residual3, x3), activation is not None, _vector(weight, dtype),
+        y, _flat(x3), _flat(residual3, x3), relu, _vector(weight, dtype),
         _vector(bias, dtype), eps, mean, invstd, var, *dense, factor,
         np.empty(plan.coefficients, dtype), plan.repeats, plan.group,
     )  # fmt: skip
@@ -252,20 +245,17 @@ def local_forward(
     spread(loop, arguments, plan.pieces, plan.threads)
     _pack_mask(y, mask)
     _copy_back((y3, *states), (written, *dense))
-    return mean[0], var[0], invstd
+    return mean[0], invstd
 
 
 def local_backward(
     dy3: Data,
     x3: Data,
     dx3: Data,
-    mean: PerChannel,
-    invstd: PerChannel,
-    weight: Data | None,
-    bias: Data | None,
+    transform: Transform,
     *,
     count: int,
-    activation: str | None = None,
+    relu: bool = False,
     mask: Data | None = None,
     dresidual3: Data | None = None,
     dweight: Data | None = None,
@@ -278,7 +268,7 @@ def local_backward(
     plan = plan_for(*x3.shape) if x3.size else None
     if plan is None or len(plan.counts) > 1:
         _local_backward(
-            dy3, x3, dx3, mean, invstd, weight, bias, count=count, activation=activation,
+            dy3, x3, dx3, transform, count=count, relu=relu,
             mask=mask, dresidual3=dresidual3, dweight=dweight, dbias=dbias,
         )  # fmt: skip
         return
@@ -288,8 +278,8 @@ def local_backward(
     written = _dense(dx3), _dense(dresidual3)
     arguments = (
         _flat(written[0]), _flat(written[1], x3), _flat(dy3), _flat(x3),
-        *_activation(activation, mask),
-        count == 0, _vector(mean), _vector(invstd), _vector(weight, dtype), _vector(bias, dtype),
+        *_activation(relu, mask),
+        count == 0, *_vectors(transform, dtype),
         float(max(count, 1)), np.empty((2, x3.shape[1])), *dense,
         np.empty(plan.coefficients, dtype), plan.repeats, plan.group,
     )  # fmt: skip
@@ -304,7 +294,7 @@ def prepare_forward(
     *,
     residual3: Data | None = None,
     mask: Data | None = None,
-    activation: str | None = None,
+    relu: bool = False,
     running_dtype: str | None = None,
     ranks: int = 1,
 ) -> None:
@@ -322,7 +312,7 @@ def prepare_backward(
     *,
     dresidual3: Data | None = None,
     mask: Data | None = None,
-    activation: str | None = None,
+    relu: bool = False,
     constant: bool = False,
     ranks: int = 1,
 ) -> None:
@@ -364,44 +354,38 @@ def rehearse(
     y3 = np.empty_like(x3)
     one = np.ones(1, parameter_dtype(dtype))
     bits = np.zeros(-(-x3.size // 8), np.uint8) if mask else None
-    mean, invstd = np.zeros((2, 1))
+    transform = Transform(*np.zeros((2, 1)), one, one)
     if direction == "local forward":
         local_forward(x3, y3, one, one, 1.0, mask=bits)
     elif direction == "local backward":
-        local_backward(x3, x3, y3, mean, invstd, one, one, count=2)
+        local_backward(x3, x3, y3, transform, count=2)
     elif direction == "forward":
         moments = batch_moments(x3, payload=np.zeros(2))
         for running in (None, (one, one)):
             finalize_moments(moments, 1.0, running=running)
-        normalize(x3, mean, invstd, one, one, mask=bits)
+        normalize(x3, transform, mask=bits)
     else:
-        sums = backward_reduce(x3, x3, mean, invstd, one, one)
-        backward_input(
-            x3, x3, mean, invstd, one, one, sums=sums, local=sums, dweight=one, dbias=one
-        )
+        sums = backward_reduce(x3, x3, transform)
+        backward_input(x3, x3, transform, sums=sums, local=sums, dweight=one, dbias=one)
     return load().compiled() - before, time.perf_counter() - began
 
 
 def _coefficients(
     plan: Plan,
     x3: Data,
-    mean: PerChannel,
-    invstd: PerChannel,
-    weight: Data | None,
-    bias: Data | None,
+    transform: Transform,
 ) -> Data:
     """What the loops multiply and add, for each channel or column; slope and offset come later."""
     dtype = parameter_dtype(x3.dtype)
     coefficients = np.empty(plan.coefficients, dtype)
     load().fill_affine(
-        coefficients, plan.repeats, _vector(mean), _vector(invstd),
-        _vector(weight, dtype), _vector(bias, dtype), 0, mean.size,
+        coefficients, plan.repeats, *_vectors(transform, dtype), 0, x3.shape[1],
     )  # fmt: skip
     return coefficients
 
 
-def _activation(activation: str | None, mask: Data | None) -> tuple[int, Data]:
-    number = 0 if activation is None else 1 if mask is None else 2
+def _activation(relu: bool, mask: Data | None) -> tuple[int, Data]:
+    number = 0 if not relu else 1 if mask is None else 2
     return number, _vector(mask, _UINT8)
 
 
@@ -438,6 +422,11 @@ def _vector(values: Data | None, dtype: np.dtype[Any] = _FLOAT64) -> Data:
         if _fits(values):
             return _writable(values)
     return np.array(values, dtype, order="C")
+
+
+def _vectors(transform: Transform, dtype: np.dtype[Any]) -> tuple[Data, ...]:
+    mean, invstd, weight, bias = transform
+    return _vector(mean), _vector(invstd), _vector(weight, dtype), _vector(bias, dtype)
 
 
 def _fits(a: Data) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import parameter_dtype
-from ..statistics import BackwardSums, Moments
+from ..statistics import BackwardSums, Moments, Transform
 from .composed import compose
 
 Data = NDArray[Any]
@@ -183,7 +183,7 @@ def prepare_forward(
     *,
     residual3: Data | None = None,
     mask: Data | None = None,
-    activation: str | None = None,
+    relu: bool = False,
     running_dtype: str | None = None,
     ranks: int = 1,
 ) -> None:
@@ -197,7 +197,7 @@ def prepare_backward(
     *,
     dresidual3: Data | None = None,
     mask: Data | None = None,
-    activation: str | None = None,
+    relu: bool = False,
     constant: bool = False,
     ranks: int = 1,
 ) -> None:
@@ -221,12 +221,9 @@ def update_running(
 @_quiet
 def normalize(
     x3: Data,
-    mean: PerChannel,
-    invstd: PerChannel,
-    weight: Data | None = None,
-    bias: Data | None = None,
+    transform: Transform,
     *,
-    activation: str | None = None,
+    relu: bool = False,
     residual3: Data | None = None,
     out3: Data | None = None,
     mask: Data | None = None,
@@ -236,12 +233,12 @@ def normalize(
     `mask`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
     """
     y3 = np.empty_like(x3) if out3 is None else out3
-    affine = _Affine.of(x3, mean, invstd, weight, bias)
+    affine = _Affine.of(x3, *transform)
     for part in _blocks(x3):
         y = affine.apply(x3[part])
         if residual3 is not None:
             y += residual3[part]
-        if activation == "relu":
+        if relu:
             np.maximum(y, 0, out=y)
         y3[part] = y
     if mask is not None:
@@ -252,10 +249,10 @@ def normalize(
     return y3
 
 
-def _passing(dy: Data, block: Data, affine: _Affine, kept: Data | None, activation: Any) -> Data:
+def _passing(dy: Data, block: Data, affine: _Affine, kept: Data | None, relu: bool) -> Data:
     """One block of dy where the activation let y through, in the dtype of the arithmetic."""
     dy = dy.astype(affine.scale.dtype, copy=False)
-    if activation is None:
+    if not relu:
         return dy
     return np.where(affine.apply(block) > 0 if kept is None else kept, dy, dy.dtype.type(0))
 
@@ -279,12 +276,9 @@ def _kept(mask: Data | None, shape: tuple[int, ...], part: Part) -> Data | None:
 def backward_reduce(
     dy3: Data,
     x3: Data,
-    mean: PerChannel,
-    invstd: PerChannel,
-    weight: Data | None = None,
-    bias: Data | None = None,
+    transform: Transform,
     *,
-    activation: str | None = None,
+    relu: bool = False,
     mask: Data | None = None,
     payload: PerChannel | None = None,
 ) -> BackwardSums:
@@ -293,12 +287,12 @@ def backward_reduce(
     Where y passed a ReLU is read from `mask` if given, else computed again from x. `payload`,
     (2C,), takes a copy of both for the message.
     """
-    affine = _Affine.of(x3, mean, invstd, weight, bias)
+    affine = _Affine.of(x3, *transform)
     sum_dy = np.zeros(x3.shape[1])
     sum_dy_xmu = np.zeros(x3.shape[1])
     for part in _blocks(x3):
         block = x3[part]
-        dy = _passing(dy3[part], block, affine, _kept(mask, x3.shape, part), activation)
+        dy = _passing(dy3[part], block, affine, _kept(mask, x3.shape, part), relu)
         sum_dy += _channel_sums(dy)
         sum_dy_xmu += _channel_sums(dy, block - affine.high)
     sum_dy_xmu -= affine.low * sum_dy
@@ -312,14 +306,11 @@ def backward_reduce(
 def backward_input(
     dy3: Data,
     x3: Data,
-    mean: PerChannel,
-    invstd: PerChannel,
-    weight: Data | None = None,
-    bias: Data | None = None,
+    transform: Transform,
     *,
     sums: BackwardSums | None = None,
     count: int = 0,
-    activation: str | None = None,
+    relu: bool = False,
     mask: Data | None = None,
     out3: Data | None = None,
     dresidual3: Data | None = None,
@@ -335,16 +326,16 @@ def backward_input(
     of weight and bias, from the `local` sums, are added to `dweight` and `dbias`.
     """
     dx3 = np.empty_like(x3) if out3 is None else out3
-    affine = _Affine.of(x3, mean, invstd, weight, bias)
+    affine = _Affine.of(x3, *transform)
     dtype = affine.scale.dtype
     if sums is not None:
         per_value = 1.0 / max(count, 1)
-        slope64 = sums.sum_dy_xmu * invstd * invstd * per_value
+        slope64 = sums.sum_dy_xmu * transform.invstd * transform.invstd * per_value
         slope = -slope64.astype(dtype)[:, None]
         offset = (affine.low * slope64 - sums.sum_dy * per_value).astype(dtype)[:, None]
     for part in _blocks(x3):
         block = x3[part]
-        dy = _passing(dy3[part], block, affine, _kept(mask, x3.shape, part), activation)
+        dy = _passing(dy3[part], block, affine, _kept(mask, x3.shape, part), relu)
         if dresidual3 is not None:
             dresidual3[part] = dy
         if sums is None:
@@ -357,7 +348,7 @@ def backward_input(
             dx *= affine.scale
         dx3[part] = dx
     if local is not None and dweight is not None:
-        dweight += (local.sum_dy_xmu * invstd).astype(dweight.dtype)
+        dweight += (local.sum_dy_xmu * transform.invstd).astype(dweight.dtype)
     if local is not None and dbias is not None:
         dbias += local.sum_dy.astype(dbias.dtype)
     return dx3

@@ -16,7 +16,7 @@ from ..arrays import (
     is_capturing,
     parameter_dtype,
 )
-from ..checks import check_activation, check_eps, check_momentum, check_writeable
+from ..checks import check_eps, check_momentum, check_writeable, is_relu
 from ..communicators import Communicator
 from ..errors import DeviceError, DTypeError, ShapeError
 from ..joint import Started, Steps, joint, on_its_device
@@ -112,7 +112,7 @@ class BatchNorm(Layer):
         check_eps(eps)
         if momentum is not None:
             check_momentum(momentum)
-        check_activation(activation)
+        is_relu(activation)
         device = check_device(device)
         dtype = np.dtype(np.float32 if dtype is None else dtype)
         if dtype not in (np.float32, np.float64):
