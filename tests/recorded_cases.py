@@ -174,6 +174,9 @@ LARGE = {
     "past the caches": Layout((4, 70_001), lambda rank, size: 4),
 }
 
+# The Numba backend of a71c31a raises a TypingError here, so there is nothing to compare with.
+UNSUPPORTED = ("bfloat16", "read-only") if BACKEND == "numba" else None
+
 
 # ---- layers --------------------------------------------------------------------------------------
 
@@ -274,10 +277,11 @@ def layer_cases() -> Iterator[tuple[str, Case]]:
     for (dtype, of_dtype), (layout, of_layout), (option, of_option) in product(
         DTYPES.items(), LAYOUTS.items(), OPTIONS.items()
     ):
-        yield (
-            f"layer | {dtype} | {layout} | {option}",
-            partial(layer_case, of_dtype, of_layout, of_option, STEPS),
-        )
+        if (dtype, layout) != UNSUPPORTED:
+            yield (
+                f"layer | {dtype} | {layout} | {option}",
+                partial(layer_case, of_dtype, of_layout, of_option, STEPS),
+            )
     for (dtype, of_dtype), (layout, of_layout), option in product(
         DTYPES.items(), LARGE.items(), ("plain", "residual, ReLU")
     ):
@@ -516,10 +520,11 @@ def functional_cases() -> Iterator[tuple[str, Case]]:
     for (dtype, of_dtype), layout, (option, of_option) in product(
         DTYPES.items(), layouts, FUNCTIONAL.items()
     ):
-        yield (
-            f"functional | {dtype} | {layout} | {option}",
-            partial(functional_case, of_dtype, LAYOUTS[layout], of_option),
-        )
+        if (dtype, layout) != UNSUPPORTED:
+            yield (
+                f"functional | {dtype} | {layout} | {option}",
+                partial(functional_case, of_dtype, LAYOUTS[layout], of_option),
+            )
 
 
 def primitives_case(dtype: Any, shape: tuple[int, ...], relu: bool, comm: Any) -> Items:
@@ -689,7 +694,7 @@ def _torch_digest(torch: Any, tensor: Any) -> str:
 # ---- running them --------------------------------------------------------------------------------
 
 
-def cases_for(ranks: int) -> Iterator[tuple[str, Case]]:
+def cases_of(ranks: int) -> Iterator[tuple[str, Case]]:
     yield from layer_cases()
     yield from changing_cases(ranks)
     yield "alternating", alternating_case
@@ -725,7 +730,7 @@ def main() -> None:
     found: dict[str, Items] = {}
 
     def chosen(prefix: str, ranks: int) -> Iterator[tuple[str, Case]]:
-        for name, case in cases_for(ranks):
+        for name, case in cases_of(ranks):
             if options.only in (name := f"{BACKEND} | {prefix} ranks | {name}"):
                 yield name, case
 
