@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from hashlib import blake2b
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
 from typing import Any, NamedTuple
@@ -630,58 +631,69 @@ def tree_case(dtype: str, comm: Any) -> Items:
     return items | found | {"last messages": spy.taken()}
 
 
-def torch_cases() -> Iterator[tuple[str, Case]]:
-    """Training steps of small PyTorch models with the modules of ``cupybn.interop.torch``."""
+def make_module(comm: Any, kind: str) -> Any:
     import torch
+    from torch import nn
 
     from cupybn.interop import torch as interop
 
+    if kind == "linear":
+        norms = interop.SyncBatchNorm(8, comm=comm, name="one"), interop.BatchNorm1d(8)
+        net = nn.Sequential(nn.Linear(5, 8), norms[0], nn.ReLU(), nn.Linear(8, 8), norms[1])
+    else:
+        net = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3),
+            nn.BatchNorm2d(6, momentum=None), nn.ReLU(),
+        )  # fmt: skip
+        net = interop.convert_sync_batchnorm(net, comm)
+    random = generator("torch", kind)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            values = random.standard_normal(tuple(parameter.shape)) * 0.5
+            parameter.copy_(torch.from_numpy(values))
+    return net
+
+
+def torch_case(kind: str, dtype_name: str, memory_format: str, comm: Any) -> Items:
+    """Training steps of a PyTorch model with the modules of ``cupybn.interop.torch``."""
+    import torch
+
     torch.set_num_threads(1)
-    digest_of = partial(_torch_digest, torch)
+    spy, dtype = Spy(comm), getattr(torch, dtype_name)
+    net = make_module(spy, kind).to(dtype)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    shape = (5 + comm.rank, *((5,) if kind == "linear" else (3, 8, 7)))
+    items: Items = {}
+    for step in range(STEPS + 1):
+        random = generator("torch", comm.rank, step)
+        x = torch.from_numpy(random.standard_normal(shape)).to(dtype)
+        if kind != "linear":
+            x = x.contiguous(memory_format=getattr(torch, memory_format))
+        x.requires_grad_()
+        net.train(step != STEPS - 1)
+        optimizer.zero_grad()
+        y = net(x)
+        (y.double() ** 3).mean().backward()
+        optimizer.step()
+        found = {"y": torch_digest(y), "dx": torch_digest(x.grad)}
+        for name, parameter in net.named_parameters():
+            found[f"gradient {name}"] = torch_digest(parameter.grad)
+        for name, tensor in net.state_dict().items():
+            found[name] = torch_digest(tensor)
+        items |= under(f"step {step}", found | {"messages": spy.taken()})
+    return items
 
-    def model(comm: Any, kind: str) -> Any:
-        nn = torch.nn
-        if kind == "linear":
-            norms = interop.SyncBatchNorm(8, comm=comm, name="one"), interop.BatchNorm1d(8)
-            net = nn.Sequential(nn.Linear(5, 8), norms[0], nn.ReLU(), nn.Linear(8, 8), norms[1])
-        else:
-            net = nn.Sequential(
-                nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3),
-                nn.BatchNorm2d(6, momentum=None), nn.ReLU(),
-            )  # fmt: skip
-            net = interop.convert_sync_batchnorm(net, comm)
-        random = generator("torch", kind)
-        with torch.no_grad():
-            for parameter in net.parameters():
-                values = random.standard_normal(tuple(parameter.shape)) * 0.5
-                parameter.copy_(torch.from_numpy(values))
-        return net
 
-    def case(kind: str, dtype: str, memory_format: str, comm: Any) -> Items:
-        spy = Spy(comm)
-        net = model(spy, kind).to(getattr(torch, dtype))
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-        shape = (5 + comm.rank, *((5,) if kind == "linear" else (3, 8, 7)))
-        items: Items = {}
-        for step in range(STEPS + 1):
-            random = generator("torch", comm.rank, step)
-            x = torch.from_numpy(random.standard_normal(shape)).to(getattr(torch, dtype))
-            if kind != "linear":
-                x = x.contiguous(memory_format=getattr(torch, memory_format))
-            x.requires_grad_()
-            net.train(step != STEPS - 1)
-            optimizer.zero_grad()
-            y = net(x)
-            (y.double() ** 3).mean().backward()
-            optimizer.step()
-            found = {"y": digest_of(y), "dx": digest_of(x.grad)}
-            for name, parameter in net.named_parameters():
-                found[f"gradient {name}"] = digest_of(parameter.grad)
-            for name, tensor in net.state_dict().items():
-                found[name] = digest_of(tensor)
-            items |= under(f"step {step}", found | {"messages": spy.taken()})
-        return items
+def torch_digest(tensor: Any) -> str:
+    import torch
 
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.int16)
+    return digest(tensor.numpy())
+
+
+def torch_cases() -> Iterator[tuple[str, Case]]:
     for kind, dtype, memory_format in [
         ("linear", "float32", "contiguous_format"),
         ("linear", "float64", "contiguous_format"),
@@ -691,14 +703,7 @@ def torch_cases() -> Iterator[tuple[str, Case]]:
         ("conv", "float64", "channels_last"),
     ]:
         name = f"torch | {kind} | {dtype} | {memory_format}"
-        yield name, partial(case, kind, dtype, memory_format)
-
-
-def _torch_digest(torch: Any, tensor: Any) -> str:
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.int16)
-    return digest(tensor.numpy())
+        yield name, partial(torch_case, kind, dtype, memory_format)
 
 
 # ---- running them --------------------------------------------------------------------------------
@@ -721,7 +726,7 @@ def about() -> dict[str, str]:
     versions = {"python": platform.python_version(), "numpy": np.__version__}
     for name in ("ml_dtypes", "numba", "torch"):
         if find_spec(name):
-            versions[name] = __import__(name).__version__
+            versions[name] = version(name)
     machine = platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as lines:

@@ -36,6 +36,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 CASES = Path(__file__).resolve().parent / "recorded_cases.py"
@@ -88,6 +89,12 @@ def differences(before: Digests, now: Digests) -> list[str]:
     return lines
 
 
+def summary(lines: list[str]) -> list[str]:
+    """How many of the lines belong to each backend, number of ranks and kind of case."""
+    kinds = Counter(" | ".join(line.split(" | ")[:3]).partition(":")[0] for line in lines)
+    return [f"{count} in {kind}" for kind, count in kinds.items()]
+
+
 def selected(digests: Digests, backends: list[str], options: argparse.Namespace) -> Digests:
     """The cases that a run with these options computes."""
     ranks = [f"MPI {options.mpi}"] if options.mpi else options.ranks.split(",")
@@ -126,7 +133,7 @@ def main() -> None:
     if kept["about"] != about:
         print(f"recorded with {kept['about']}, now {about}: digests may differ for that reason")
     lines = differences(selected(kept["digests"], backends, options), digests)
-    print("\n".join([*lines, f"{len(lines)} differences"]))
+    print("\n".join([*lines, *summary(lines), f"{len(lines)} differences"]))
     sys.exit(1 if lines else 0)
 
 
