@@ -223,7 +223,7 @@ class Bound:
         self.shape, self.shape3, self.channels = layout.shape, layout.shape3, layout.channels
         self.per_channel = layout.per_channel
         self.dtype, self.parameter_dtype = x.dtype, parameter_dtype(x.dtype)
-        self.kind: type = type(x)
+        self.kind: Any = type(x)
         self.device_id = x.data.device_id if is_cupy(x) else None
         # A cupy.ndarray(shape, dtype) is what cupy.empty gives, in a fifth of its time.
         self.empty: Any = np.empty if self.device_id is None else self.kind
@@ -293,7 +293,7 @@ class Bound:
         """
         weight, bias = params.get("weight"), params.get("bias")
         kind, dtype, shape = self.kind, self.parameter_dtype, self.per_channel
-        arrays: Any = (weight, bias)
+        arrays: tuple[Array, ...] = (weight, bias)
         if running is not None:
             arrays = weight, bias, running.mean, running.var
         for array in arrays:
@@ -417,19 +417,17 @@ class Bound:
         """
         x3, backend, on_host = saved.x3, by_type[self.kind], self.device_id is None
         restore = self.layout.restore
-        gradients: Any = (("weight", dweight), ("bias", dbias))
-        for what, gradient in gradients:
-            if gradient is not None and not (
-                type(gradient) is self.kind
-                and gradient.dtype == self.parameter_dtype
-                and gradient.shape == self.per_channel
-                and (
-                    gradient.flags.writeable
-                    if on_host
-                    else gradient.data.device_id == self.device_id
-                )
+        kind, dtype, shape = self.kind, self.parameter_dtype, self.per_channel
+        for gradient in (dweight, dbias):
+            if gradient is not None and (
+                type(gradient) is not kind
+                or gradient.dtype != dtype
+                or gradient.shape != shape
+                or (on_host and not gradient.flags.writeable)
+                or (not on_host and gradient.data.device_id != self.device_id)
             ):
-                check_written(f"the gradient of {what}", gradient, x3, self.layout)
+                dweight, dbias = self._checked_gradients(x3, dweight, dbias)
+                break
         if type(dy) is not self.kind:
             dy = as_array(dy, "dy")
         with _HOST if on_host else x3.device:
@@ -529,6 +527,17 @@ class Bound:
             if not self.options.given:
                 check_writeable("num_batches_tracked", running.batches)
         return parameters["weight"], parameters["bias"], running
+
+    def _checked_gradients(
+        self, x3: Array, dweight: Array | None, dbias: Array | None
+    ) -> tuple[Array | None, Array | None]:
+        """The arrays as NumPy's or CuPy's, if they can take gradients."""
+        gradients = {"weight": dweight, "bias": dbias}
+        for what, gradient in gradients.items():
+            if gradient is not None:
+                check_written(f"the gradient of {what}", gradient, x3, self.layout)
+                gradients[what] = as_array(gradient)
+        return gradients["weight"], gradients["bias"]
 
     def _view(self, what: str, array: Array, x: Array) -> Array:
         """The array as (N, C, L), if it is like x."""
