@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from importlib import import_module
 from itertools import repeat
 from operator import setitem
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -103,11 +104,9 @@ def _of_tensor(x: Any, what: str, torch: Any) -> Array:
     if x.dtype != torch.bfloat16:
         return _of_memory(x, what)
     try:
-        dtype = dtype_named("bfloat16")
+        dtype = dtype_named("bfloat16", what)
     except ImportError as error:
-        raise DTypeError(
-            f"{what} is bfloat16, which needs ml_dtypes: pip install 'cupybn[bfloat16]'"
-        ) from error
+        raise DTypeError(str(error)) from error
     return _of_memory(x.view(torch.int16), what).view(dtype)  # NumPy knows no bfloat16
 
 
@@ -244,18 +243,20 @@ def parameter_dtype(dtype: Any) -> np.dtype[Any]:
     return np.dtype(found.arithmetic)
 
 
-def dtype_named(name: str) -> np.dtype[Any]:
+def dtype_named(name: str, what: str = "what is asked for") -> np.dtype[Any]:
     """The dtype of that name. bfloat16 is ``ml_dtypes``'s, which NumPy does not know by itself.
 
     Raises:
-        ImportError: bfloat16, and ml_dtypes is not installed.
+        ImportError: `what` is bfloat16, and ml_dtypes is not installed.
     """
-    if name == "bfloat16":
-        import ml_dtypes
-
-        name = ml_dtypes.bfloat16
-    dtype: np.dtype[Any] = np.dtype(name)
-    return dtype
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        return np.dtype(import_module("ml_dtypes").bfloat16)
+    except ImportError as error:
+        raise ImportError(
+            f"{what} is bfloat16, which needs ml_dtypes: pip install 'cupybn[bfloat16]'"
+        ) from error
 
 
 def is_floating(dtype: Any) -> bool:
