@@ -111,7 +111,7 @@ def cupy(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)  # so that it is put back
     monkeypatch.setattr(fake_cupy, "log", [])
     monkeypatch.setattr(fake_cupy, "_current", [fake_cupy.Stream()])
-    monkeypatch.setattr(staging, "_kept", staging._Kept())
+    staging._staging.cache_clear()
     return fake_cupy.install()
 
 
@@ -186,7 +186,7 @@ def test_without_pinned_memory_to_be_had_the_message_still_goes(cupy, monkeypatc
     (told,) = caught  # once
     assert "cuda:0: no pinned memory to be had (none left)" in str(told.message)
     # A rank whose warnings are errors goes on too: the others have their sum.
-    monkeypatch.setattr(staging, "_kept", staging._Kept())
+    staging._staging.cache_clear()
     message = written_late(cupy, np.arange(4.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
