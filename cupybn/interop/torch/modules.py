@@ -121,11 +121,12 @@ class BatchNorm(TorchBatchNorm):
         bound: Bound | None = bindings.get(tuple(key))
         if bound is None or bound.comm is not comm:
             self._check_input(x)
+            tracks = self.track_running_stats and self.running_mean is not None
             options = Options(
                 self.eps,
                 affine=(self.weight is not None, self.bias is not None),
                 save=backward,
-                factor=self._factor() if self.track_running_stats else 0.0,
+                factor=self._factor() if tracks else None,
                 settings=self._settings(backward),
             )
             bound = bind(array, 1, options, comm, label)
