@@ -65,9 +65,11 @@ def call_name(direction: str, name: str | None) -> str:
 
 
 def momentum_settings(momentum: float | None, batches: Array | None) -> dict[str, object]:
-    """What a fingerprint says of a momentum; `batches` is how many there were, where that counts."""
-    counts = momentum is None and batches is not None
-    return {"momentum": f"{momentum!r} (batch {int(batches) + 1})" if counts else repr(momentum)}
+    """What a fingerprint says of a momentum; `batches` is how many there were, if any count."""
+    batch = ""
+    if momentum is None and batches is not None:
+        batch = f" (batch {int(batches) + 1})"
+    return {"momentum": f"{momentum!r}{batch}"}
 
 
 def running_factor(momentum: float | None, batches: Array) -> float:

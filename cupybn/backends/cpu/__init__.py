@@ -113,21 +113,8 @@ def batch_moments(x3: Data, *, payload: PerChannel | None = None) -> Moments:
     mean, m2 = np.zeros(c * segments), np.zeros(c * segments)
     x3 = x3 if bound.seen is None else x3.view(bound.seen)
     arguments = (
-        _MOMENTS,
-        x3,
-        x3,
-        bound.no_data,
-        False,
-        mean,
-        m2,
-        none,
-        none,
-        none,
-        none,
-        0.0,
-        0.0,
-        bound.items,
-        np.zeros(1, _INT64),
+        _MOMENTS, x3, x3, bound.no_data, False, mean, m2, none, none, none, none, 0.0, 0.0,
+        bound.items, np.zeros(1, _INT64),
     )
     if bound.threads > 1:
         spread(bound.forward, arguments, bound.threads)
@@ -155,17 +142,8 @@ def finalize_moments(
     running_mean, running_var = states or (_NO_STATE, _NO_STATE)
     mean, var, invstd = np.empty(first.size), np.empty(first.size), np.empty(first.size)
     load().finalize_moments(
-        first,
-        second,
-        float(moments.count),
-        float(eps),
-        _FORMS[form],
-        mean,
-        var,
-        invstd,
-        running_mean,
-        running_var,
-        float(factor),
+        first, second, float(moments.count), float(eps), _FORMS[form], mean, var, invstd,
+        running_mean, running_var, float(factor),
     )
     copy_back(running, states)
     return mean, var, invstd
@@ -193,21 +171,8 @@ def normalize(
     residual = bound.no_data if residual3 is None else residual3.view(seen)
     weight, bias = none if weight is None else weight, none if bias is None else bias
     arguments = (
-        _NORMALIZE,
-        out.view(seen),
-        x3.view(seen),
-        residual,
-        relu,
-        mean,
-        invstd,
-        weight,
-        bias,
-        none,
-        none,
-        0.0,
-        0.0,
-        bound.items,
-        np.zeros(1, _INT64),
+        _NORMALIZE, out.view(seen), x3.view(seen), residual, relu, mean, invstd, weight, bias,
+        none, none, 0.0, 0.0, bound.items, np.zeros(1, _INT64),
     )
     spread(bound.forward, arguments, bound.threads)
     if mask is not None:
@@ -236,22 +201,11 @@ def backward_reduce(
     weight, bias = none if weight is None else weight, none if bias is None else bias
     bits = _NO_BITS if mask is None else mask
     if not (
-        x3.flags.carray
-        and dy3.flags.carray
-        and bits.flags.carray
-        and mean.flags.carray
-        and invstd.flags.carray
-        and weight.flags.carray
-        and bias.flags.carray
+        x3.flags.carray and dy3.flags.carray and bits.flags.carray and mean.flags.carray
+        and invstd.flags.carray and weight.flags.carray and bias.flags.carray
     ):
         return call_plainly(
-            backward_reduce,
-            (),
-            dy3=dy3,
-            x3=x3,
-            transform=transform,
-            relu=relu,
-            mask=mask,
+            backward_reduce, (), dy3=dy3, x3=x3, transform=transform, relu=relu, mask=mask,
             payload=payload,
         )
     if bound.seen is not None:
@@ -260,24 +214,8 @@ def backward_reduce(
     sums = np.zeros((2, max(1, segments) * c))
     sum_dy, sum_dy_xmu = sums[0], sums[1]
     arguments = (
-        _SUMS,
-        nothing,
-        nothing,
-        dy3,
-        x3,
-        bits,
-        relu,
-        mean,
-        invstd,
-        weight,
-        bias,
-        sum_dy,
-        sum_dy_xmu,
-        0.0,
-        none,
-        none,
-        bound.items,
-        np.zeros(1, _INT64),
+        _SUMS, nothing, nothing, dy3, x3, bits, relu, mean, invstd, weight, bias,
+        sum_dy, sum_dy_xmu, 0.0, none, none, bound.items, np.zeros(1, _INT64),
     )
     if bound.threads > 1:
         spread(bound.backward, arguments, bound.threads)
@@ -315,35 +253,15 @@ def backward_input(
     sum_dy, sum_dy_xmu = (mean, mean) if sums is None else sums
     into_weight, into_bias = none if dweight is None else dweight, none if dbias is None else dbias
     if not (
-        x3.flags.carray
-        and dy3.flags.carray
-        and dx3.flags.carray
-        and dresidual.flags.carray
-        and bits.flags.carray
-        and mean.flags.carray
-        and invstd.flags.carray
-        and weight.flags.carray
-        and bias.flags.carray
-        and sum_dy.flags.carray
-        and sum_dy_xmu.flags.carray
-        and into_weight.flags.carray
-        and into_bias.flags.carray
+        x3.flags.carray and dy3.flags.carray and dx3.flags.carray and dresidual.flags.carray
+        and bits.flags.carray and mean.flags.carray and invstd.flags.carray
+        and weight.flags.carray and bias.flags.carray and sum_dy.flags.carray
+        and sum_dy_xmu.flags.carray and into_weight.flags.carray and into_bias.flags.carray
     ):
         call_plainly(
-            backward_input,
-            ("dweight", "dbias", "dresidual3", "out3"),
-            dy3=dy3,
-            x3=x3,
-            transform=transform,
-            sums=sums,
-            count=count,
-            relu=relu,
-            mask=mask,
-            out3=dx3,
-            dresidual3=dresidual3,
-            local=local,
-            dweight=dweight,
-            dbias=dbias,
+            backward_input, ("dweight", "dbias", "dresidual3", "out3"), dy3=dy3, x3=x3,
+            transform=transform, sums=sums, count=count, relu=relu, mask=mask, out3=dx3,
+            dresidual3=dresidual3, local=local, dweight=dweight, dbias=dbias,
         )
         return dx3
     if local is not None:
@@ -353,23 +271,8 @@ def backward_input(
         dy3, x3, dx = dy3.view(bound.seen), x3.view(bound.seen), dx3.view(bound.seen)
         dresidual = dresidual.view(bound.seen)
     arguments = (
-        _INPUT,
-        dx,
-        dresidual,
-        dy3,
-        x3,
-        bits,
-        relu,
-        mean,
-        invstd,
-        weight,
-        bias,
-        sum_dy,
-        sum_dy_xmu,
-        0.0 if sums is None else float(max(count, 1)),
-        none,
-        none,
-        bound.items,
+        _INPUT, dx, dresidual, dy3, x3, bits, relu, mean, invstd, weight, bias, sum_dy,
+        sum_dy_xmu, 0.0 if sums is None else float(max(count, 1)), none, none, bound.items,
         np.zeros(1, _INT64),
     )
     if bound.threads > 1:
@@ -404,67 +307,28 @@ def finish_forward(
     residual = bound.no_data if residual3 is None else residual3
     running_mean, running_var = (none, none) if running is None else running
     if not (
-        x3.flags.carray
-        and y3.flags.carray
-        and residual.flags.carray
-        and weight.flags.carray
-        and bias.flags.carray
-        and running_mean.flags.carray
-        and running_var.flags.carray
-        and moments.mean.flags.carray
-        and moments.m2.flags.carray
+        x3.flags.carray and y3.flags.carray and residual.flags.carray and weight.flags.carray
+        and bias.flags.carray and running_mean.flags.carray and running_var.flags.carray
+        and moments.mean.flags.carray and moments.m2.flags.carray
         and (mask is None or mask.flags.carray)
     ):
         moments = Moments(moments.count, plain(moments.mean), plain(moments.m2))
         return call_plainly(
-            finish_forward,
-            ("y3", "mask", "running"),
-            moments=moments,
-            form=form,
-            x3=x3,
-            y3=y3,
-            weight=weight,
-            bias=bias,
-            eps=eps,
-            relu=relu,
-            residual3=residual3,
-            mask=mask,
-            running=running,
-            factor=factor,
+            finish_forward, ("y3", "mask", "running"), moments=moments, form=form, x3=x3, y3=y3,
+            weight=weight, bias=bias, eps=eps, relu=relu, residual3=residual3, mask=mask,
+            running=running, factor=factor,
         )
     c = bound.channels
     mean, var, invstd = np.empty(c), np.empty(c), np.empty(c)
     if bound.seen is not None:
         x3, y3, residual = x3.view(bound.seen), y3.view(bound.seen), residual.view(bound.seen)
     arguments = (
-        _NORMALIZE,
-        y3,
-        x3,
-        residual,
-        relu,
-        mean,
-        invstd,
-        weight,
-        bias,
-        none,
-        none,
-        0.0,
-        0.0,
-        bound.items,
-        np.zeros(1, _INT64),
+        _NORMALIZE, y3, x3, residual, relu, mean, invstd, weight, bias, none, none, 0.0, 0.0,
+        bound.items, np.zeros(1, _INT64),
     )
     load().finalize_moments(
-        moments.mean,
-        moments.m2,
-        float(moments.count),
-        float(eps),
-        _FORMS[form],
-        mean,
-        var,
-        invstd,
-        running_mean,
-        running_var,
-        float(factor),
+        moments.mean, moments.m2, float(moments.count), float(eps), _FORMS[form], mean, var,
+        invstd, running_mean, running_var, float(factor),
     )
     if bound.threads > 1:
         spread(bound.forward, arguments, bound.threads)
@@ -498,49 +362,20 @@ def local_forward(
     residual = bound.no_data if residual3 is None else residual3
     running_mean, running_var = (none, none) if running is None else running
     if not (
-        bound.whole
-        and x3.flags.carray
-        and y3.flags.carray
-        and residual.flags.carray
-        and weight.flags.carray
-        and bias.flags.carray
-        and running_mean.flags.carray
-        and running_var.flags.carray
-        and (mask is None or mask.flags.carray)
+        bound.whole and x3.flags.carray and y3.flags.carray and residual.flags.carray
+        and weight.flags.carray and bias.flags.carray and running_mean.flags.carray
+        and running_var.flags.carray and (mask is None or mask.flags.carray)
     ):
         return finish_forward(
-            batch_moments(x3),
-            "local",
-            x3,
-            y3,
-            weight,
-            bias,
-            eps,
-            relu=relu,
-            residual3=residual3,
-            mask=mask,
-            running=running,
-            factor=factor,
+            batch_moments(x3), "local", x3, y3, weight, bias, eps, relu=relu, residual3=residual3,
+            mask=mask, running=running, factor=factor,
         )
     mean, invstd = np.empty(bound.channels), np.empty(bound.channels)
     if bound.seen is not None:
         x3, y3, residual = x3.view(bound.seen), y3.view(bound.seen), residual.view(bound.seen)
     arguments = (
-        _WHOLE,
-        y3,
-        x3,
-        residual,
-        relu,
-        mean,
-        invstd,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        float(eps),
-        float(factor),
-        bound.items,
-        np.zeros(1, _INT64),
+        _WHOLE, y3, x3, residual, relu, mean, invstd, weight, bias, running_mean, running_var,
+        float(eps), float(factor), bound.items, np.zeros(1, _INT64),
     )
     if bound.threads > 1:
         spread(bound.forward, arguments, bound.threads)
@@ -576,33 +411,15 @@ def local_backward(
     bits = _NO_BITS if mask is None else mask
     into_weight, into_bias = none if dweight is None else dweight, none if dbias is None else dbias
     if not (
-        bound.whole
-        and x3.flags.carray
-        and dy3.flags.carray
-        and dx3.flags.carray
-        and dresidual.flags.carray
-        and bits.flags.carray
-        and mean.flags.carray
-        and invstd.flags.carray
-        and weight.flags.carray
-        and bias.flags.carray
-        and into_weight.flags.carray
-        and into_bias.flags.carray
+        bound.whole and x3.flags.carray and dy3.flags.carray and dx3.flags.carray
+        and dresidual.flags.carray and bits.flags.carray and mean.flags.carray
+        and invstd.flags.carray and weight.flags.carray and bias.flags.carray
+        and into_weight.flags.carray and into_bias.flags.carray
     ):
         sums = backward_reduce(dy3, x3, transform, relu=relu, mask=mask)
         backward_input(
-            dy3,
-            x3,
-            transform,
-            sums=sums if count else None,
-            count=count,
-            relu=relu,
-            mask=mask,
-            out3=dx3,
-            dresidual3=dresidual3,
-            local=sums,
-            dweight=dweight,
-            dbias=dbias,
+            dy3, x3, transform, sums=sums if count else None, count=count, relu=relu, mask=mask,
+            out3=dx3, dresidual3=dresidual3, local=sums, dweight=dweight, dbias=dbias,
         )
         return
     sum_dy, sum_dy_xmu = np.empty(bound.channels), np.empty(bound.channels)
@@ -610,24 +427,8 @@ def local_backward(
         dy3, x3, dx3 = dy3.view(bound.seen), x3.view(bound.seen), dx3.view(bound.seen)
         dresidual = dresidual.view(bound.seen)
     arguments = (
-        _WHOLE,
-        dx3,
-        dresidual,
-        dy3,
-        x3,
-        bits,
-        relu,
-        mean,
-        invstd,
-        weight,
-        bias,
-        sum_dy,
-        sum_dy_xmu,
-        float(count),
-        into_weight,
-        into_bias,
-        bound.items,
-        np.zeros(1, _INT64),
+        _WHOLE, dx3, dresidual, dy3, x3, bits, relu, mean, invstd, weight, bias, sum_dy,
+        sum_dy_xmu, float(count), into_weight, into_bias, bound.items, np.zeros(1, _INT64),
     )
     if bound.threads > 1:
         spread(bound.backward, arguments, bound.threads)
@@ -708,10 +509,6 @@ def rehearse(
     _log.log(
         logging.INFO if compiled else logging.DEBUG,
         "%s of %s %s: %d kernels compiled, the others read from disk, in %.1f s",
-        direction,
-        dtype,
-        "columns" if columns else "rows",
-        compiled,
-        seconds,
+        direction, dtype, "columns" if columns else "rows", compiled, seconds,
     )
     return compiled, seconds

@@ -37,7 +37,9 @@ inside = numba.njit(inline="always", **_options)
 shared = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_options)
 """For functions that kernels call in several places: compiled once, as a function."""
 
-summed = numba.njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_options)
+summed = numba.njit(
+    forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_options
+)
 
 
 def kernel(function):
