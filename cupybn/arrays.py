@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from importlib import import_module
-from itertools import repeat
+from itertools import accumulate, repeat
 from operator import setitem
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -172,8 +172,6 @@ def cupy_for(what: str) -> Any:
 
 def device_of(x: Array) -> str:
     """``"cpu"``, or ``"cuda:<n>"`` for a CuPy array."""
-    if type(x) is np.ndarray:
-        return "cpu"
     return f"cuda:{x.device.id}" if is_cupy(x) else "cpu"
 
 
@@ -292,6 +290,12 @@ def assign_all(targets: list[Array], values: list[Array]) -> None:
             assign(target, value)
     else:
         deque(map(setitem, targets, repeat(...), values), maxlen=0)
+
+
+def cut(flat: Array, sizes: Sequence[int]) -> list[Array]:
+    """The pieces of a flat array, end to end, of these sizes: views."""
+    spans = [(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+    return [flat[begin:end] for begin, end in spans]
 
 
 def overlap(a: Array, b: Array) -> bool:
