@@ -266,15 +266,11 @@ def is_floating(dtype: Any) -> bool:
 
 def copy_to_host(x: Array) -> np.ndarray[Any, Any]:
     """A new NumPy array with the values of x, C-contiguous."""
-    host = x.get() if is_cupy(x) else x
-    return np.array(host, order="C", copy=True)
+    return np.array(x.get() if is_cupy(x) else x, order="C", copy=True)
 
 
 def assign(target: Array, values: Array) -> None:
     """Copies values into an array of the same shape, from any device to any, converting them."""
-    if type(target) is np.ndarray and type(values) is np.ndarray:  # on the way of every message
-        target[...] = values
-        return
     if is_cupy(values) and device_of(values) != device_of(target):
         values = copy_to_host(values)
     with on_device_of(target):
