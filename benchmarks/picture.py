@@ -27,7 +27,8 @@ def draw(sections: dict[str, Any], environment: dict[str, Any], path: Path) -> b
     )  # fmt: skip
     for panel, (name, bars) in zip(axes[0], panels.items(), strict=True):
         _panel(panel, bars)
-        where = environment["device"] if name == "gpu" else f"CPU, {environment['threads']} thread"
+        cpu = f"CPU, {environment['threads']} thread(s)"
+        where = environment["device"] if name == "gpu" else cpu
         panel.set_title(f"forward + backward, {where}", fontsize=10, pad=24)
         panel.set_xlabel("time as a multiple of PyTorch's: left of the line is faster", fontsize=9)
     versions = [f"{name} {environment[name]}" for name in ("cupybn", "torch", "numba", "jax")

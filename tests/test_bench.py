@@ -54,8 +54,8 @@ def test_without_a_section_it_does_what_this_machine_can(tmp_path):
         assert 0 < record["error"]["numpy"] < (1e-3 if record["dtype"] == "float16" else 1e-6)
         assert f"{written(us['both'])}  " in process.stdout
     step = found["overhead"]["cpu"]["forward + backward"]
-    assert 1 < step["us"]
-    assert 1 < step["functions"] == sum(step["functions by file"].values())
+    assert step["us"] > 1
+    assert step["functions"] == sum(step["functions by file"].values())
     for record in found["memory"]["cpu"]:
         assert 0 < record["forward"] < 0.5 * record["x"], record
         assert 0 < record["backward"] < 0.5 * record["x"], record
