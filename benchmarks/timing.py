@@ -74,7 +74,8 @@ def interleave(
 ) -> Times:
     """{path: {part: [seconds of one call, one for each repetition]}}.
 
-    In each repetition every path has its turn.
+    In each repetition every path has its turn, in every other one in the reverse order: after
+    whom a path comes would tell.
 
     Args:
         turns: by the name of the path.
@@ -91,10 +92,11 @@ def interleave(
     for repetition in range(repeat):
         if repetition >= _LEAST and time.perf_counter() > end:
             break
-        for name, turn in turns.items():
+        order = [*turns] if repetition % 2 == 0 else [*turns][::-1]
+        for name in order:
             if rest:
                 time.sleep(rest)
-            for part, spent in turn(many[name], warm).items():
+            for part, spent in turns[name](many[name], warm).items():
                 times[name].setdefault(part, []).append(spent / many[name])
     return times
 

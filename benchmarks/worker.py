@@ -24,6 +24,8 @@ from benchmarks import cpu, worker
 worker.serve(cpu)
 """
 
+_MOVED = 10  # turns, after which arrays are made anew: where they lie makes some per cent
+
 
 class Worker:
     """A process with the cupybn of a checkout.
@@ -61,7 +63,7 @@ class _Served:
     """What a worker does: it has the paths of one case, by the name of their backend."""
 
     def __init__(self, cpu: Any) -> None:
-        self.cpu = cpu
+        self.cpu, self.turns = cpu, 0
         self.paths: dict[str, Any] = {}
 
     def where(self) -> str:
@@ -72,8 +74,12 @@ class _Served:
         case = self.cpu.Case(tuple(shape), *rest)
         tensors = self.cpu.Tensors(self.cpu.np, None, case)
         self.paths = self.cpu.own_paths(backends, case, tensors)
+        self.asked = backends, shape, *rest
 
     def turn(self, backend: str, calls: int, warm: float) -> Any:
+        self.turns += 1
+        if self.turns % _MOVED == 0:
+            self.begin(*self.asked)
         return self.paths[backend].turn(calls, warm)
 
     def error(self, backend: str) -> Any:

@@ -261,8 +261,8 @@ def test_turns_are_taken_and_times_are_of_one_call():
         "b": timing.turn_of({"call": spend("b", 0.0001)}),
     }
     times = timing.interleave(turns, 4)
-    rounds = re.findall(r"(?:af ab )+(?:b )+", " ".join(order) + " ")
-    assert len(rounds) == 1 + 4  # the first is for finding out how many calls make a block
+    # Twice each, to find out how many calls make a block; then in alternating order.
+    assert re.fullmatch(r"(af ab ){2}(b ){2}(af ab (b )+af ab ){2}", " ".join(order) + " ")
     found = timing.figures(times, [("a", "b"), ("a", "c")])
     a, b = found["us"]["a"], found["us"]["b"]
     assert a["repetitions"] == b["repetitions"] == 4
