@@ -31,7 +31,7 @@ from .report import Report
 from .timing import figures, interleave, nothing, turn_of
 
 Call = Callable[[], object]
-_FOLDERS = tuple(str(Path(module.__file__ or "").parent) for module in (cupybn, np))
+_FOLDERS = tuple(f"{Path(module.__file__ or '').parent}/" for module in (cupybn, np))
 _FIRST = 20  # layers whose first call is timed
 
 
