@@ -14,7 +14,7 @@ import gc
 import tracemalloc
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -25,68 +25,51 @@ from .overhead import devices
 from .report import Report
 
 
-class Variant(NamedTuple):
-    """A case with what the layer is told."""
-
-    case: Case
-    relu: bool = False
-    residual: bool = False
-    in_place: bool = False
-
-    def __str__(self) -> str:
-        flags = {"relu": self.relu, "residual": self.residual, "out=dy": self.in_place}
-        return " ".join([str(self.case), *(name for name, on in flags.items() if on)])
-
-
-def variants(quick: bool) -> list[Variant]:
+def cases(quick: bool) -> list[tuple[Case, str]]:
+    """Each with what the layer is told, in words."""
     n = 4 if quick else 32
     rows, columns = (Case((n, 64, 112, 112), "float32", layout) for layout in ("rows", "columns"))
     others = [Case(rows.shape, name) for name in available(["float16", "bfloat16", "float64"])]
-    return [
-        *map(Variant, [rows, columns, Case((n * 512, 1024)), *others]),
-        Variant(rows, in_place=True),
-        Variant(columns, in_place=True),
-        Variant(rows, relu=True),
-        Variant(rows, relu=True, residual=True),
-    ]
+    found = [(case, "") for case in (rows, columns, Case((n * 512, 1024)), *others)]
+    found += [(rows, "out=dy"), (columns, "out=dy"), (rows, "relu"), (rows, "relu residual")]
+    return found
 
 
 def measure(args: argparse.Namespace, report: Report) -> None:
     section = report.begin("memory", "memory above x + y and x + dy + dx, MB of 10^6 bytes")
     for device in devices():
         section[device] = records = []
-        for variant in report.progress(variants(args.quick)):
-            found = record(variant, device)
-            records.append({"case": str(variant)} | found)
+        for case, words in report.progress(cases(args.quick)):
+            name, found = f"{case} {words}".strip(), record(case, words, device)
+            records.append({"case": name} | found)
             report.flush()
-            megabytes = {name: f"{size / 1e6:.3f}" for name, size in found.items()}
-            report.row(str(variant), megabytes | {"device": device})
+            megabytes = {key: f"{size / 1e6:.3f}" for key, size in found.items()}
+            report.row(name, megabytes | {"device": device})
 
 
-def record(variant: Variant, device: str) -> dict[str, int]:
+def record(case: Case, words: str, device: str) -> dict[str, int]:
     """Bytes of a forward and a backward."""
-    case = variant.case
+    relu, in_place = "relu" in words, "out=dy" in words
     used = on_host if device == "cpu" else on_device
     t = Tensors(np if device == "cpu" else import_module("cupy"), None, case)
-    residual = t.x.copy(order="K") if variant.residual else None
+    residual = t.x.copy(order="K") if "residual" in words else None
     kind = cupybn.BatchNorm2d if len(case.shape) == 4 else cupybn.BatchNorm1d
-    activation = "relu" if variant.relu else None
-    layer = kind(case.shape[1], dtype=case.parameters, device=device, activation=activation)
+    options: dict[str, Any] = {"dtype": case.parameters, "device": device}
+    layer = kind(case.shape[1], activation="relu" if relu else None, **options)
     results: dict[str, Any] = {}
 
     def forward() -> None:
         results["y"] = layer.forward(t.x, residual)
 
     def backward() -> None:
-        results["dx"] = layer.backward(t.dy, out=t.dy if variant.in_place else None)
+        results["dx"] = layer.backward(t.dy, out=t.dy if in_place else None)
 
     for _ in range(2):  # what is made once: caches, bindings, kernels, threads
         layer.forward(t.x, residual)
         layer.backward(t.dy.copy(order="K"))
     peak, kept = used(forward)
     peak_back, _ = used(backward)
-    # dresidual, which the caller gets as well, is dx's size
-    made = (not variant.in_place) + (variant.relu and variant.residual)
+    made = (not in_place) + (residual is not None)  # dx, and dresidual, which is as large
     return {
         "x": case.bytes,
         "forward": peak - case.bytes,

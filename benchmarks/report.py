@@ -53,9 +53,9 @@ class Report:
         """Prints figures under their titles, which are printed where they change."""
         if list(values) != self.titles:
             self.titles = list(values)
-            self.say(" " * 32 + "".join(f"  {title:>8}" for title in values))
+            self.say(" " * 34 + "".join(f"  {title:>8}" for title in values))
         texts = (f"  {written(value):>{max(8, len(title))}}" for title, value in values.items())
-        self.say(f"{name:32}{''.join(texts)}")
+        self.say(f"{name:34}{''.join(texts)}")
 
     def notes(self, failed: dict[str, str]) -> None:
         """Prints why paths have no figures."""
