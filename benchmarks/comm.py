@@ -6,8 +6,8 @@ cupybn's message has; `allreduce`, the same through ``MpiCommunicator.allreduce`
 each; `local`, forward and backward of a BatchNorm. All take turns in one run, in blocks between
 barriers; a block's time is that of its slowest rank, and the figures are medians of blocks.
 `step 20 %` is the bound of the fastest fifth of them, which a busy machine disturbs less; the JSON
-file has it of all.
-`limit` is what we aim at for a step: 4 bare Allreduces and 25 us. With one rank nothing is sent.
+file has it of all. `limit` is what we aim at for a step: 4 bare Allreduces and 25 us. With one rank
+nothing is sent.
 
 Where the machine has a core for each rank, each is bound to one, unless the launcher did that.
 `functions` are those of cupybn and NumPy that a step enters.

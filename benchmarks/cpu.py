@@ -107,6 +107,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         report.notes(failed)
     for worker in workers.values():
         worker.close()
+    use_cpu_backend(os.environ.get("CUPYBN_CPU_BACKEND") or "auto")  # for other sections
 
 
 def default_paths(quick: bool) -> list[str]:

@@ -90,6 +90,15 @@ def test_beside_another_checkout(tmp_path):
     assert record["error"]["numpy"] == record["error"]["numpy before"] < 1e-6
 
 
+def test_the_backend_is_the_one_that_is_named(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cpu, "use_cpu_backend", seen.append)
+    cpu.measure(*report_of("--shapes", "8x16", "--paths", "numpy", "--repeat", 3, "--seconds", 0))
+    *during, after = seen
+    assert set(during) == {"numpy"}
+    assert after == os.environ["CUPYBN_CPU_BACKEND"]
+
+
 def test_another_cupybn_than_the_one_that_was_meant(tmp_path):
     with pytest.raises(RuntimeError, match=r"nothing was meant, but cupybn was found in"):
         Worker(tmp_path / "nothing")
