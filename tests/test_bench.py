@@ -99,6 +99,17 @@ def test_the_backend_is_the_one_that_is_named(monkeypatch):
     assert after == os.environ["CUPYBN_CPU_BACKEND"]
 
 
+def test_a_worker_answers_and_says_what_went_wrong():
+    worker = Worker(ROOT)
+    worker.ask("begin", ["numpy"], [8, 16])
+    assert worker.ask("error", "numpy") < 1e-6
+    for _ in range(12):  # meanwhile it makes its arrays anew
+        assert set(worker.ask("turn", "numpy", 2, 0)) == {"forward", "backward"}
+    with pytest.raises(RuntimeError, match="KeyError: 'cupy'"):
+        worker.ask("turn", "cupy", 1, 0)
+    worker.close()
+
+
 def test_another_cupybn_than_the_one_that_was_meant(tmp_path):
     with pytest.raises(RuntimeError, match=r"nothing was meant, but cupybn was found in"):
         Worker(tmp_path / "nothing")
