@@ -23,10 +23,15 @@ def check_eps(eps: float) -> None:
         raise ValueError(f"eps must be positive, got {eps!r}")
 
 
-def check_activation(activation: str | None) -> None:
-    """Raises ValueError unless activation is None or "relu"."""
+def is_relu(activation: str | None) -> bool:
+    """Whether the activation is ReLU. The one place that knows activations by their names.
+
+    Raises:
+        ValueError: activation is neither None nor "relu".
+    """
     if activation not in (None, "relu"):
         raise ValueError(f"activation must be None or 'relu', got {activation!r}")
+    return activation is not None
 
 
 def check_parameter(what: str, parameter: Array, x: Array, layout: Layout) -> None:

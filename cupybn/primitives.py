@@ -1,122 +1,320 @@
 """The primitives for frameworks that own the collective: checked, then the backend's own.
 
-Backends trust their arguments, which :mod:`cupybn.passes` has checked: a compiled loop or a kernel
-that is given an array too short, or of another dtype, reads and writes the memory of others.
+Backends trust their arguments, which the core has checked: a compiled loop or a kernel that is
+given an array too short, or of another dtype, reads and writes the memory of others. Here the
+arguments come from anywhere, so each is checked against the table below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import wraps
-from inspect import signature
-from typing import Any, TypeVar, cast
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from .arrays import Array, as_array, as_written, device_of, parameter_dtype
+from .arrays import (
+    Array,
+    as_array,
+    as_written,
+    device_of,
+    is_floating,
+    on_device_of,
+    parameter_dtype,
+)
 from .backends import backend_for
-from .backends import numpy as reference
-from .checks import check_activation, check_eps
+from .checks import check_eps, is_relu
 from .errors import DeviceError, DTypeError, ShapeError
-from .statistics import BackwardSums, Moments
+from .statistics import BackwardSums, Moments, Transform
 
-_Primitive = TypeVar("_Primitive", bound=Any)
-
-_NO_ARRAYS = {"eps", "factor", "form", "activation", "count"}
-_WRITTEN = {"out3", "dresidual3", "mask", "payload", "dweight", "dbias"}
 _FORMS = ("local", "pooled", "recentred")
 
 
-def _checked(primitive: _Primitive) -> _Primitive:
-    name = primitive.__name__
-    parameters = signature(primitive)
+class _Kind(NamedTuple):
+    """What an argument has to be: shape and dtype as `_expected` spells them."""
 
-    @wraps(primitive)
-    def on_its_backend(*args: Any, **kwargs: Any) -> Any:
-        call = parameters.bind(*args, **kwargs)
-        given = call.arguments
-        for what, argument in given.items():
-            optional = argument is None and parameters.parameters[what].default is None
-            if what not in _NO_ARRAYS and not optional:
-                given[what] = _taken_over(name, what, argument)
-        like = given["x3"] if "x3" in given else next(_arrays(given))[1]
-        _check_options(given)
-        _check_arrays(name, dict(_arrays(given)), like)
-        return getattr(backend_for(like), name)(*call.args, **call.kwargs)
-
-    return cast(_Primitive, on_its_backend)
+    shape: str
+    dtype: str
+    written: bool = False
 
 
-def _taken_over(name: str, what: str, argument: Any) -> Any:
-    """The argument with arrays of other libraries as NumPy's or CuPy's."""
-    if what == "running":
-        mean, var = argument
-        return as_written(mean, "running mean"), as_written(var, "running variance")
-    if what in ("moments", "sums", "local"):
-        kind = Moments if name.endswith("_moments") else BackwardSums
-        if not isinstance(argument, kind):
-            raise DTypeError(f"{what} must be {kind.__name__}, got {type(argument).__name__}")
-        if isinstance(argument, Moments):
-            mean, m2 = as_array(argument.mean, "mean"), as_array(argument.m2, "m2")
-            return Moments(argument.count, mean, m2)
-        return BackwardSums(*(as_array(sums, what) for sums in argument))
-    return as_written(argument, what) if what in _WRITTEN else as_array(argument, what)
+_CHANNEL = _Kind("C", "float64")
+_PARAMETER = _Kind("C", "parameter")
+_GRADIENT = _Kind("C", "parameter", written=True)
+_OUTPUT = _Kind("data", "data", written=True)
+_ARGUMENTS = {
+    "x3": _Kind("data", "data"),
+    "dy3": _Kind("data", "data"),
+    "residual3": _Kind("data", "data"),
+    "out3": _OUTPUT,
+    "dresidual3": _OUTPUT,
+    "mask": _Kind("bits", "uint8", written=True),
+    "payload": _Kind("2C", "float64", written=True),
+    "mean": _CHANNEL,
+    "invstd": _CHANNEL,
+    "m2": _CHANNEL,
+    "weighted": _CHANNEL,
+    "weight": _PARAMETER,
+    "bias": _PARAMETER,
+    "dweight": _GRADIENT,
+    "dbias": _GRADIENT,
+    "running mean": _Kind("C", "floating", written=True),
+    "running variance": _Kind("C", "floating", written=True),
+    "sums.sum_dy": _CHANNEL,
+    "sums.sum_dy_xmu": _CHANNEL,
+    "local.sum_dy": _CHANNEL,
+    "local.sum_dy_xmu": _CHANNEL,
+}
 
 
-def _arrays(given: dict[str, Any]) -> Iterator[tuple[str, Array]]:
-    """(name, array) of all arrays among the arguments."""
-    for what, argument in given.items():
-        if isinstance(argument, Moments):
-            yield from (("mean", argument.mean), ("m2", argument.m2))
-        elif what == "running" and argument is not None:
-            yield from zip(("running mean", "running variance"), argument, strict=True)
-        elif isinstance(argument, BackwardSums):
-            yield from ((f"{what}.{sums}", array) for sums, array in argument._asdict().items())
-        elif what not in _NO_ARRAYS and argument is not None:
-            yield what, argument
+def _expected(kind: _Kind, array: Array, like: Array) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype; `like` is x3, or (C,) where there is none."""
+    c = like.shape[1] if like.ndim == 3 else like.size
+    shapes = {"data": like.shape, "C": (c,), "2C": (2 * c,), "bits": ((like.size + 7) // 8,)}
+    dtype: Any = kind.dtype
+    if dtype == "data":
+        dtype = like.dtype
+    elif dtype == "parameter":
+        dtype = parameter_dtype(like.dtype)
+    elif dtype == "floating":
+        dtype = array.dtype if is_floating(array.dtype) else "floating"
+    return shapes[kind.shape], dtype
 
 
-def _check_options(given: dict[str, Any]) -> None:
-    check_activation(given.get("activation"))
-    if "eps" in given:
-        check_eps(given["eps"])
-    if given.get("form", "local") not in _FORMS:
-        raise ValueError(f"form must be one of {_FORMS}, got {given['form']!r}")
+def _checked(
+    required: tuple[str, ...], given: dict[str, Any], shapes: dict[str, str] | None = None
+) -> SimpleNamespace:
+    """The arguments as NumPy or CuPy arrays; the first one says what the others must be like.
 
-
-def _check_arrays(name: str, arrays: dict[str, Array], like: Array) -> None:
-    """Raises unless shapes, dtypes and devices fit `like`, which is x3 or the mean."""
-    if like.ndim != (3 if "x3" in arrays else 1):
-        expected = "x3 as (N, C, L)" if "x3" in arrays else "moments of (C,) arrays"
-        raise ShapeError(f"{name} takes {expected}, got shape {like.shape}")
-    c = like.shape[1] if "x3" in arrays else like.size
-    wide = parameter_dtype(like.dtype)
-    for what, array in arrays.items():
-        shape: tuple[int, ...] = (c,)
-        dtype: np.dtype[Any] = np.dtype(np.float64)
-        if what.endswith("3"):
-            shape, dtype = like.shape, like.dtype
-        elif what in ("weight", "bias", "dweight", "dbias"):
-            dtype = wide
-        elif what.startswith("running"):
-            dtype = parameter_dtype(array.dtype)
-        elif what == "mask":
-            shape, dtype = ((like.size + 7) // 8,), np.dtype(np.uint8)
-        elif what == "payload" and (name, array.shape) != ("batch_moments", (c,)):
-            shape = (c if name == "recentre_moments" else 2 * c,)
+    None stays None unless it is required. `shapes` are those of this call alone.
+    """
+    arrays: dict[str, Array] = {}
+    for name, value in given.items():
+        convert = as_written if _ARGUMENTS[name].written else as_array
+        optional = value is None and name not in required
+        arrays[name] = None if optional else convert(value, name)
+    first, like = next(iter(arrays.items()))
+    if like.ndim != (3 if first.endswith("3") else 1):
+        expected = "x3 as (N, C, L)" if first.endswith("3") else f"{first} as (C,)"
+        raise ShapeError(f"expected {expected}, got shape {like.shape}")
+    parameter_dtype(like.dtype)
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        kind = _ARGUMENTS[name]
+        kind = kind._replace(shape=(shapes or {}).get(name, kind.shape))
+        shape, dtype = _expected(kind, array, like)
         if array.shape != shape:
-            raise ShapeError(f"{what} has shape {array.shape}, expected {shape}")
-        if array.dtype != dtype:
-            raise DTypeError(f"{what} is {array.dtype}, expected {dtype}")
+            raise ShapeError(f"{name} has shape {array.shape}, expected {shape}")
+        if dtype == "floating" or array.dtype != dtype:
+            raise DTypeError(f"{name} is {array.dtype}, expected {dtype}")
         if device_of(array) != device_of(like):
             raise DeviceError(
-                f"{what} is on {device_of(array)}, but others are on {device_of(like)}"
+                f"{name} is on {device_of(array)}, but {first} is on {device_of(like)}"
             )
+    return SimpleNamespace(**{name.replace(" ", "_"): a for name, a in arrays.items()})
 
 
-batch_moments = _checked(reference.batch_moments)
-recentre_moments = _checked(reference.recentre_moments)
-finalize_moments = _checked(reference.finalize_moments)
-normalize = _checked(reference.normalize)
-backward_reduce = _checked(reference.backward_reduce)
-backward_input = _checked(reference.backward_input)
+def _fields(name: str, sums: BackwardSums | None) -> dict[str, Array]:
+    """The arrays of sums by their names in the table."""
+    if sums is not None and not isinstance(sums, BackwardSums):
+        raise DTypeError(f"{name} must be BackwardSums, got {type(sums).__name__}")
+    values = (None, None) if sums is None else sums
+    return {f"{name}.{field}": v for field, v in zip(BackwardSums._fields, values, strict=True)}
+
+
+def _sums(given: SimpleNamespace, name: str) -> BackwardSums | None:
+    total = getattr(given, f"{name}.sum_dy")
+    return None if total is None else BackwardSums(total, getattr(given, f"{name}.sum_dy_xmu"))
+
+
+def _check_moments(name: str, moments: Moments) -> None:
+    if not isinstance(moments, Moments):
+        raise DTypeError(f"{name} must be Moments, got {type(moments).__name__}")
+
+
+def batch_moments(x3: Array, *, payload: Array | None = None) -> Moments:
+    """Count, mean and m2 of each channel of an (N, C, L) array.
+
+    `payload`, float64, takes this rank's part of the first message: (2C,) for ``count * mean`` and
+    ``m2 + count * mean**2``, or (C,) for the first of them alone.
+    """
+    shape: tuple[int, ...] = getattr(x3, "shape", ())
+    half = len(shape) == 3 and getattr(payload, "shape", None) == shape[1:2]
+    given = _checked(("x3",), {"x3": x3, "payload": payload}, {"payload": "C"} if half else None)
+    with on_device_of(given.x3):
+        return backend_for(given.x3).batch_moments(  # type: ignore[no-any-return]
+            given.x3, payload=given.payload
+        )
+
+
+def recentre_moments(local: Moments, weighted: Array, count: int, payload: Array) -> None:
+    """Writes ``m2 + local.count * (mean - weighted / count)**2`` into `payload`, (C,) float64.
+
+    The second message of float64 data; `weighted` and `count` are what came back of the first.
+    """
+    _check_moments("local", local)
+    arrays = {"mean": local.mean, "m2": local.m2, "weighted": weighted, "payload": payload}
+    given = _checked(tuple(arrays), arrays, {"payload": "C"})
+    local = Moments(local.count, given.mean, given.m2)
+    with on_device_of(given.mean):
+        backend_for(given.mean).recentre_moments(local, given.weighted, count, given.payload)
+
+
+def finalize_moments(
+    moments: Moments,
+    eps: float,
+    *,
+    running: tuple[Array, Array] | None = None,
+    factor: float = 0.0,
+    form: str = "local",
+) -> tuple[Array, Array, Array]:
+    """(mean, biased variance, invstd), (C,) float64 each, of local or pooled moments.
+
+    With `running`, its mean and variance are updated in place by `factor`; a count of 0 leaves
+    them alone.
+
+    `form` says what `moments.mean` and `moments.m2` hold: themselves (``"local"``); the sums over
+    the ranks of both halves of the message (``"pooled"``); the pooled first half, and the pooled
+    result of :func:`recentre_moments` (``"recentred"``).
+    """
+    _check_moments("moments", moments)
+    check_eps(eps)
+    if form not in _FORMS:
+        raise ValueError(f"form must be one of {_FORMS}, got {form!r}")
+    arrays = {"mean": moments.mean, "m2": moments.m2}
+    if running is not None:
+        arrays |= {"running mean": running[0], "running variance": running[1]}
+    given = _checked(tuple(arrays), arrays)
+    if running is not None:
+        running = given.running_mean, given.running_variance
+    moments = Moments(moments.count, given.mean, given.m2)
+    with on_device_of(given.mean):
+        return backend_for(given.mean).finalize_moments(  # type: ignore[no-any-return]
+            moments, eps, running=running, factor=factor, form=form
+        )
+
+
+def normalize(
+    x3: Array,
+    mean: Array,
+    invstd: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    activation: str | None = None,
+    residual3: Array | None = None,
+    out3: Array | None = None,
+    mask: Array | None = None,
+) -> Array:
+    """``activation((x - mean) * invstd * weight + bias + residual)``, (N, C, L).
+
+    `mask`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
+    """
+    relu = is_relu(activation)
+    given = _checked(
+        ("x3", "mean", "invstd"),
+        {
+            "x3": x3,
+            "mean": mean,
+            "invstd": invstd,
+            "weight": weight,
+            "bias": bias,
+            "residual3": residual3,
+            "out3": out3,
+            "mask": mask,
+        },
+    )
+    transform = Transform(given.mean, given.invstd, given.weight, given.bias)
+    options = {"residual3": given.residual3, "out3": given.out3, "mask": given.mask}
+    with on_device_of(given.x3):
+        return backend_for(given.x3).normalize(given.x3, transform, relu=relu, **options)
+
+
+def backward_reduce(
+    dy3: Array,
+    x3: Array,
+    mean: Array,
+    invstd: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    activation: str | None = None,
+    mask: Array | None = None,
+    payload: Array | None = None,
+) -> BackwardSums:
+    """The sums of dy and of dy * (x - mean), after the activation's backward, per channel.
+
+    Where y passed a ReLU is read from `mask` if given, else computed again from x. `payload`,
+    (2C,), takes a copy of both for the message.
+    """
+    relu = is_relu(activation)
+    given = _checked(
+        ("x3", "dy3", "mean", "invstd"),
+        {
+            "x3": x3,
+            "dy3": dy3,
+            "mean": mean,
+            "invstd": invstd,
+            "weight": weight,
+            "bias": bias,
+            "mask": mask,
+            "payload": payload,
+        },
+    )
+    transform = Transform(given.mean, given.invstd, given.weight, given.bias)
+    with on_device_of(given.x3):
+        return backend_for(given.x3).backward_reduce(  # type: ignore[no-any-return]
+            given.dy3, given.x3, transform, relu=relu, mask=given.mask, payload=given.payload
+        )
+
+
+def backward_input(
+    dy3: Array,
+    x3: Array,
+    mean: Array,
+    invstd: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    sums: BackwardSums | None = None,
+    count: int = 0,
+    activation: str | None = None,
+    mask: Array | None = None,
+    out3: Array | None = None,
+    dresidual3: Array | None = None,
+    local: BackwardSums | None = None,
+    dweight: Array | None = None,
+    dbias: Array | None = None,
+) -> Array:
+    """The gradient of x, (N, C, L).
+
+    ``dx = (dy - sum_dy / n - (x - mean) * invstd**2 * sum_dy_xmu / n) * invstd * weight``, with
+    `sums` and n = `count` of all ranks. Without `sums` the statistics are constants and dx is
+    ``dy * invstd * weight``. `dresidual3` takes dy after the activation's backward. The gradients
+    of weight and bias, from the `local` sums, are added to `dweight` and `dbias`.
+    """
+    relu = is_relu(activation)
+    given = _checked(
+        ("x3", "dy3", "mean", "invstd"),
+        {
+            "x3": x3,
+            "dy3": dy3,
+            "mean": mean,
+            "invstd": invstd,
+            "weight": weight,
+            "bias": bias,
+            "mask": mask,
+            "out3": out3,
+            "dresidual3": dresidual3,
+            "dweight": dweight,
+            "dbias": dbias,
+            **_fields("sums", sums),
+            **_fields("local", local),
+        },
+    )
+    transform = Transform(given.mean, given.invstd, given.weight, given.bias)
+    options = {"mask": given.mask, "out3": given.out3, "dresidual3": given.dresidual3}
+    gradients = {"dweight": given.dweight, "dbias": given.dbias, "local": _sums(given, "local")}
+    with on_device_of(given.x3):
+        return backend_for(given.x3).backward_input(
+            given.dy3, given.x3, transform, sums=_sums(given, "sums"), count=count, relu=relu,
+            **options, **gradients,
+        )  # fmt: skip

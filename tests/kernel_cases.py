@@ -13,7 +13,7 @@ import numpy as np
 from hostcuda.build import host_module, host_modules
 
 from cupybn.backends import cuda, device, source
-from cupybn.statistics import Moments
+from cupybn.statistics import Moments, Transform
 
 NS = (1, 2, 3, 8, 33)
 CS = (1, 2, 3, 31, 32, 33, 65, 127, 1025)
@@ -157,13 +157,13 @@ def run(backend, case):
     running = np.zeros_like(case.weight), np.ones_like(case.weight)
     mean, var, invstd = backend.finalize_moments(moments, case.eps, running=running, factor=0.5)
     mask = np.full((x.size + 7) // 8, 0xAA, np.uint8) if case.needs_mask else None
-    transform = (mean, invstd, case.weight, case.bias)
-    options = {"activation": case.activation, "mask": mask}
-    backend.normalize(x, *transform, **options, residual3=case.residual, out3=y)
-    sums = backend.backward_reduce(dy, x, *transform, **options)
+    transform = Transform(mean, invstd, case.weight, case.bias)
+    options = {"relu": case.activation is not None, "mask": mask}
+    backend.normalize(x, transform, **options, residual3=case.residual, out3=y)
+    sums = backend.backward_reduce(dy, x, transform, **options)
     dweight, dbias = np.ones_like(case.weight), np.ones_like(case.bias)
     backend.backward_input(
-        dy, x, *transform, **options, sums=None if case.constant else sums, count=moments.count,
+        dy, x, transform, **options, sums=None if case.constant else sums, count=moments.count,
         out3=dx, dresidual3=dresidual if mask is not None else None,
         local=sums, dweight=dweight, dbias=dbias,
     )  # fmt: skip
@@ -181,9 +181,19 @@ def run_recentred(finish_forward, case):
     running = np.full_like(case.weight, 0.3), np.full_like(case.weight, 0.7)
     mask = np.full((y.size + 7) // 8, 0xAA, np.uint8) if case.needs_mask else None
     statistics = finish_forward(
-        moments, "recentred", case.x, y, case.weight, case.bias, case.eps,
-        activation=case.activation, residual3=case.residual, mask=mask, running=running, factor=0.3,
-    )  # fmt: skip
+        moments,
+        "recentred",
+        case.x,
+        y,
+        case.weight,
+        case.bias,
+        case.eps,
+        relu=case.activation is not None,
+        residual3=case.residual,
+        mask=mask,
+        running=running,
+        factor=0.3,
+    )
     results = [*statistics, *running, y.copy(), *([] if mask is None else [mask])]
     y[...] = before
     return results

@@ -20,7 +20,7 @@ from kernel_cases import (
 
 from cupybn.backends import cuda, device, source
 from cupybn.backends import numpy as numpy_backend
-from cupybn.statistics import BackwardSums, Moments
+from cupybn.statistics import BackwardSums, Moments, Transform
 
 LAYOUTS = [(3, 32, 49), (3, 3, 49), (65, 24, 1), (33, 3, 1), (2, 3, 784), (3, 2, 10007)]
 
@@ -46,11 +46,11 @@ def test_empty_batches_launch_nothing_over_the_data(shape, dtype):
     assert not mean.any()
     assert not var.any()
     assert (np.concatenate(running) == 3).all()
-    assert cuda.normalize(x, mean, invstd).shape == shape
-    sums = cuda.backward_reduce(x, x, mean, invstd, payload=payload)
+    assert cuda.normalize(x, Transform(mean, invstd)).shape == shape
+    sums = cuda.backward_reduce(x, x, Transform(mean, invstd), payload=payload)
     assert not np.concatenate(sums).any()
     dweight = np.ones(shape[1], parameter_dtype(dtype))
-    dx = cuda.backward_input(x, x, mean, invstd, sums=sums, local=sums, dweight=dweight)
+    dx = cuda.backward_input(x, x, Transform(mean, invstd), sums=sums, local=sums, dweight=dweight)
     assert dx.shape == shape
     assert (dweight == 1).all()
 
@@ -85,15 +85,14 @@ def test_strided_running_statistics_after_the_second_message():
     memory = np.ones((2, 5, 2))
     running = (memory[0, :, 0], memory[1, :, 0])
     y = np.empty_like(x)
-    mean, var, invstd = cuda.finish_forward(
+    mean, invstd = cuda.finish_forward(
         moments, "recentred", x, y, None, None, 0.5, running=running, factor=0.5
     )
     assert (mean == np.arange(5)).all()
-    assert (var == [0, 1, 2, 1, 0]).all()
-    assert error(invstd, 1 / np.sqrt(var + 0.5)) < 1e-15
-    assert error(y, numpy_backend.normalize(x, mean, invstd)) < 1e-14
+    assert error(invstd, 1 / np.sqrt(np.array([0, 1, 2, 1, 0]) + 0.5)) < 1e-15
+    assert error(y, numpy_backend.normalize(x, Transform(mean, invstd))) < 1e-14
     assert error(memory[0, :, 0], (1 + mean) / 2) < 1e-15
-    assert error(memory[1, :, 0], (1 + var * 27 / 26) / 2) < 1e-15
+    assert error(memory[1, :, 0], (1 + np.array([0, 1, 2, 1, 0]) * 27 / 26) / 2) < 1e-15
     assert memory[:, :, 1].all()
 
 
@@ -142,8 +141,8 @@ def test_float64_takes_two_messages():
 def test_backward_sums_go_into_the_message():
     case = Case((33, 6, 49), np.dtype(np.float32), "relu")
     payload = np.full(12, np.nan)
-    transform = (case.forward.mean, case.forward.invstd, case.weight, case.bias)
-    sums = cuda.backward_reduce(case.dy, case.x, *transform, activation="relu", payload=payload)
+    transform = Transform(case.forward.mean, case.forward.invstd, case.weight, case.bias)
+    sums = cuda.backward_reduce(case.dy, case.x, transform, relu=True, payload=payload)
     assert (payload == np.concatenate(sums)).all()
 
 
@@ -156,9 +155,15 @@ def test_pooled_sums_shape_dx_and_local_ones_the_parameter_gradients():
     for backend in (cuda, numpy_backend):
         gradients = [np.ones(10, np.float32)[::2], np.ones(5, np.float32)]
         dx = backend.backward_input(
-            case.dy, case.x, f.mean, f.invstd, case.weight, case.bias, sums=pooled, count=1000,
-            local=local, dweight=gradients[0], dbias=gradients[1],
-        )  # fmt: skip
+            case.dy,
+            case.x,
+            Transform(f.mean, f.invstd, case.weight, case.bias),
+            sums=pooled,
+            count=1000,
+            local=local,
+            dweight=gradients[0],
+            dbias=gradients[1],
+        )
         results.append((dx, *gradients))
     for got, expected in zip(*results, strict=True):
         assert error(got, expected) < 1e-6
@@ -168,20 +173,20 @@ def test_without_weight_and_bias():
     for dtype in DTYPES:
         x = gaussian((3, 32, 49), dtype, 1)
         mean, invstd = np.full(32, 0.5), np.full(32, 2.0)
-        y = cuda.normalize(x, mean, invstd, activation="relu")
-        assert error(y, numpy_backend.normalize(x, mean, invstd, activation="relu")) < 8e-3
+        y = cuda.normalize(x, Transform(mean, invstd), relu=True)
+        assert error(y, numpy_backend.normalize(x, Transform(mean, invstd), relu=True)) < 8e-3
 
 
 @pytest.mark.parametrize("shape", LAYOUTS, ids=str)
 def test_outputs_may_be_their_inputs(shape):
     case = Case(shape, np.dtype(np.float32), "residual relu", offsets=(1, 1, 1, 1))
     expected = run(cuda, case)
-    transform = (expected.mean, expected.invstd, case.weight, case.bias)
+    transform = Transform(expected.mean, expected.invstd, case.weight, case.bias)
     y, dx = case.residual.copy(), case.dy.copy()
     mask = np.empty_like(expected.mask)
-    options = {"activation": "relu", "mask": mask}
-    cuda.normalize(case.x, *transform, residual3=y, out3=y, **options)
-    cuda.backward_input(dx, case.x, *transform, sums=expected.sums, count=expected.count, out3=dx,
+    options = {"relu": True, "mask": mask}
+    cuda.normalize(case.x, transform, residual3=y, out3=y, **options)
+    cuda.backward_input(dx, case.x, transform, sums=expected.sums, count=expected.count, out3=dx,
                         **options)  # fmt: skip
     assert error(y, expected.y) < 1e-6
     assert error(dx, expected.dx) < 1e-6
@@ -195,7 +200,7 @@ def test_two_runs_give_the_same_bits_and_counters_return_to_zero():
         for results in (first, second):
             moments = cuda.batch_moments(x)
             mean, _, invstd = cuda.finalize_moments(moments, 1e-5)
-            sums = cuda.backward_reduce(dy, x, mean, invstd, weight, bias)
+            sums = cuda.backward_reduce(dy, x, Transform(mean, invstd, weight, bias))
             results += [moments.mean, moments.m2, *sums]
         assert all((a == b).all() for a, b in zip(first, second, strict=True))
         for _, counters in device._kept.scratch.values():

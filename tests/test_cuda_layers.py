@@ -128,7 +128,7 @@ def test_launches(launched, dtype, with_residual):
         "check_four_models", "check_uneven_batches_train_alike", "check_empty_ranks",
         "check_one_value_in_all", "check_large_means", "check_y_at_large_means", "check_constants",
         "check_messages", "check_every_split", "check_alone_is_plain", "check_same_bits",
-        "check_double_backward", "check_coalesce", "check_coalesced_failure",
+        "check_double_backward",
     ],
 )  # fmt: skip
 def test_over_ranks(name, n):

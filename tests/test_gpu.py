@@ -42,7 +42,7 @@ from cupybn.arrays import copy_to_host
 from cupybn.backends import cuda, device, source
 from cupybn.backends import numpy as numpy_backend
 from cupybn.backends.composed import compose
-from cupybn.statistics import BackwardSums, Moments
+from cupybn.statistics import BackwardSums, Moments, Transform
 
 
 def _load_cupy():
@@ -322,13 +322,13 @@ def run(backend, case, constant=False):
     mask = xp.full((case.x.size + 7) // 8, 0xAA, dtype=xp.uint8) if fused else None
     moments = backend.batch_moments(case.x)
     mean, var, invstd = backend.finalize_moments(moments, case.eps)
-    transform = (mean, invstd, case.weight, case.bias)
-    options = {"activation": case.activation, "mask": mask}
-    backend.normalize(case.x, *transform, **options, residual3=case.residual, out3=y)
-    sums = backend.backward_reduce(case.dy, case.x, *transform, **options)
+    transform = Transform(mean, invstd, case.weight, case.bias)
+    options = {"relu": case.activation is not None, "mask": mask}
+    backend.normalize(case.x, transform, **options, residual3=case.residual, out3=y)
+    sums = backend.backward_reduce(case.dy, case.x, transform, **options)
     dweight, dbias = xp.ones_like(case.weight), xp.ones_like(case.bias)
     backend.backward_input(
-        case.dy, case.x, *transform, **options, sums=None if constant else sums,
+        case.dy, case.x, transform, **options, sums=None if constant else sums,
         count=moments.count, out3=dx, dresidual3=dresidual, local=sums, dweight=dweight,
         dbias=dbias,
     )  # fmt: skip
@@ -543,7 +543,7 @@ def test_denormal_float16_values_count():
     values = np.random.default_rng(5).integers(-1000, 1000, (64, 8, 9)) * 2.0**-24
     x = values.astype(np.float16)
     mean, var, invstd = cuda.finalize_moments(cuda.batch_moments(cp.asarray(x)), 1e-30)
-    y = copy_to_host(cuda.normalize(cp.asarray(x), mean, invstd)).astype(np.float64)
+    y = copy_to_host(cuda.normalize(cp.asarray(x), Transform(mean, invstd))).astype(np.float64)
     wide = x.astype(np.float64)
     np.testing.assert_allclose(copy_to_host(var), wide.var(axis=(0, 2)), rtol=1e-5)
     centred = wide - wide.mean(axis=(0, 2), keepdims=True)
@@ -564,7 +564,9 @@ def test_denormal_float32_values_count_as_zero(capsys):
     x = np.random.default_rng(7).standard_normal((64, 8, 9)).astype(np.float32)
     weight = cp.full(8, 1e-38, dtype=cp.float32)  # y is denormal
     mean, _, invstd = cuda.finalize_moments(cuda.batch_moments(cp.asarray(x)), 1e-5)
-    y = copy_to_host(cuda.normalize(cp.asarray(x), mean, invstd, weight)).astype(np.float64)
+    y = copy_to_host(cuda.normalize(cp.asarray(x), Transform(mean, invstd, weight))).astype(
+        np.float64
+    )
     exact = (x - copy_to_host(mean)[:, None]) * copy_to_host(invstd)[:, None] * 1e-38
     assert (np.abs(y - exact) <= 5 * smallest).all()
 
@@ -580,11 +582,11 @@ def test_empty_batches(shape, dtype):
     assert moments.count == 0
     assert not any(copy_to_host(a).any() for a in (payload, moments.mean, mean, var))
     assert all((copy_to_host(state) == 3).all() for state in running)
-    assert cuda.normalize(x, mean, invstd).shape == shape
-    sums = cuda.backward_reduce(x, x, mean, invstd, payload=payload)
+    assert cuda.normalize(x, Transform(mean, invstd)).shape == shape
+    sums = cuda.backward_reduce(x, x, Transform(mean, invstd), payload=payload)
     assert not any(copy_to_host(a).any() for a in (payload, *sums))
     dweight = cp.ones(c, parameter_dtype(dtype))
-    dx = cuda.backward_input(x, x, mean, invstd, sums=sums, local=sums, dweight=dweight)
+    dx = cuda.backward_input(x, x, Transform(mean, invstd), sums=sums, local=sums, dweight=dweight)
     assert dx.shape == shape
     assert (copy_to_host(dweight) == 1).all()
 
@@ -626,8 +628,10 @@ def test_strided_parameters_and_statistics():
     weight = np.linspace(0.5, 1.5, 10, dtype=np.float32)
     mean, invstd = np.full(10, 0.25), np.full(10, 2.0)
     on_device = [cp.asarray(a)[::2] for a in (mean, invstd, weight)]
-    y = cuda.normalize(cp.asarray(x), *on_device)
-    assert close(y, numpy_backend.normalize(x, mean[::2], invstd[::2], weight[::2]), 1e-5)
+    y = cuda.normalize(cp.asarray(x), Transform(*on_device))
+    assert close(
+        y, numpy_backend.normalize(x, Transform(mean[::2], invstd[::2], weight[::2])), 1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -669,7 +673,7 @@ def finished(finish_forward, case):
     running = xp.full(c, 0.3), xp.full(c, 0.7)
     statistics = finish_forward(
         Moments(case.count, case.mean * case.count, case.var * case.count), "recentred",
-        case.x, y, case.weight, case.bias, case.eps, activation=case.activation,
+        case.x, y, case.weight, case.bias, case.eps, relu=case.activation is not None,
         residual3=case.residual, mask=mask, running=running, factor=0.3,
     )  # fmt: skip
     return [*statistics, *running, y, *([] if mask is None else [mask])]
@@ -693,8 +697,8 @@ def test_backward_sums_go_into_the_message():
     for shape in ((33, 6, 49), (4, 2, 10007), (3000, 64, 1)):
         case = Case(shape, np.dtype(np.float32), "relu")
         payload = cp.full(2 * shape[1], np.nan)
-        transform = (case.mean, case.invstd, case.weight, case.bias)
-        sums = cuda.backward_reduce(case.dy, case.x, *transform, activation="relu", payload=payload)
+        transform = Transform(case.mean, case.invstd, case.weight, case.bias)
+        sums = cuda.backward_reduce(case.dy, case.x, transform, relu=True, payload=payload)
         assert (copy_to_host(payload) == copy_to_host(cp.concatenate(sums))).all()
 
 
@@ -707,9 +711,15 @@ def test_pooled_sums_shape_dx_and_local_ones_the_parameter_gradients():
         gradients = [xp.ones(10, np.float32)[::2], xp.ones(5, np.float32)]
         mean, invstd = xp.asarray(twin.mean), xp.asarray(twin.invstd)
         dx = backend.backward_input(
-            on.dy, on.x, mean, invstd, on.weight, on.bias, sums=pooled, count=1000, local=local,
-            dweight=gradients[0], dbias=gradients[1],
-        )  # fmt: skip
+            on.dy,
+            on.x,
+            Transform(mean, invstd, on.weight, on.bias),
+            sums=pooled,
+            count=1000,
+            local=local,
+            dweight=gradients[0],
+            dbias=gradients[1],
+        )
         results.append((dx, *gradients))
     for got, expected in zip(*results, strict=True):
         assert close(got, expected, 1e-6)
@@ -720,8 +730,8 @@ def test_without_weight_and_bias():
         x = stored(np.random.default_rng(1).standard_normal((3, 32, 49)), dtype)
         mean, invstd = np.full(32, 0.5), np.full(32, 2.0)
         on_device = [cp.asarray(a) for a in (x, mean, invstd)]
-        y = cuda.normalize(*on_device, activation=activation)
-        expected = numpy_backend.normalize(x, mean, invstd, activation=activation)
+        y = cuda.normalize(*on_device, relu=activation is not None)
+        expected = numpy_backend.normalize(x, Transform(mean, invstd), relu=activation is not None)
         assert close(y, expected.astype(np.float64), 2 * TOLERANCE[dtype.name]), dtype
 
 
@@ -729,12 +739,12 @@ def test_outputs_may_be_their_inputs():
     for shape in LAYOUTS:
         case = Case(shape, np.dtype(np.float32), "residual relu", OFFSETS["all by one"])
         expected = run(cuda, case)
-        transform = (expected.mean, expected.invstd, case.weight, case.bias)
+        transform = Transform(expected.mean, expected.invstd, case.weight, case.bias)
         y, dx, mask = case.residual.copy(), case.dy.copy(), cp.empty_like(expected.mask)
-        options = {"activation": "relu", "mask": mask}
-        cuda.normalize(case.x, *transform, residual3=y, out3=y, **options)
+        options = {"relu": True, "mask": mask}
+        cuda.normalize(case.x, transform, residual3=y, out3=y, **options)
         cuda.backward_input(
-            dx, case.x, *transform, sums=expected.sums, count=case.count, out3=dx, **options
+            dx, case.x, transform, sums=expected.sums, count=case.count, out3=dx, **options
         )
         assert close(y, copy_to_host(expected.y), 1e-6), shape
         assert close(dx, copy_to_host(expected.dx), 1e-6), shape
@@ -745,7 +755,7 @@ def test_public_primitives_take_the_cuda_backend():
     mean, var, invstd = F.finalize_moments(F.batch_moments(cp.asarray(x)), 1e-5)
     assert all(isinstance(a, cp.ndarray) and a.dtype == np.float64 for a in (mean, var, invstd))
     assert close(F.normalize(cp.asarray(x), mean, invstd), numpy_backend.normalize(
-        x, copy_to_host(mean), copy_to_host(invstd)), 1e-5)  # fmt: skip
+        x, Transform(copy_to_host(mean), copy_to_host(invstd))), 1e-5)  # fmt: skip
 
 
 # ---- determinism, scratch, compiling -------------------------------------------------------------
@@ -777,10 +787,19 @@ def test_one_launch_after_the_second_message_gives_the_bits_of_two():
             y, running = case.field(0), (cp.full(shape[1], 0.3), cp.full(shape[1], 0.7))
             mask = cp.zeros((y.size + 7) // 8, cp.uint8) if case.needs_mask else None
             statistics = finish_forward(
-                moments, "recentred", case.x, y, case.weight, case.bias, case.eps,
-                activation=case.activation, residual3=case.residual, mask=mask, running=running,
+                moments,
+                "recentred",
+                case.x,
+                y,
+                case.weight,
+                case.bias,
+                case.eps,
+                relu=case.activation is not None,
+                residual3=case.residual,
+                mask=mask,
+                running=running,
                 factor=0.3,
-            )  # fmt: skip
+            )
             results.append([*statistics, *running, y, *([] if mask is None else [mask])])
         same = [bool((a == b).all()) for a, b in zip(*results, strict=True)]
         failures += [] if all(same) else [f"{case.label}: {same}"]

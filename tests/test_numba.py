@@ -23,6 +23,7 @@ from cupybn.backends import numba as compiled
 from cupybn.backends import numpy as plain
 from cupybn.backends import pieces, threads
 from cupybn.errors import PeerError
+from cupybn.statistics import Transform
 from cupybn.testing import run_ranks
 
 needs_numba = pytest.mark.skipif(not NUMBA, reason="Numba is not installed")
@@ -49,18 +50,17 @@ def everything(backend, x, dy, relu=True):
     weight, bias = normal(c, seed=1) + 1, normal(c, seed=2)
     residual = normal(x.shape, seed=3).astype(x.dtype) if relu else None
     mask = np.empty(-(-x.size // 8), np.uint8) if relu else None
-    activation = "relu" if relu else None
     moments = backend.batch_moments(x)
     mean, var, invstd = backend.finalize_moments(moments, 1e-5)
     y = backend.normalize(
-        x, mean, invstd, weight, bias, residual3=residual, mask=mask, activation=activation
+        x, Transform(mean, invstd, weight, bias), residual3=residual, mask=mask, relu=relu
     )
-    options = {"activation": activation, "mask": mask}
-    sums = backend.backward_reduce(dy, x, mean, invstd, weight, bias, **options)
+    options = {"relu": relu, "mask": mask}
+    sums = backend.backward_reduce(dy, x, Transform(mean, invstd, weight, bias), **options)
     gradients = [np.zeros(c, np.float32), np.zeros(c, np.float32)]
     dresidual = np.empty_like(x)
     dx = backend.backward_input(
-        dy, x, mean, invstd, weight, bias, sums=sums, count=moments.count, local=sums,
+        dy, x, Transform(mean, invstd, weight, bias), sums=sums, count=moments.count, local=sums,
         dweight=gradients[0], dbias=gradients[1], dresidual3=dresidual, **options,
     )  # fmt: skip
     return [mean, var, y, mask if relu else mean, *sums, dx, dresidual, *gradients]
@@ -299,11 +299,13 @@ def test_arrays_that_are_strided_or_read_only(shape):
     mean, invstd = expected[0], np.ones(shape[1])
     weight = np.repeat(np.float32([2]), shape[1])
     weight.flags.writeable = False
-    y = compiled.normalize(x, mean, invstd, weight)
+    y = compiled.normalize(x, Transform(mean, invstd, weight))
     strided = np.zeros((shape[0], 2 * shape[1], shape[2]), np.float32)[:, ::2]
-    assert compiled.normalize(x, mean[::-1][::-1], invstd, weight, out3=strided) is strided
+    assert (
+        compiled.normalize(x, Transform(mean[::-1][::-1], invstd, weight), out3=strided) is strided
+    )
     np.testing.assert_array_equal(strided, y)
-    compiled.backward_input(dy, x, mean, invstd, weight, out3=strided)
+    compiled.backward_input(dy, x, Transform(mean, invstd, weight), out3=strided)
     np.testing.assert_array_equal(strided, dy * 2)
 
 
@@ -321,9 +323,9 @@ def test_what_goes_past_the_caches_arrives(shape, dtype):
     assert x.nbytes > compiled.load().STREAMED or dtype.itemsize == 2
     mean, invstd = normal(shape[1], np.float64), np.abs(normal(shape[1], np.float64, 1)) + 1
     y, dx = off_by_one(shape, dtype), off_by_one(shape, dtype)
-    sums = compiled.backward_reduce(dy, x, mean, invstd)
-    compiled.normalize(x, mean, invstd, out3=y)
-    compiled.backward_input(dy, x, mean, invstd, sums=sums, count=1000, out3=dx)
+    sums = compiled.backward_reduce(dy, x, Transform(mean, invstd))
+    compiled.normalize(x, Transform(mean, invstd), out3=y)
+    compiled.backward_input(dy, x, Transform(mean, invstd), sums=sums, count=1000, out3=dx)
     exact = (x.astype(np.float64) - mean[:, None]) * invstd[:, None]
     tolerance = TOLERANCE[dtype.name]
     np.testing.assert_allclose(y.astype(np.float64), exact, tolerance, tolerance)
@@ -378,21 +380,21 @@ def test_past_the_caches_or_not_is_the_same(shape, dtype, in_place):
     c = shape[1]
     transform = normal(c, np.float64, 3), np.abs(normal(c, np.float64, 4)) + 1
     transform += normal(c, wide, 5), normal(c, wide, 6)
-    sums = compiled.backward_reduce(dy, x, *transform)
+    sums = compiled.backward_reduce(dy, x, Transform(*transform))
     mask = np.empty(-(-x.size // 8), np.uint8)
 
     def results(n, mask=None):
         data, gradient = x[n].copy(), dy[n].copy()
         y, dx = (data, gradient) if in_place else map(off_by_one, (data.shape,) * 2, (dtype,) * 2)
         compiled.normalize(
-            data, *transform, activation="relu", residual3=residual[n], out3=y, mask=mask
+            data, Transform(*transform), relu=True, residual3=residual[n], out3=y, mask=mask
         )
         dresidual = np.empty_like(dx)
         compiled.backward_input(
-            gradient, x[n], *transform, sums=sums, count=1000, activation="relu", out3=dx,
+            gradient, x[n], Transform(*transform), sums=sums, count=1000, relu=True, out3=dx,
             dresidual3=dresidual,
         )  # fmt: skip
-        plain = compiled.backward_input(dy[n], x[n], *transform, sums=sums, count=1000)
+        plain = compiled.backward_input(dy[n], x[n], Transform(*transform), sums=sums, count=1000)
         return [a.astype(wide) for a in (y, dx, dresidual, plain)]
 
     whole = results(slice(None), mask)
@@ -413,25 +415,26 @@ def test_a_rehearsal_compiles_what_is_played(direction, columns):
         import numpy as np
         from cupybn.backends import numba
         from cupybn.layers import BatchNorm1d
+        from cupybn.statistics import Transform
         numba.rehearse({direction!r}, np.dtype("float32"), {columns})
         def known():
             return {{kernel: len(kernel.signatures) for kernel in numba.load()._kernels}}
         before = known()
         x = np.ones({shape}, np.float32)
-        mean, invstd = np.ones((2, 3))
         y, one = x.copy(), np.ones(3, np.float32)
+        transform = Transform(*np.ones((2, 3)), one, one)
         if {direction!r} == "local forward":
             numba.local_forward(x, y, one, one, 1e-5, running=(one, one), factor=0.1)
         elif {direction!r} == "local backward":
-            numba.local_backward(x, x, y, mean, invstd, one, one, count=4, dweight=one, dbias=one)
+            numba.local_backward(x, x, y, transform, count=4, dweight=one, dbias=one)
         elif {direction!r} == "forward":
             moments = numba.batch_moments(x, payload=np.zeros(6))
             numba.finalize_moments(moments, 1e-5, running=(one, one))
-            numba.normalize(x, mean, invstd, one, one)
+            numba.normalize(x, transform)
         else:
-            sums = numba.backward_reduce(x, x, mean, invstd, one, one, payload=np.zeros(6))
+            sums = numba.backward_reduce(x, x, transform, payload=np.zeros(6))
             options = dict(sums=sums, count=4, local=sums, dweight=one, dbias=one)
-            numba.backward_input(x, x, mean, invstd, one, one, **options)
+            numba.backward_input(x, x, transform, **options)
         assert known() == before, [k for k, n in known().items() if n != before[k]]
     """
     process = chosen(f"exec({code!r})", CUPYBN_CPU_BACKEND="numba")
@@ -449,35 +452,49 @@ def test_in_one_go_is_the_same_as_in_steps(shape, dtype, relu):
     weight, bias = normal(c, wide, 3), normal(c, wide, 4)
     running = [[np.zeros(c, wide), np.ones(c, wide)] for _ in range(2)]
     masks = [np.empty(-(-x.size // 8), np.uint8) if relu else None for _ in range(2)]
-    options = {"activation": "relu" if relu else None}
+    options = {"relu": relu}
     added = {"residual3": residual} if relu else {}
 
     moments = compiled.batch_moments(x)
     expected = compiled.finalize_moments(moments, 1e-5, running=running[0], factor=0.3)
     mean, _, invstd = expected
-    y = compiled.normalize(x, mean, invstd, weight, bias, mask=masks[0], **added, **options)
+    y = compiled.normalize(
+        x, Transform(mean, invstd, weight, bias), mask=masks[0], **added, **options
+    )
     y_alone = np.empty_like(x)
     alone = compiled.local_forward(
         x, y_alone, weight, bias, 1e-5, mask=masks[1], running=running[1], factor=0.3,
         **added, **options,
     )  # fmt: skip
-    pairs = [*zip(expected, alone, strict=True), *zip(*running, strict=True), (y, y_alone), masks]
+    pairs = [
+        *zip((mean, invstd), alone, strict=True),
+        *zip(*running, strict=True),
+        (y, y_alone),
+        masks,
+    ]
 
     for constant in (False, True):
         gradients = [[np.ones(c, wide), np.ones(c, wide)] for _ in range(2)]
         dresidual = [np.empty_like(x) if relu else None for _ in range(2)]
         options["mask"] = masks[0]
-        sums = compiled.backward_reduce(dy, x, mean, invstd, weight, bias, **options)
+        sums = compiled.backward_reduce(dy, x, Transform(mean, invstd, weight, bias), **options)
         dx = compiled.backward_input(
-            dy, x, mean, invstd, weight, bias, sums=None if constant else sums,
+            dy, x, Transform(mean, invstd, weight, bias), sums=None if constant else sums,
             count=moments.count, local=sums, dweight=gradients[0][0], dbias=gradients[0][1],
             dresidual3=dresidual[0], **options,
         )  # fmt: skip
         dx_alone = np.empty_like(x)
         compiled.local_backward(
-            dy, x, dx_alone, mean, invstd, weight, bias, count=0 if constant else moments.count,
-            dweight=gradients[1][0], dbias=gradients[1][1], dresidual3=dresidual[1], **options,
-        )  # fmt: skip
+            dy,
+            x,
+            dx_alone,
+            Transform(mean, invstd, weight, bias),
+            count=0 if constant else moments.count,
+            dweight=gradients[1][0],
+            dbias=gradients[1][1],
+            dresidual3=dresidual[1],
+            **options,
+        )
         pairs += [*zip(*gradients, strict=True), (dx, dx_alone), dresidual]
     for value, other in pairs:
         np.testing.assert_array_equal(other, value)
@@ -489,20 +506,20 @@ def test_in_one_go_is_the_same_as_in_steps(shape, dtype, relu):
 def test_writing_over_what_is_read(shape, dtype):
     x, dy = normal(shape).astype(dtype), normal(shape, seed=4).astype(dtype)
     mean, invstd = normal(shape[1], np.float64), np.abs(normal(shape[1], np.float64, 1)) + 1
-    for activation in (None, "relu"):
-        y = compiled.normalize(x, mean, invstd, residual3=dy, activation=activation)
+    for relu in (False, True):
+        y = compiled.normalize(x, Transform(mean, invstd), residual3=dy, relu=relu)
         onto = dy.copy()
-        compiled.normalize(x, mean, invstd, residual3=onto, out3=onto, activation=activation)
+        compiled.normalize(x, Transform(mean, invstd), residual3=onto, out3=onto, relu=relu)
         np.testing.assert_array_equal(onto, y)
         onto = x.copy()
-        compiled.normalize(onto, mean, invstd, out3=onto, activation=activation)
-        y = compiled.normalize(x, mean, invstd, activation=activation)
+        compiled.normalize(onto, Transform(mean, invstd), out3=onto, relu=relu)
+        y = compiled.normalize(x, Transform(mean, invstd), relu=relu)
         np.testing.assert_array_equal(onto, y)
-        sums = compiled.backward_reduce(dy, x, mean, invstd, activation=activation)
-        dx = compiled.backward_input(dy, x, mean, invstd, sums=sums, count=9, activation=activation)
+        sums = compiled.backward_reduce(dy, x, Transform(mean, invstd), relu=relu)
+        dx = compiled.backward_input(dy, x, Transform(mean, invstd), sums=sums, count=9, relu=relu)
         onto = dy.copy()
         compiled.backward_input(
-            onto, x, mean, invstd, sums=sums, count=9, activation=activation, out3=onto
+            onto, x, Transform(mean, invstd), sums=sums, count=9, relu=relu, out3=onto
         )
         np.testing.assert_array_equal(onto, dx)
 
@@ -516,7 +533,7 @@ def test_every_16_bit_value_is_read_and_rounded_as_by_numpy(dtype, scale):
         expected = (x.astype(np.float32) * np.float32(scale)).astype(dtype)
     for columns in (False, True):
         x3 = x.reshape(-1, 1, 1) if columns else x
-        y = compiled.normalize(x3, np.zeros(1), np.full(1, scale)).reshape(x.shape)
+        y = compiled.normalize(x3, Transform(np.zeros(1), np.full(1, scale))).reshape(x.shape)
         nan = np.isnan(expected)
         np.testing.assert_array_equal(np.isnan(y), nan)
         # no bits of NaN, and no sign of 0: x - 0 + 0
@@ -551,29 +568,31 @@ def test_pieces_cover_every_value_once(n, c, length):
 def test_preparing_compiles_all_that_comes_after_a_message(columns, dtype):
     code = f"""if True:
         import numpy as np
+        from cupybn.statistics import Transform
         from cupybn.backends import numba as b
         def there():
             return sum(len(kernel.signatures) for kernel in b.load()._kernels)
         x = np.ones((6, 2, {1 if columns else 60}), "{dtype}")
         w, mask = np.ones(2, "{dtype}"), np.zeros(100, np.uint8)
         moments = b.batch_moments(x, payload=np.zeros(4))
-        b.prepare_forward(x, x, residual3=x, mask=mask, activation="relu", ranks=2)
+        b.prepare_forward(x, x, residual3=x, mask=mask, relu=True, ranks=2)
         before = there()
         mean, var, invstd = b.finalize_moments(moments, 1.0, running=(w, w))
         b.finalize_moments(moments, 1.0)
-        b.normalize(x, mean, invstd, w, None, activation="relu", residual3=x, mask=mask)
+        b.normalize(x, Transform(mean, invstd, w), relu=True, residual3=x, mask=mask)
         assert there() == before, "forward"
-        sums = b.backward_reduce(x, x, mean, invstd, payload=np.zeros(4))
+        sums = b.backward_reduce(x, x, Transform(mean, invstd), payload=np.zeros(4))
         b.prepare_backward(x, x, x, ranks=2)
         before = there()
-        b.backward_input(x, x, mean, invstd, w, sums=sums, local=sums, dweight=w, dresidual3=x)
-        b.backward_input(x, x, mean, invstd, w, dbias=w, activation="relu", mask=mask)
+        of = Transform(mean, invstd, w)
+        b.backward_input(x, x, of, sums=sums, local=sums, dweight=w, dresidual3=x)
+        b.backward_input(x, x, of, dbias=w, relu=True, mask=mask)
         assert there() == before, "backward"
-        b.prepare_forward(x, x, residual3=x, mask=mask, activation="relu")
+        b.prepare_forward(x, x, residual3=x, mask=mask, relu=True)
         b.prepare_backward(x, x, x)
         before = there()
-        b.local_forward(x, x.copy(), w, None, 1.0, mask=mask, running=(w, w), activation="relu")
-        b.local_backward(x, x, x.copy(), mean, invstd, w, None, count=6, dweight=w, dresidual3=x)
+        b.local_forward(x, x.copy(), w, None, 1.0, mask=mask, running=(w, w), relu=True)
+        b.local_backward(x, x, x.copy(), of, count=6, dweight=w, dresidual3=x)
         assert there() == before, "alone"
         print("done")
     """

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cupybn import functional
 from cupybn.backends import numba as numba_backend
 from cupybn.backends import numpy as numpy_backend
-from cupybn.statistics import Moments
+from cupybn.statistics import Moments, Transform
 
 BACKENDS = [numpy_backend, *([numba_backend] if NUMBA else [])]
 SHAPES = [
@@ -42,7 +42,10 @@ def parameters(c, dtype):
 def test_backends_and_functional_have_the_same_signatures(backend, name):
     expected = inspect.signature(getattr(numpy_backend, name))
     assert inspect.signature(getattr(backend, name)) == expected
-    assert inspect.signature(getattr(functional, name)) == expected
+    public = inspect.signature(getattr(functional, name)).parameters
+    spelt = {"transform": ["mean", "invstd", "weight", "bias"], "relu": ["activation"]}
+    names = [spelt.get(parameter, [parameter]) for parameter in expected.parameters]
+    assert list(public) == [name for spelling in names for name in spelling]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -55,13 +58,12 @@ def test_forward_and_backward_agree_with_float64(backend, shape, dtype, relu, wi
     x, dy = data(shape, dtype, 1), data(shape, dtype, 2)
     residual = data(shape, dtype, 3) if with_residual else None
     weight, bias = parameters(shape[1], dtype)
-    activation = "relu" if relu else None
     mask = np.empty((x.size + 7) // 8, np.uint8) if with_residual and relu else None
 
     moments = backend.batch_moments(x)
     mean, var, invstd = backend.finalize_moments(moments, 1e-5)
     y = backend.normalize(
-        x, mean, invstd, weight, bias, activation=activation, residual3=residual, mask=mask
+        x, Transform(mean, invstd, weight, bias), relu=relu, residual3=residual, mask=mask
     )
     expected = reference.forward(x, weight, bias, residual=residual, relu=relu)
     assert y.dtype == dtype
@@ -70,14 +72,22 @@ def test_forward_and_backward_agree_with_float64(backend, shape, dtype, relu, wi
     assert reference.error(var, expected.var) < 1e-6
     assert reference.error(y, expected.y) < tolerance
 
-    options = {"activation": activation, "mask": mask}
-    sums = backend.backward_reduce(dy, x, mean, invstd, weight, bias, **options)
+    options = {"relu": relu, "mask": mask}
+    sums = backend.backward_reduce(dy, x, Transform(mean, invstd, weight, bias), **options)
     dweight, dbias = np.zeros_like(weight), np.zeros_like(bias)
     dresidual = np.empty_like(x) if with_residual else None
     dx = backend.backward_input(
-        dy, x, mean, invstd, weight, bias, sums=sums, count=moments.count, dresidual3=dresidual,
-        local=sums, dweight=dweight, dbias=dbias, **options,
-    )  # fmt: skip
+        dy,
+        x,
+        Transform(mean, invstd, weight, bias),
+        sums=sums,
+        count=moments.count,
+        dresidual3=dresidual,
+        local=sums,
+        dweight=dweight,
+        dbias=dbias,
+        **options,
+    )
     kept = kept_by_relu(x, weight, bias, residual, expected, y) if relu else None
     gradient = reference.backward(dy, x, weight, bias, kept=kept)
     assert reference.error(dx, gradient.dx) < tolerance
@@ -99,8 +109,8 @@ def test_constant_statistics_need_no_sums(backend, dtype):
     weight, bias = parameters(3, dtype)
     mean, var = np.array([0.1, -2.0, 3.0]), np.array([0.5, 1.0, 4.0])
     invstd = 1 / np.sqrt(var + 1e-5)
-    y = backend.normalize(x, mean, invstd, weight, bias)
-    dx = backend.backward_input(dy, x, mean, invstd, weight, bias)
+    y = backend.normalize(x, Transform(mean, invstd, weight, bias))
+    dx = backend.backward_input(dy, x, Transform(mean, invstd, weight, bias))
     tolerance = TOLERANCE[dtype.name]
     assert reference.error(y, reference.normalized(x, mean, var, weight, bias)) < tolerance
     expected = reference.backward(dy, x, weight, bias, fixed=(mean, var))
@@ -119,11 +129,13 @@ def test_large_mean_in_float32(backend, shape, mean):
     actual_mean, var, invstd = backend.finalize_moments(moments, 1e-5)
     assert np.abs(var / expected.var - 1).max() < 1e-5
     assert np.abs(naive / expected.var - 1).max() > 1e-2  # the formula this test is there to forbid
-    y = backend.normalize(x, actual_mean, invstd)
+    y = backend.normalize(x, Transform(actual_mean, invstd))
     assert np.abs(y - expected.y).max() < 1e-5
     dy = data(shape, np.float32, 5)
-    sums = backend.backward_reduce(dy, x, actual_mean, invstd)
-    dx = backend.backward_input(dy, x, actual_mean, invstd, sums=sums, count=moments.count)
+    sums = backend.backward_reduce(dy, x, Transform(actual_mean, invstd))
+    dx = backend.backward_input(
+        dy, x, Transform(actual_mean, invstd), sums=sums, count=moments.count
+    )
     assert reference.error(dx, reference.backward(dy, x).dx) < 1e-5
 
 
@@ -153,7 +165,7 @@ def test_constants_have_variance_zero(backend, value, shape, dtype):
     for eps in (1e-5, 1e-30):
         mean, var, invstd = backend.finalize_moments(moments, eps)
         assert (var == 0).all()
-        y = backend.normalize(x, mean, invstd)
+        y = backend.normalize(x, Transform(mean, invstd))
         assert (y == 0).all()
 
 
@@ -170,7 +182,7 @@ def test_tiny_variance_gives_no_nan(backend):
     x = (1.0 + 1e-5 * np.random.default_rng(0).standard_normal((64, 2, 9))).astype(np.float32)
     for eps in (1e-5, 1e-30):
         mean, var, invstd = backend.finalize_moments(backend.batch_moments(x), eps)
-        y = backend.normalize(x, mean, invstd)
+        y = backend.normalize(x, Transform(mean, invstd))
         assert np.isfinite(y).all()
         assert np.abs(var / reference.forward(x).var - 1).max() < 1e-4
 
@@ -183,7 +195,7 @@ def test_nan_and_inf_stay_in_their_channel(backend, bad, shape):
     x[1, 2, 0] = bad
     moments, expected = backend.batch_moments(x), backend.batch_moments(clean)
     mean, var, invstd = backend.finalize_moments(moments, 1e-5)
-    y = backend.normalize(x, mean, invstd)
+    y = backend.normalize(x, Transform(mean, invstd))
     others = np.arange(5) != 2
     assert not np.isfinite(var[2])
     assert not np.isfinite(y[:, 2]).any() or np.isnan(y[1, 2, 0])
@@ -200,10 +212,10 @@ def test_empty(backend, shape):
     mean, _, invstd = backend.finalize_moments(moments, 1e-5, running=running, factor=0.5)
     assert (running[0] == 2).all()
     assert (running[1] == 5).all()
-    assert backend.normalize(x, mean, invstd).shape == shape
-    sums = backend.backward_reduce(x, x, mean, invstd)
+    assert backend.normalize(x, Transform(mean, invstd)).shape == shape
+    sums = backend.backward_reduce(x, x, Transform(mean, invstd))
     assert (sums.sum_dy == 0).all()
-    assert backend.backward_input(x, x, mean, invstd, sums=sums, count=0).shape == shape
+    assert backend.backward_input(x, x, Transform(mean, invstd), sums=sums, count=0).shape == shape
 
 
 @given(
@@ -222,7 +234,7 @@ def test_any_shape(backend, shape, scale, offset, seed):
     assert (np.abs(mean - expected.mean) <= 1e-6 * spread + 1e-12 * np.abs(expected.mean)).all()
     assert (np.abs(var - expected.var) <= 1e-5 * expected.var + 1e-12).all()
     # A float32 input cannot say more about y than its own rounding, offset / scale.
-    assert np.abs(backend.normalize(x, mean, invstd) - expected.y).max() < 1e-5
+    assert np.abs(backend.normalize(x, Transform(mean, invstd)) - expected.y).max() < 1e-5
 
 
 @given(splits=st.lists(st.integers(0, 20), min_size=1, max_size=8), offset=st.floats(-1e6, 1e6))

@@ -25,6 +25,7 @@ from hostcuda.build import host_module
 from hostcuda.traffic import Access, Launch, counting
 
 from cupybn.backends import cuda, device, source
+from cupybn.statistics import Transform
 
 SHAPES = (  # channels, height and width: the 12 distinct ones of ResNet-50's 53 batch norms
     *((64, 112), (64, 56), (128, 56), (256, 56), (128, 28), (256, 28), (512, 28)),
@@ -85,17 +86,24 @@ def passes(tensors: list[np.ndarray[Any, Any]]) -> dict[str, Callable[[], object
     def forward() -> None:
         moments = cuda.batch_moments(x)
         mean[...], _, invstd[...] = cuda.finalize_moments(moments, 1e-5)
-        cuda.normalize(x, mean, invstd, weight, bias, out3=y)
+        cuda.normalize(x, Transform(mean, invstd, weight, bias), out3=y)
 
     def backward() -> None:
-        sums = cuda.backward_reduce(dy, x, mean, invstd, weight, bias)
+        sums = cuda.backward_reduce(dy, x, Transform(mean, invstd, weight, bias))
         cuda.backward_input(
-            dy, x, mean, invstd, weight, bias, sums=sums, count=x.size // shape[1], out3=dx,
-            local=sums, dweight=dweight, dbias=dbias,
-        )  # fmt: skip
+            dy,
+            x,
+            Transform(mean, invstd, weight, bias),
+            sums=sums,
+            count=x.size // shape[1],
+            out3=dx,
+            local=sums,
+            dweight=dweight,
+            dbias=dbias,
+        )
 
     def inference() -> None:
-        cuda.normalize(x, mean, invstd, weight, bias, out3=y)
+        cuda.normalize(x, Transform(mean, invstd, weight, bias), out3=y)
 
     return {"forward": forward, "backward": backward, "inference": inference}
 

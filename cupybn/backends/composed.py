@@ -10,9 +10,9 @@ from types import ModuleType
 from typing import Any
 
 from ..arrays import Array
-from ..statistics import Moments
+from ..statistics import Moments, Transform
 
-Statistics = tuple[Array, Array, Array]
+Statistics = tuple[Array, Array]
 
 
 def compose(
@@ -29,21 +29,21 @@ def compose(
         bias: Array | None,
         eps: float,
         *,
-        activation: str | None = None,
+        relu: bool = False,
         residual3: Array | None = None,
         mask: Array | None = None,
         running: tuple[Array, Array] | None = None,
         factor: float = 0.0,
     ) -> Statistics:
-        """``finalize_moments`` and ``normalize`` into y3: (mean, variance, invstd)."""
-        mean, var, invstd = backend.finalize_moments(
+        """``finalize_moments`` and ``normalize`` into y3: (mean, invstd)."""
+        mean, _, invstd = backend.finalize_moments(
             moments, eps, running=running, factor=factor, form=form
         )
         backend.normalize(
-            x3, mean, invstd, weight, bias, activation=activation, residual3=residual3, out3=y3,
+            x3, Transform(mean, invstd, weight, bias), relu=relu, residual3=residual3, out3=y3,
             mask=mask,
         )  # fmt: skip
-        return mean, var, invstd
+        return mean, invstd
 
     def local_forward(x3: Array, *given: Any, **options: Any) -> Statistics:
         """The forward of one rank; takes what ``finish_forward`` takes behind the form."""
@@ -53,23 +53,19 @@ def compose(
         dy3: Array,
         x3: Array,
         dx3: Array,
-        mean: Array,
-        invstd: Array,
-        weight: Array | None,
-        bias: Array | None,
+        transform: Transform,
         *,
         count: int,
-        activation: str | None = None,
+        relu: bool = False,
         mask: Array | None = None,
         dresidual3: Array | None = None,
         dweight: Array | None = None,
         dbias: Array | None = None,
     ) -> None:
         """The backward of one rank, into dx3; a count of 0: the statistics are constants."""
-        transform = mean, invstd, weight, bias
-        sums = backend.backward_reduce(dy3, x3, *transform, activation=activation, mask=mask)
+        sums = backend.backward_reduce(dy3, x3, transform, relu=relu, mask=mask)
         backend.backward_input(
-            dy3, x3, *transform, sums=sums if count else None, count=count, activation=activation,
+            dy3, x3, transform, sums=sums if count else None, count=count, relu=relu,
             mask=mask, out3=dx3, dresidual3=dresidual3, local=sums, dweight=dweight, dbias=dbias,
         )  # fmt: skip
 

@@ -13,14 +13,13 @@ from collections.abc import Iterable
 import numpy as np
 
 from ..arrays import Array
-from ..statistics import BackwardSums, Moments
+from ..statistics import BackwardSums, Moments, Transform
 from . import numpy as reference
 from .composed import Statistics, compose
 from .device import NULL, Launch, namespace, on_its_device, over_channels, prepare, scratch_for
 
 _THREADS_PER_CHANNEL_BLOCK = 128
 _FLOAT64 = np.dtype(np.float64)
-_RELU = {None: np.int64(0), "relu": np.int64(1)}
 _FORMS = ("local", "pooled", "recentred", "running")  # as in finalize_moments.cu
 
 
@@ -110,12 +109,9 @@ def recentre_moments(local: Moments, weighted: Array, count: int, payload: Array
 @on_its_device
 def normalize(
     x3: Array,
-    mean: Array,
-    invstd: Array,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    transform: Transform,
     *,
-    activation: str | None = None,
+    relu: bool = False,
     residual3: Array | None = None,
     out3: Array | None = None,
     mask: Array | None = None,
@@ -128,8 +124,8 @@ def normalize(
     if x3.size == 0:
         return y3
     launch = _normalize_launch(x3, y3, residual3, mask)
-    channels = _channels(mean, invstd, weight, bias)
-    launch(y3, mask, x3, residual3, *channels, _RELU[activation])
+    channels = map(_dense, transform)
+    launch(y3, mask, x3, residual3, *channels, np.int64(relu))
     return y3
 
 
@@ -137,12 +133,9 @@ def normalize(
 def backward_reduce(
     dy3: Array,
     x3: Array,
-    mean: Array,
-    invstd: Array,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    transform: Transform,
     *,
-    activation: str | None = None,
+    relu: bool = False,
     mask: Array | None = None,
     payload: Array | None = None,
 ) -> BackwardSums:
@@ -160,8 +153,8 @@ def backward_reduce(
     sums = BackwardSums(*xp.empty((2, c)))
     launch = prepare("backward_reduce", x3, (dy3, x3))
     scratch = scratch_for(x3, launch.plan)
-    channels = _channels(mean, invstd, weight, bias)
-    launch(*sums, *_halves(payload, c), *scratch, dy3, x3, mask, *channels, _RELU[activation])
+    channels = map(_dense, transform)
+    launch(*sums, *_halves(payload, c), *scratch, dy3, x3, mask, *channels, np.int64(relu))
     return sums
 
 
@@ -169,14 +162,11 @@ def backward_reduce(
 def backward_input(
     dy3: Array,
     x3: Array,
-    mean: Array,
-    invstd: Array,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    transform: Transform,
     *,
     sums: BackwardSums | None = None,
     count: int = 0,
-    activation: str | None = None,
+    relu: bool = False,
     mask: Array | None = None,
     out3: Array | None = None,
     dresidual3: Array | None = None,
@@ -195,11 +185,11 @@ def backward_input(
     dense = [_dense(g) for g in gradients]
     pooled = (None, None) if sums is None else map(_dense, sums)
     own = (None, None) if local is None else local
-    channels = _channels(mean, invstd, weight, bias)
+    channels = map(_dense, transform)
     launch = _backward_input_launch(dy3, x3, dx3, dresidual3)
     launch(
         dx3, dresidual3, *dense, dy3, x3, mask, *channels, *pooled, *own,
-        np.float64(1 / max(count, 1)), _RELU[activation],
+        np.float64(1 / max(count, 1)), np.int64(relu),
     )  # fmt: skip
     _copy_back(gradients, dense)
     return dx3
@@ -218,19 +208,19 @@ def finish_forward(
     bias: Array | None,
     eps: float,
     *,
-    activation: str | None = None,
+    relu: bool = False,
     residual3: Array | None = None,
     mask: Array | None = None,
     running: tuple[Array, Array] | None = None,
     factor: float = 0.0,
 ) -> Statistics:
-    """``finalize_moments`` and ``normalize`` into y3: (mean, variance, invstd).
+    """``finalize_moments`` and ``normalize`` into y3: (mean, invstd).
 
     In one launch after the second message of float64 data, which took one more before it.
     """
     if form != "recentred" or x3.size == 0:
         return _finish_forward(
-            moments, form, x3, y3, weight, bias, eps, activation=activation, residual3=residual3,
+            moments, form, x3, y3, weight, bias, eps, relu=relu, residual3=residual3,
             mask=mask, running=running, factor=factor,
         )  # fmt: skip
     xp, c = namespace(x3), x3.shape[1]
@@ -240,10 +230,10 @@ def finish_forward(
     launch(
         y3, mask, mean, var, invstd, *(states or (None, None)), x3, residual3,
         _dense(moments.mean), _dense(moments.m2), _dense(weight), _dense(bias),
-        np.float64(moments.count), np.float64(eps), np.float64(factor), _RELU[activation],
+        np.float64(moments.count), np.float64(eps), np.float64(factor), np.int64(relu),
     )  # fmt: skip
     _copy_back(running or (), states)
-    return mean, var, invstd
+    return mean, invstd
 
 
 @on_its_device
@@ -253,7 +243,7 @@ def prepare_forward(
     *,
     residual3: Array | None = None,
     mask: Array | None = None,
-    activation: str | None = None,
+    relu: bool = False,
     running_dtype: str | None = None,
     ranks: int = 1,
 ) -> None:
@@ -282,7 +272,7 @@ def prepare_backward(
     *,
     dresidual3: Array | None = None,
     mask: Array | None = None,
-    activation: str | None = None,
+    relu: bool = False,
     constant: bool = False,
     ranks: int = 1,
 ) -> None:
@@ -303,12 +293,6 @@ def _normalize_launch(
 def _backward_input_launch(dy3: Array, x3: Array, dx3: Array, dresidual3: Array | None) -> Launch:
     tensors = (dy3, x3, dx3) if dresidual3 is None else (dy3, x3, dx3, dresidual3)
     return prepare("backward_input", x3, tensors)
-
-
-def _channels(
-    mean: Array, invstd: Array, weight: Array | None, bias: Array | None
-) -> tuple[Array | None, ...]:
-    return _dense(mean), _dense(invstd), _dense(weight), _dense(bias)
 
 
 def _halves(payload: Array | None, c: int) -> tuple[Array | None, Array | None]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...passes import Saved
+from ...forward_backward import Saved
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,7 @@ def remember(label: str, shape: tuple[int, ...], saved: Saved) -> None:
 
     Not for those outside a recomputation: they saw the first forward.
     """
-    record = _Record(label, shape, saved)
     for context in reversed(_active.contexts):
         if isinstance(context, _Recomputation):
             return
-        context.records.append(record)
+        context.records.append(_Record(label, shape, saved))

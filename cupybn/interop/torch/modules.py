@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
+from ...arrays import Array
 from ...checks import check_momentum
+from ...collective import CollectiveCall
 from ...communicators import Communicator, check_comm
 from ...errors import DeviceError, DTypeError, ShapeError
+from ...forward_backward import (
+    ALONE,
+    Bindings,
+    Bound,
+    Options,
+    Running,
+    Saved,
+    bind,
+    call_name,
+)
 from ...layers.sync import CommReference
-from ...passes import ALONE, Saved, forward_pass, joint_pass, repeated_pass
-from .autograd import Normalise, Tensor, array_of, like, on_stream_of, wide_dtype
+from ...statistics import message_length
+from .autograd import PLAIN, WIDE, Normalise, Tensor, array_of, on_stream_of
 from .checkpoint import remember, remembered
 
 
@@ -46,44 +58,98 @@ class BatchNorm(TorchBatchNorm):
         return self._train(input)
 
     def _train(self, x: Tensor) -> Tensor:
-        grads = (getattr(tensor, "requires_grad", False) for tensor in (x, self.weight, self.bias))
-        backward = torch.is_grad_enabled() and any(grads)
+        weight, bias, backward = self.weight, self.bias, False
+        if torch.is_grad_enabled():
+            for tensor in (x, weight, bias):
+                backward = backward or getattr(tensor, "requires_grad", False)
+        return Normalise.apply(x, weight, bias, self, backward)
 
-        def run(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Saved]:
-            return self._normalise(x, weight, bias, backward)
-
-        return Normalise.apply(x, self.weight, self.bias, run)
-
-    def _normalise(
+    def normalise(
         self, x: Tensor, weight: Tensor, bias: Tensor, backward: bool
     ) -> tuple[Tensor, Saved]:
-        comm = self.communicator()
-        with (
-            joint_pass(comm, "forward", self.label, self.num_features) as call,
-            on_stream_of(x),
-        ):
+        """(y, context without arrays): what :class:`Normalise` does in a forward."""
+        key: Any = None
+        bound: Bound | None = None
+        if type(x) in PLAIN:
+            own = self.__dict__
+            key = (
+                *(x.shape, x.stride(), x.dtype, x.device, backward, self.name, own.get("_comm")),
+                *(self.eps, self.momentum, self.track_running_stats, self.num_features),
+            )
+            for tensor in (weight, bias, self.running_mean, self.running_var):
+                key += (None, None) if tensor is None else (tensor.dtype, tensor.device)
+            if "_bindings" in own:
+                bound = own["_bindings"].get(key)
+        if bound is None:
+            return self._bind_and_run(key, x, weight, bias, backward)
+        call = CollectiveCall(bound.comm, *bound.forward_call) if bound.ranks > 1 else None
+        try:
+            with on_stream_of(x):
+                return self._run(call, bound, x, array_of(x), (weight, bias))
+        except Exception as error:
+            bound.leave(call, "forward", error)
+            raise
+
+    def _bind_and_run(
+        self, key: Any, x: Tensor, weight: Tensor, bias: Tensor, backward: bool
+    ) -> tuple[Tensor, Saved]:
+        """A forward of a signature that was not met twice before; `key` None: not to be kept."""
+        comm, label = self.communicator(), self.label
+        what, length = call_name("forward", label), message_length(self.num_features)
+        with CollectiveCall(comm, what, length) as call, on_stream_of(x):
             array = array_of(x)
             self._check_input(x)
-            wide = wide_dtype(x)
-            w, b = (None if p is None else array_of(p.to(wide)) for p in (weight, bias))
-            y = like(x, array)
-            saved = remembered(self.label, tuple(x.shape))
-            if saved is not None:
-                repeated_pass(array, saved, w, b, self.eps, out=array_of(y))
-                remember(self.label, tuple(x.shape), saved)
-                return y, saved
-            running = self._running(wide)
-            _, saved = forward_pass(
-                call, array, w, b, self.eps,
-                out=array_of(y), name=self.label, settings=self._settings(backward),
-                running=None if running is None else (
-                    array_of(running[0]), array_of(running[1]), self._factor()
-                ),
-            )  # fmt: skip
-            saved = replace(saved, x3=None, weight=None, bias=None)
+            tracks = self.track_running_stats and self.running_mean is not None
+            options = Options(
+                self.eps,
+                affine=(weight is not None, bias is not None),
+                save=backward,
+                factor=self._factor() if tracks else None,
+                settings=self._settings(backward),
+            )
+            bound = bind(array, 1, options, comm, label)
+            if key is not None and self.momentum is not None:
+                self.__dict__.setdefault("_bindings", Bindings()).keep(key, bound)
+            if call.ranks > 1:
+                *_, call.fingerprint, call.messages = bound.forward_call
+            return self._run(call, bound, x, array, (weight, bias))
+
+    def _run(
+        self,
+        call: CollectiveCall | None,
+        bound: Bound,
+        x: Tensor,
+        array: Array,
+        parameters: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Saved]:
+        """The forward of a batch, or of one that is recomputed; `array` is x."""
+        params, layout, wide = {}, bound.layout, WIDE[x.dtype]
+        for name, tensor in zip(("weight", "bias"), parameters, strict=True):
+            if tensor is not None:
+                params[name] = array_of(tensor if tensor.dtype is wide else tensor.to(wide))
+        y = torch.empty_strided(layout.shape, layout.strides, dtype=x.dtype, device=x.device)
+        y3 = array_of(y)
+        y3 = y3.reshape(layout.shape3) if bound.in_order else layout.view(y3)
+        saved = remembered(bound.name, layout.shape)
+        if saved is None:
+            running, moved = None, (self.running_mean, self.running_var)
+            if bound.updates:
+                if not moved[0].dtype is moved[1].dtype is wide:
+                    moved = moved[0].to(wide), moved[1].to(wide)
+                running = Running(array_of(moved[0]), array_of(moved[1]), np.zeros((), np.int64))
+            _, saved = bound.forward(call, array, params, y3=y3, running=running)
+            saved = saved._replace(x3=None, weight=None, bias=None)
             if running is not None and saved.count:
-                self._update(*running)
-        remember(self.label, tuple(x.shape), saved)
+                for target, values in zip(
+                    (self.running_mean, self.running_var), moved, strict=True
+                ):
+                    if target is not values:
+                        target.copy_(values)
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(1)
+        else:
+            bound.normalize_again(array, params, saved, y3)
+        remember(bound.name, layout.shape, saved)
         return y, saved
 
     def _check_input(self, x: Tensor) -> None:
@@ -93,42 +159,29 @@ class BatchNorm(TorchBatchNorm):
                 f"expected {self.num_features} channels on axis 1, got {x.shape[1]} "
                 f"(input shape {tuple(x.shape)})"
             )
+        wide = WIDE.get(x.dtype, torch.float32)
         for name in ("weight", "bias", "running_mean", "running_var"):
             tensor = getattr(self, name)
-            if tensor is not None and tensor.dtype not in (x.dtype, wide_dtype(x)):
-                raise DTypeError(
-                    f"{name} is {tensor.dtype}, but {x.dtype} input goes with {wide_dtype(x)}"
-                )
+            if tensor is not None and tensor.dtype not in (x.dtype, wide):
+                raise DTypeError(f"{name} is {tensor.dtype}, but {x.dtype} input goes with {wide}")
             if tensor is not None and tensor.device != x.device:
                 raise DeviceError(f"{name} is on {tensor.device}, but the input is on {x.device}")
 
-    def _settings(self, backward: bool) -> str:
+    def _settings(self, backward: bool) -> dict[str, object]:
         batch = ""
         if self.momentum is None and self.num_batches_tracked is not None:
             batch = f" (batch {int(self.num_batches_tracked) + 1})"
-        return (
-            f", momentum={self.momentum!r}{batch}, "
-            f"track_running_stats={self.track_running_stats}, backward={backward}"
-        )
-
-    def _running(self, wide: Any) -> tuple[Tensor, Tensor] | None:
-        """Running mean and variance in the dtype of the arithmetic: themselves, or copies."""
-        if not self.track_running_stats or self.running_mean is None:
-            return None
-        return self.running_mean.to(wide), self.running_var.to(wide)
+        return {
+            "momentum": f"{self.momentum!r}{batch}",
+            "track_running_stats": self.track_running_stats,
+            "backward": backward,
+        }
 
     def _factor(self) -> float:
         if self.momentum is None:
             return 1.0 / (int(self.num_batches_tracked) + 1)
         check_momentum(self.momentum)
         return float(self.momentum)
-
-    def _update(self, mean: Tensor, var: Tensor) -> None:
-        for target, values in ((self.running_mean, mean), (self.running_var, var)):
-            if target is not values:
-                target.copy_(values)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
 
 
 class BatchNorm1d(BatchNorm, torch.nn.BatchNorm1d):
@@ -198,9 +251,5 @@ class SyncBatchNorm(BatchNorm):
         if input.dim() < 2:
             raise ShapeError(f"expected at least 2D input (got {input.dim()}D input)")
 
-    @staticmethod
-    def convert_sync_batchnorm(module: Any, comm: Any = None, *, skip: Iterable[str] = ()) -> Any:
-        """:func:`cupybn.interop.torch.convert_sync_batchnorm`."""
-        from .convert import convert_sync_batchnorm
-
-        return convert_sync_batchnorm(module, comm, skip=skip)
+    convert_sync_batchnorm: ClassVar[Callable[..., Any]]
+    """:func:`cupybn.interop.torch.convert_sync_batchnorm`, as a static method, as in PyTorch."""
