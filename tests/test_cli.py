@@ -14,7 +14,7 @@ from conftest import rank_environment
 
 import cupybn
 from cupybn.cli import COMMANDS, main
-from cupybn.cli.launch import strangers
+from cupybn.launcher import strangers
 
 
 def cli(*arguments, check=True, env=None):

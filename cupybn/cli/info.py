@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from .. import __version__, backends
-from ..backends.source import source_directory
 from ..backends.cpu.pool import thread_count
+from ..backends.source import source_directory
 from ..communicators import MpiCommunicator
-from ..communicators.mpi import load_mpi
+from ..communicators.mpi import library_version, load_mpi
 from ..distributed import local_device
 from ..errors import DeviceError
-from .launch import library_version, local_rank_variables, strangers
+from ..launcher import local_rank_variables, strangers
 
 _LABELS = {
     "cupybn": "cupybn",

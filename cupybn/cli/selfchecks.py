@@ -45,8 +45,7 @@ def check_against_one_process(setup: Setup, dtype: str, sizes: list[int]) -> flo
     shape = (sum(sizes), _CHANNELS, 5, 3)
     x, dy = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
     x += np.arange(len(x), dtype=dtype).reshape(-1, 1, 1, 1) / 4  # no two ranks have the same mean
-    begin = sum(sizes[: comm.rank])
-    mine = slice(begin, begin + sizes[comm.rank])
+    mine = slice(sum(sizes[: comm.rank]), sum(sizes[: comm.rank + 1]))
 
     layer = SyncBatchNorm(_CHANNELS, comm=comm, name="selftest").to(setup.device)
     y = layer.forward(move(x[mine], setup.device))
@@ -54,12 +53,9 @@ def check_against_one_process(setup: Setup, dtype: str, sizes: list[int]) -> flo
     allreduce_gradients(layer, comm, op="sum")
 
     single = BatchNorm2d(_CHANNELS, dtype="float64")
-    expected = {"y": single.forward(x.astype(np.float64))[mine]}
-    expected["dx"] = single.backward(dy.astype(np.float64))[mine]
-    expected |= {f"the gradient of {name}": grad for name, grad in single.grads.items()}
-    expected |= single.buffers
-    found = {"y": y, "dx": dx, **layer.buffers}
-    found |= {f"the gradient of {name}": grad for name, grad in layer.grads.items()}
+    whole = single.forward(x.astype(np.float64)), single.backward(dy.astype(np.float64))
+    expected = _named(single, whole[0][mine], whole[1][mine])
+    found = _named(layer, y, dx)
     worst = max((_error(found[name], values), name) for name, values in expected.items())
     if not worst[0] <= _LIMITS[dtype]:
         raise AssertionError(
@@ -67,6 +63,12 @@ def check_against_one_process(setup: Setup, dtype: str, sizes: list[int]) -> flo
             f"{_LIMITS[dtype]:g})"
         )
     return worst[0]
+
+
+def _named(layer: Any, y: Array, dx: Array) -> dict[str, Array]:
+    """What a step gave, by the names for a person."""
+    gradients = {f"the gradient of {name}": grad for name, grad in layer.grads.items()}
+    return {"y": y, "dx": dx, **gradients, **layer.buffers}
 
 
 def _error(array: Array, expected: Array) -> float:

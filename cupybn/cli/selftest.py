@@ -16,9 +16,9 @@ from typing import Any
 
 from .. import __version__
 from ..communicators import MpiCommunicator
-from ..communicators.mpi import load_mpi
+from ..communicators.mpi import library_version, load_mpi
 from ..distributed import local_device
-from .launch import library_version, strangers
+from ..launcher import strangers
 from .selfchecks import (
     Setup,
     check_against_one_process,

@@ -96,11 +96,14 @@ class MpiCommunicator(OfOneProcess):
             error = caught
         self._in_place = mpi.IN_PLACE
         self._first: tuple[Array, Any] | None = None  # a staged sum, and its first values
-        where = f"rank {self.rank} of {self.size}"
-        self._watch = Watch(where, self.timeout, mpi.COMM_WORLD.Abort)
+        self._watch = Watch(f"rank {self.rank} of {self.size}", self.timeout, mpi.COMM_WORLD.Abort)
         if self.timeout:
             watchdog.add(self._watch)
-        self._dup = self._private_dup()
+        kept = kept_with(mpi_comm)
+        if "dup" not in kept:
+            why = "duplicating the communicator for its first use"
+            kept["dup"] = self._watched(why, mpi_comm.Dup)
+        self._dup = kept["dup"]
         self.transport, self.why = self._agree(transport, error)
 
     def _agree(self, wanted: str, error: Exception | None) -> tuple[str, str]:
@@ -197,13 +200,6 @@ class MpiCommunicator(OfOneProcess):
         finally:
             self._watch.label = None
 
-    def _private_dup(self) -> Any:
-        kept = kept_with(self.mpi_comm)
-        if "dup" not in kept:
-            what = "duplicating the communicator for its first use"
-            kept["dup"] = self._watched(what, self.mpi_comm.Dup)
-        return kept["dup"]
-
     def __repr__(self) -> str:
         return (
             f"MpiCommunicator(rank {self.rank} of {self.size}, transport={self.transport!r}, "
@@ -224,6 +220,11 @@ def kept_with(mpi_comm: Any) -> dict[str, Any]:
         kept = {}
         mpi_comm.Set_attr(_keyval(), kept)
     return kept
+
+
+def library_version(mpi: Any) -> str:
+    """The first line of what the MPI library says of itself."""
+    return " ".join(str(mpi.Get_library_version()).splitlines()[0].split()).rstrip("\0, ")
 
 
 def _free(mpi_comm: Any, keyval: int, kept: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, is_cupy
+from ..arrays import Array
 
 Sum = Callable[[Array], Any]
 """Adds up, in place and over all ranks, an array that nothing else is writing."""
@@ -75,20 +75,14 @@ def _staging(device: int, thread: int) -> _Staging:
     return _Staging(sys.modules["cupy"].cuda)
 
 
-def wait_until_written(array: Array) -> None:
-    """Waits for the current stream, if the array is on a device, which must be the current one."""
-    if is_cupy(array):
-        staging = _staging(array.device.id, get_ident())
-        staging.wait(staging.cuda.get_current_stream())
-
-
 def sum_on_device(message: Array, summed: Sum) -> None:
     """Hands the message itself to `summed` once the current stream has written it.
 
     The stream is then done with whatever memory `summed` gets from CuPy's pool, too.
     """
     with message.device:
-        wait_until_written(message)
+        staging = _staging(message.device.id, get_ident())
+        staging.wait(staging.cuda.get_current_stream())
         summed(message)
 
 
