@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__, backends
-from ..backends.source import source_directory
+from ..backends.cuda.source import source_directory
 from ..backends.threads import thread_count
 from ..communicators import MpiCommunicator
 from ..communicators.mpi import load_mpi

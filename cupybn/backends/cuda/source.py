@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .launch import geometries
+from .plan import geometries
 
 OPTIONS = ("-std=c++17",)
 SCALARS = {
@@ -39,7 +39,7 @@ def source_directory() -> Path:
     Raises:
         FileNotFoundError: neither is there.
     """
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     for directory in (package / "_cuda", package.parent / "cuda"):
         if (directory / "numeric.cuh").is_file():
             return directory
