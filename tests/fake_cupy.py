@@ -608,10 +608,14 @@ def is_pinned(array):
 
 # Kernels
 
+_EXPORTED = re.compile(r'extern "C" __global__ void\s*(?:__launch_bounds__\([^)]*\)\s*)?(\w+)')
+
 
 class RawModule:
     def __init__(self, code, options=(), name_expressions=None, **more):
-        names = re.findall(r'extern "C" __global__ void\s*(?:__launch_bounds__\([^)]*\)\s*)?(\w+)', code)
+        names = re.findall(
+            r'extern "C" __global__ void\s*(?:__launch_bounds__\([^)]*\)\s*)?(\w+)', code
+        )
         self.module = _State.build(code, names)
 
     def compile(self, log_stream=None):
@@ -682,7 +686,10 @@ cuda = types.SimpleNamespace(
         driverGetVersion=lambda: 13000,
         getDeviceCount=lambda: DEVICES,
         getDeviceProperties=lambda device: {
-            "name": b"Stand-in", "major": 9, "minor": 0, "totalGlobalMem": 141 << 30
+            "name": b"Stand-in",
+            "major": 9,
+            "minor": 0,
+            "totalGlobalMem": 141 << 30,
         },
         memGetInfo=lambda: (1 << 33, 1 << 34),
         runtimeGetVersion=lambda: 12090,
