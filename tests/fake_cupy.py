@@ -28,7 +28,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-__version__ = "0.0"
+__version__ = "14.0"
 SIZE = 1 << 28  # of guarded memory
 DEVICES = 2
 _NONE, _READ_WRITE = 0, 3
@@ -49,12 +49,15 @@ class _State:
 
     arena = None  # where memory is guarded
     open_to_all = False  # as if MPI could follow device pointers
+    hook = None  # is told of every allocation
+    allocator = None  # of CuPy's pool, if None
     build = staticmethod(_host_module)  # (text, names) to a module with get_function(name)
 
 
 def install():
     """The module under the name of cupy, and as it is at first."""
-    _State.arena, _State.open_to_all, _State.build = None, False, staticmethod(_host_module)
+    _State.arena, _State.open_to_all, _State.allocator = None, False, None
+    build_with(_host_module)
     _here.__dict__.clear()
     _null.__init__()
     log.clear()
@@ -65,7 +68,7 @@ def install():
 
 def do_nothing():
     """From now on kernels do nothing."""
-    _State.build = lambda text, names: types.SimpleNamespace(get_function=lambda name: _no_kernel)
+    build_with(lambda text, names: types.SimpleNamespace(get_function=lambda name: _no_kernel))
 
 
 def _no_kernel(grid, block, arguments):
@@ -126,38 +129,48 @@ def touching_memory():
 # Memory
 
 
-class _Pool:
-    """What is allocated, in bytes, and who is told of it."""
+class MemoryPool:
+    """What is allocated, in bytes."""
 
-    used, hook = 0, None
+    def __init__(self, allocator=None):
+        self.used = 0
+
+    def malloc(self, size):
+        return MemoryPointer(_Memory(size, self), 0, _here.device)
 
     def used_bytes(self):
         return self.used
+
+    total_bytes = used_bytes
 
     def free_all_blocks(self):
         pass
 
 
-_pool = _Pool()
+_pool = MemoryPool()
 
 
 class _Memory:
     """One allocation: bytes of rubbish."""
 
-    def __init__(self, size, device):
-        self.size, self.device_id = size, device
+    def __init__(self, size, pool=_pool):
+        self.size, self.pool = size, pool
         if _State.arena is not None:
             self.bytes = _State.arena.empty(size)
         else:
             self.bytes = np.empty(size, np.uint8)
             self.bytes.fill(0xAB)
             assert not _address(self.bytes) % 16
-        _pool.used += size
-        if _pool.hook is not None:
-            _pool.hook.malloc_postprocess(size=size)
+        pool.used += size
+        if _State.hook is not None:
+            _State.hook.malloc_postprocess(size=size)
+
+    @staticmethod
+    def alone(size):
+        return MemoryPointer(_Memory(size), 0, _here.device)
 
     def __del__(self):
-        _pool.used -= self.size
+        self.pool.used -= self.size
 
 
 class MemoryPointer:
@@ -202,7 +215,8 @@ class ndarray:
         for extent in shape:
             size *= extent
         device = _device()
-        block = _Memory(size, device)
+        allocator = _State.allocator
+        block = _Memory(size) if allocator is None else allocator(size).mem
         self.memory = np.ndarray.__new__(np.ndarray, shape, dtype, block.bytes, order=order)
         self.data = MemoryPointer(block, _address(self.memory), device)
 
@@ -657,15 +671,23 @@ class _Kernel:
 
 class MemoryHook:
     def __enter__(self):
-        _pool.hook = self
+        _State.hook = self
         return self
 
     def __exit__(self, *error):
-        _pool.hook = None
+        _State.hook = None
 
 
 def get_default_memory_pool():
     return _pool
+
+
+def set_allocator(allocator=None):
+    _State.allocator = allocator or _Memory.alone
+
+
+def get_allocator():
+    return _State.allocator
 
 
 def get_elapsed_time(begin, end):
@@ -675,12 +697,16 @@ def get_elapsed_time(begin, end):
 cuda = types.SimpleNamespace(
     Device=Device,
     Event=Event,
+    MemoryAsyncPool=MemoryPool,
     MemoryPointer=MemoryPointer,
+    MemoryPool=MemoryPool,
     Stream=Stream,
     alloc_pinned_memory=alloc_pinned_memory,
+    get_allocator=get_allocator,
     get_current_stream=get_current_stream,
     get_elapsed_time=get_elapsed_time,
     is_available=lambda: True,
+    malloc_async=_Memory.alone,
     memory_hook=types.SimpleNamespace(MemoryHook=MemoryHook),
     runtime=types.SimpleNamespace(
         driverGetVersion=lambda: 13000,
@@ -694,4 +720,5 @@ cuda = types.SimpleNamespace(
         memGetInfo=lambda: (1 << 33, 1 << 34),
         runtimeGetVersion=lambda: 12090,
     ),
+    set_allocator=set_allocator,
 )

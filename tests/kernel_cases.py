@@ -243,6 +243,14 @@ def run_alone(case):
     return [back(x).copy() for x in results]
 
 
+def in_two_launches(moments, form, x, y, weight, bias, eps, **options):
+    """``finish_forward`` by the two primitives of which it is made."""
+    state = {name: options.pop(name) for name in ("running", "factor") if name in options}
+    mean, _, invstd = cuda.finalize_moments(moments, eps, form=form, **state)
+    cuda.normalize(x, Transform(mean, invstd, weight, bias), **options, out3=y)
+    return mean, invstd
+
+
 def run_recentred(case, fused):
     """What a forward of float64 data gives after its second message, in one launch or in two."""
     y, before = there(case.outputs[0]), case.outputs[0].copy()
@@ -251,16 +259,21 @@ def run_recentred(case, fused):
     running = tuple(fake_cupy.full_like(there(case.weight), value) for value in (0.3, 0.7))
     mask = fake_cupy.full((y.size + 7) // 8, 0xAA, np.uint8) if case.needs_mask else None
     weight, bias = there(case.weight), there(case.bias)
-    x, residual, state = there(case.x), there(case.residual), {"running": running, "factor": 0.3}
-    options = {"relu": case.activation is not None, "residual3": residual, "mask": mask}
-    if fused:
-        statistics = cuda.finish_forward(
-            moments, "recentred", x, y, weight, bias, case.eps, **options, **state
-        )
-    else:
-        mean, _, invstd = cuda.finalize_moments(moments, case.eps, form="recentred", **state)
-        cuda.normalize(x, Transform(mean, invstd, weight, bias), **options, out3=y)
-        statistics = mean, invstd
+    finish = cuda.finish_forward if fused else in_two_launches
+    statistics = finish(
+        moments,
+        "recentred",
+        there(case.x),
+        y,
+        weight,
+        bias,
+        case.eps,
+        relu=case.activation is not None,
+        residual3=there(case.residual),
+        mask=mask,
+        running=running,
+        factor=0.3,
+    )
     results = [*statistics, *running, y, *([] if mask is None else [mask])]
     results = [back(x).copy() for x in results]
     case.outputs[0][...] = before
