@@ -7,11 +7,14 @@ mixing with NumPy arrays, becoming one without being asked, arrays of another de
 Kernels run on the CPU, through the host build (``tests/hostcuda``), one after the other. Besides,
 
 * ``do_nothing()``: kernels are not even compiled, for counting and timing what Python does;
-* ``guard_memory()``: device memory that nobody but its own copies and kernels can touch. Its pages
-  are protected, so whoever reads a device pointer on the host, MPI for instance, dies of a
-  segmentation fault, as with a real one. Copies and kernels wait in their stream's queue until
-  somebody waits for an event behind them, the latest moment CUDA allows: a host that does not wait
-  reads what was there before. Freed pinned memory is overwritten at once.
+* ``put_off()``: copies and kernels wait in their stream's queue until somebody waits for them or an
+  event behind them, the latest moment CUDA allows: a host that does not wait reads what was there
+  before. Freed pinned memory is overwritten at once;
+* ``guard_memory()``: the same, in device memory that nobody but its copies and kernels can touch.
+  Its pages are protected, so whoever reads a device pointer on the host, MPI for instance, dies of
+  a segmentation fault, as with a real one.
+
+With ``tests/stand_in`` on the path, ``import cupy`` imports it.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ import sys
 import threading
 import time
 import types
-from collections import Counter
+import weakref
+from collections import Counter, deque
 from contextlib import contextmanager
 
 import numpy as np
@@ -47,6 +51,7 @@ def _host_module(text, names):
 class _State:
     """How device memory and kernels behave."""
 
+    lazy = False  # streams put off what they can
     arena = None  # where memory is guarded
     open_to_all = False  # as if MPI could follow device pointers
     hook = None  # is told of every allocation
@@ -57,6 +62,7 @@ class _State:
 def install():
     """The module under the name of cupy, and as it is at first."""
     _State.arena, _State.open_to_all, _State.allocator = None, False, None
+    _State.lazy = False
     build_with(_host_module)
     _here.__dict__.clear()
     _null.__init__()
@@ -80,8 +86,14 @@ def build_with(build):
     _State.build = staticmethod(build)
 
 
+def put_off():
+    """From now on streams put off what they can."""
+    _State.lazy = True
+
+
 def guard_memory():
     """From now on device memory is guarded, and streams put off what they can."""
+    put_off()
     _State.arena = _Arena()
 
 
@@ -255,11 +267,24 @@ class ndarray:
         return _run(function, args, kwargs)
 
     def __getitem__(self, index):
-        assert not isinstance(index, np.ndarray), f"{index!r} as an index of a device array"
+        indices = index if type(index) is tuple else (index,)
+        assert not any(isinstance(i, np.ndarray) for i in indices), f"{index!r} of a device array"
+        basic = all(i is None or i is ... or isinstance(i, slice) for i in indices)
+        if basic or (self.ndim > 1 and isinstance(index, int)):
+            return _view(self.memory[index], self)
         return _run(np.ndarray.__getitem__, (self, index), {})
 
     def __setitem__(self, index, values):
-        _run(np.ndarray.__setitem__, (self, index, values), {})
+        index, values, memory = _plain(index), _plain(values), self.memory
+        get_current_stream().launch(lambda: memory.__setitem__(index, values))
+
+    def fill(self, value):
+        self[...] = value
+
+    def reshape(self, *shape, order="C"):
+        if self.memory.flags.c_contiguous and order == "C":
+            return _view(self.memory.reshape(*shape), self)
+        return _run(np.ndarray.reshape, (self, *shape), {"order": order})
 
     def __iter__(self):
         return (self[i] for i in range(len(self)))
@@ -285,6 +310,17 @@ class ndarray:
     def tolist(self):
         return self._values().tolist()
 
+    @property
+    def __cuda_array_interface__(self):
+        get_current_stream().synchronize()
+        return self.memory.__array_interface__ | {"version": 3, "stream": None}
+
+    def __dlpack_device__(self):
+        return 2, self.data.device_id
+
+    def __dlpack__(self, **options):
+        return self  # no capsule, but only from_dlpack below takes it
+
     def __reduce__(self):
         return asarray, (self._values(),)
 
@@ -308,11 +344,19 @@ def _method(name):
 
 
 for _name in (
-    *("all", "any", "argmax", "argmin", "clip", "fill", "flatten", "max", "mean", "min", "prod"),
-    *("ravel", "repeat", "reshape", "sort", "squeeze", "std", "sum", "swapaxes", "transpose"),
-    *("var", "view"),
+    *("all", "any", "argmax", "argmin", "clip", "flatten", "max", "mean", "min", "prod", "ravel"),
+    *("repeat", "sort", "std", "sum", "var"),
 ):
     setattr(ndarray, _name, _method(_name))
+
+
+def _view_method(name):
+    function = getattr(np.ndarray, name)
+    return lambda self, *args: _view(function(self.memory, *args), self)
+
+
+for _name in ("squeeze", "swapaxes", "transpose", "view"):
+    setattr(ndarray, _name, _view_method(_name))
 
 
 def _operator(name, ufunc):
@@ -441,7 +485,23 @@ def array(values, dtype=None, copy=True):
     return _made_of(np.array(values, dtype))
 
 
+def from_dlpack(values):
+    capsule = values.__dlpack__()
+    return _view(capsule.memory, capsule)
+
+
+def _over_interface(owner):
+    interface = owner.__cuda_array_interface__
+    shape, dtype = interface["shape"], np.dtype(interface["typestr"])
+    strides = interface["strides"] or np.empty(shape, dtype).strides
+    extent = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + dtype.itemsize
+    values = (ctypes.c_char * extent).from_address(interface["data"][0])
+    return over(np.ndarray.__new__(np.ndarray, shape, dtype, values, 0, strides))
+
+
 def asarray(values, dtype=None):
+    if hasattr(values, "__cuda_array_interface__") and not isinstance(values, ndarray):
+        return _over_interface(values)
     if isinstance(values, ndarray):
         return values if dtype is None else values.astype(dtype, copy=False)
     return _made_of(np.array(values, dtype))
@@ -489,34 +549,44 @@ def _device():
     return _here.device
 
 
+_streams = weakref.WeakSet()
+
+
 class Stream:
     ptr = 0
 
     def __init__(self, null=False, non_blocking=False):
-        self.queue, self.done, self.before = [], 0, []
+        self.queue, self.done, self.before, self.captured = deque(), 0, [], None
+        self.lock = threading.RLock()
+        _streams.add(self)
         if self is not globals().get("_null", self):
             self.ptr = id(self)
 
-    def is_capturing(self):
-        return False
+    @property
+    def enqueued(self):
+        return self.done + len(self.queue)
 
     def launch(self, work):
         """Enqueues a kernel: a function without arguments."""
-        if _State.arena is None:
-            work()
-        else:
-            self.queue.append(work)
+        if self.captured is not None:
+            self.captured.append(work)
+            return
+        self.queue.append(work)
+        if not _State.lazy:
+            self.synchronize()
 
     def run_to(self, position):
-        while self.done < position:
-            self.done += 1
-            with touching_memory():
-                self.queue[self.done - 1]()
-            self.queue[self.done - 1] = None
+        with self.lock:
+            while self.done < position:
+                work = self.queue.popleft()
+                self.done += 1
+                with touching_memory():
+                    work()
 
     def synchronize(self):
-        if self.queue:
-            self.run_to(len(self.queue))
+        if self.captured is not None:
+            raise RuntimeError("cudaErrorStreamCaptureUnsupported: a wait while capturing")
+        self.run_to(self.enqueued)
 
     def record(self, event=None):
         event = event or Event()
@@ -526,6 +596,16 @@ class Stream:
     def wait_event(self, event):
         self.launch(event.finish)
 
+    def begin_capture(self, mode=None):
+        self.captured = []
+
+    def end_capture(self):
+        captured, self.captured = self.captured, None
+        return _Graph(captured)
+
+    def is_capturing(self):
+        return self.captured is not None
+
     def __enter__(self):
         self.before.append(_here.stream)
         _here.stream = self
@@ -533,6 +613,15 @@ class Stream:
 
     def __exit__(self, *error):
         _here.stream = self.before.pop()
+
+
+class _Graph:
+    def __init__(self, captured):
+        self.captured = captured
+
+    def launch(self, stream=None):
+        for work in self.captured:
+            _stream(stream).launch(work)
 
 
 _null = Stream()
@@ -553,8 +642,12 @@ class Event:
 
     def record(self, stream=None):
         stream = _stream(stream)
-        self.point = stream, len(stream.queue)
+        self.point = stream, stream.enqueued
         self.at = time.perf_counter()
+
+    @property
+    def done(self):
+        return self.point is None or self.point[0].done >= self.point[1]
 
     def finish(self):
         if self.point is not None:
@@ -594,7 +687,8 @@ class Device:
         _here.device = self.id
 
     def synchronize(self):
-        get_current_stream().synchronize()
+        for stream in list(_streams):
+            stream.synchronize()
 
 
 # Pinned memory
@@ -641,7 +735,9 @@ class RawModule:
 
 class RawKernel:
     def __init__(self, code, name, options=(), **more):
-        self.kernel = _Kernel(_State.build(code, [name]).get_function(name), name)
+        spins = "clock64" in code  # as long as its stream is busy
+        function = (lambda *_: None) if spins else _State.build(code, [name]).get_function(name)
+        self.kernel = _Kernel(function, name)
 
     def __call__(self, grid, block, args, **options):
         self.kernel(grid, block, args)
