@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, wraps
 from itertools import combinations, product
 from types import SimpleNamespace
 from typing import Any
@@ -160,6 +160,31 @@ def there(x):
 def back(x):
     """The NumPy array in a stand-in's memory; of those in a tuple."""
     return type(x)(*map(back, x)) if isinstance(x, BackwardSums) else x.memory
+
+
+def _mapped(x, of, kind):
+    """x with what `of` makes of the arrays in it."""
+    if isinstance(x, Moments):
+        return Moments(x.count, of(x.mean), of(x.m2))
+    if isinstance(x, tuple):
+        values = [_mapped(value, of, kind) for value in x]
+        return type(x)(*values) if hasattr(x, "_fields") else tuple(values)
+    return of(x) if isinstance(x, kind) else x
+
+
+def numpy_through_cuda():
+    """The functions of the CUDA backend for NumPy arrays, in place."""
+
+    def wrapped(function):
+        @wraps(function)
+        def through(*args, **options):
+            args = _mapped(args, fake_cupy.over, np.ndarray)
+            options = {name: _mapped(x, fake_cupy.over, np.ndarray) for name, x in options.items()}
+            return _mapped(function(*args, **options), lambda x: x.memory, fake_cupy.ndarray)
+
+        return through
+
+    return SimpleNamespace(**{name: wrapped(getattr(cuda, name)) for name in cuda.__all__})
 
 
 def run(backend, case):

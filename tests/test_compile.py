@@ -21,7 +21,7 @@ from typing import NamedTuple
 import pytest
 from cuda_tools import need
 
-from cupybn.backends import source
+from cupybn.backends.cuda import source
 
 pytestmark = pytest.mark.timeout(900)
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")

@@ -12,8 +12,6 @@ import os
 import subprocess
 import sys
 import threading
-from functools import wraps
-from types import SimpleNamespace
 
 import fake_cupy
 import numpy as np
@@ -22,7 +20,7 @@ import reference
 from conftest import DTYPES, ROOT, TOLERANCE
 from cuda_tools import need
 from hostcuda.build import host_module, missing
-from kernel_cases import host_kernels
+from kernel_cases import host_kernels, numpy_through_cuda
 from rank_checks import CHECKS, Spy
 from test_layers import layer_for, layouts, normal
 
@@ -32,10 +30,8 @@ from cupybn.arrays import copy_to_host
 from cupybn.backends import cuda
 from cupybn.backends import numpy as numpy_backend
 from cupybn.backends.cuda import primitives
-from cupybn.statistics import Moments
 from cupybn.testing import check_gradients, run_ranks
 
-FUNCTIONS = [name for name in cuda.__all__ if name[0] != "_"]
 put = fake_cupy.asarray
 
 
@@ -46,31 +42,10 @@ def cupy():
         yield module
 
 
-def _mapped(x, of, kind):
-    """x with what `of` makes of the arrays in it."""
-    if isinstance(x, Moments):
-        return Moments(x.count, of(x.mean), of(x.m2))
-    if isinstance(x, tuple):
-        values = [_mapped(value, of, kind) for value in x]
-        return type(x)(*values) if hasattr(x, "_fields") else tuple(values)
-    return of(x) if isinstance(x, kind) else x
-
-
 @pytest.fixture
 def numpy_arrays_there(monkeypatch):
     """NumPy arrays go through the CUDA backend, in place."""
-
-    def wrapped(function):
-        @wraps(function)
-        def through(*args, **options):
-            args = _mapped(args, fake_cupy.over, np.ndarray)
-            options = {k: _mapped(v, fake_cupy.over, np.ndarray) for k, v in options.items()}
-            return _mapped(function(*args, **options), lambda x: x.memory, fake_cupy.ndarray)
-
-        return through
-
-    functions = {name: wrapped(getattr(cuda, name)) for name in FUNCTIONS}
-    monkeypatch.setattr(backends, "cpu_backend", lambda: SimpleNamespace(**functions))
+    monkeypatch.setattr(backends, "cpu_backend", numpy_through_cuda)
 
 
 def state(layer):
@@ -273,7 +248,7 @@ def test_a_kernel_that_does_not_compile_on_one_rank(monkeypatch, direction):
     run_ranks(2, rank)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", cuda.__all__)
 def test_the_backends_have_the_same_signatures(name):
     def shape(module):
         parameters = inspect.signature(getattr(module, name)).parameters.values()

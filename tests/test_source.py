@@ -13,7 +13,7 @@ from cuda_tools import need
 from hostcuda.build import host_module, missing
 from hostcuda.toolchain import CompileError
 
-from cupybn.backends import launch, source
+from cupybn.backends.cuda import plan, source
 
 KERNELS = ["batch_moments", "finalize_moments", "normalize", "backward_reduce", "backward_input"]
 
@@ -102,14 +102,15 @@ def test_kernels_are_compiled_once_by_any_number_of_threads(monkeypatch):
 
 def test_sources_are_found_in_an_installed_package(tmp_path):
     package = tmp_path / "cupybn"
-    (package / "backends").mkdir(parents=True)
-    for module in (source, launch):
-        shutil.copy(module.__file__, package / "backends")
-    for directory in (package, package / "backends"):
+    folder = package / "backends" / "cuda"
+    folder.mkdir(parents=True)
+    for module in (source, plan):
+        shutil.copy(module.__file__, folder)
+    for directory in (package, folder.parent, folder):
         (directory / "__init__.py").touch()
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
-        "from cupybn.backends import source; print(source.source_directory())"
+        "from cupybn.backends.cuda import source; print(source.source_directory())"
     )
     python = {"cwd": tmp_path, "env": {}, "capture_output": True, "text": True}
     failed = subprocess.run([sys.executable, "-c", code], **python)
