@@ -312,7 +312,6 @@ class ndarray:
 
     @property
     def __cuda_array_interface__(self):
-        get_current_stream().synchronize()
         return self.memory.__array_interface__ | {"version": 3, "stream": None}
 
     def __dlpack_device__(self):
