@@ -317,8 +317,8 @@ class ndarray:
     def __dlpack_device__(self):
         return 2, self.data.device_id
 
-    def __dlpack__(self, **options):
-        return self  # no capsule, but only from_dlpack below takes it
+    def __dlpack__(self, stream=None, max_version=None, dl_device=None, copy=None):
+        return self.memory.__dlpack__(max_version=max_version)
 
     def __reduce__(self):
         return asarray, (self._values(),)
@@ -484,9 +484,21 @@ def array(values, dtype=None, copy=True):
     return _made_of(np.array(values, dtype))
 
 
+class _OnHost:
+    """What NumPy takes over by DLPack."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __dlpack__(self, **options):
+        return self.values.__dlpack__(max_version=options.get("max_version"))
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+
 def from_dlpack(values):
-    capsule = values.__dlpack__()
-    return _view(capsule.memory, capsule)
+    return over(np.from_dlpack(_OnHost(values)))
 
 
 def _over_interface(owner):
