@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from itertools import repeat
 from operator import setitem
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
@@ -20,11 +20,27 @@ Array: TypeAlias = Any
 
 _CPU_DEVICES = (1, 3)  # DLPack's kDLCPU and kDLCUDAHost
 _GPU_DEVICES = (2, 10, 13)  # kDLCUDA, kDLROCM and kDLCUDAManaged: what CuPy takes
-_PARAMETER_DTYPES = {
-    "float16": "float32",
-    "bfloat16": "float32",
-    "float32": "float32",
-    "float64": "float64",
+
+
+class DataType(NamedTuple):
+    """A dtype that data may have.
+
+    Attributes:
+        arithmetic: the dtype of parameters, running statistics and the arithmetic.
+        cuda: its name in the kernels' sources.
+        bits: the integers as which it goes through libraries that do not know it; None: all do.
+    """
+
+    arithmetic: str
+    cuda: str
+    bits: str | None = None
+
+
+DATA_TYPES = {
+    "float16": DataType("float32", "float16", "int16"),
+    "bfloat16": DataType("float32", "bfloat16", "uint16"),
+    "float32": DataType("float32", "float"),
+    "float64": DataType("float64", "double"),
 }
 
 
@@ -87,12 +103,12 @@ def _of_tensor(x: Any, what: str, torch: Any) -> Array:
     if x.dtype != torch.bfloat16:
         return _of_memory(x, what)
     try:
-        from ml_dtypes import bfloat16
+        dtype = dtype_named("bfloat16")
     except ImportError as error:
         raise DTypeError(
             f"{what} is bfloat16, which needs ml_dtypes: pip install 'cupybn[bfloat16]'"
         ) from error
-    return _of_memory(x.view(torch.int16), what).view(bfloat16)  # NumPy knows no bfloat16
+    return _of_memory(x.view(torch.int16), what).view(dtype)  # NumPy knows no bfloat16
 
 
 def _of_memory(x: Any, what: str) -> Array:
@@ -215,23 +231,36 @@ def parameter_dtype(dtype: Any) -> np.dtype[Any]:
         DTypeError: any other dtype, integers and non-native byte orders included.
     """
     dtype = np.dtype(dtype)
-    name = _PARAMETER_DTYPES.get(dtype.name)
-    if name is not None and not dtype.isnative:
+    found = DATA_TYPES.get(dtype.name)
+    if found is not None and not dtype.isnative:
         raise DTypeError(
             f"unsupported dtype {dtype}, in the byte order of other machines: convert with "
             f".astype(np.{dtype.name})"
         )
-    if name is None:
+    if found is None:
         raise DTypeError(
             f"unsupported dtype {dtype}: batch norm takes float16, bfloat16, float32 and float64"
         )
+    return np.dtype(found.arithmetic)
+
+
+def dtype_named(name: str) -> np.dtype[Any]:
+    """The dtype of that name. bfloat16 is ``ml_dtypes``'s, which NumPy does not know by itself.
+
+    Raises:
+        ImportError: bfloat16, and ml_dtypes is not installed.
+    """
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name)
 
 
 def is_floating(dtype: Any) -> bool:
     """Whether dtype is a floating one, bfloat16 included (NumPy calls its kind "V")."""
     dtype = np.dtype(dtype)
-    return bool(dtype.kind == "f" or dtype.name == "bfloat16")
+    return bool(dtype.kind == "f" or dtype.name in DATA_TYPES)
 
 
 def copy_to_host(x: Array) -> np.ndarray[Any, Any]:

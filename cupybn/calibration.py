@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Array, as_array, assign, copy_to_host, move, on_device_of
+from .arrays import Array, as_array, assign, copy_to_host, dtype_named, move, on_device_of
 from .checks import check_writeable
+from .collective import CollectiveCall
 from .communicators import Communicator, resolve
-from .joint import joint
 from .layers import Layer, SyncBatchNorm
 from .layers.batchnorm import BatchNorm
 from .statistics import Moments, padded_length
@@ -64,7 +64,7 @@ def recalibrate(layer: Layer, batches: Iterable[Any], comm: Any = None) -> None:
     ]
     if not norms:
         return
-    with _observed(layer, [norm for _, norm in norms]) as observed:
+    with _observed(layer, [norm for _, norm in norms]):
         reach = max((norm.communicator().size for _, norm in norms), default=1)
         if reach > communicator.size:
             raise ValueError(
@@ -79,16 +79,16 @@ def recalibrate(layer: Layer, batches: Iterable[Any], comm: Any = None) -> None:
         if in_step:
             number = _run(layer, _in_step(batches, communicator, norms[0][1].device))
         # Without synchronised layers nothing is sent before this, and whatever fails is told here.
-        with joint(communicator, "recalibrate", length) as call:
+        with CollectiveCall(communicator, "recalibrate", length) as call:
             if not in_step:
                 number = _run(layer, _inputs(batches))
             for path, norm in norms:
                 for name in ("running_mean", "running_var", "num_batches_tracked"):
                     check_writeable(f"{path}.{name}" if path else name, norm.buffers[name])
-            call.agree(_outline(norms), messages=2)
-            local = [_on_host(observed[norm], norm) for _, norm in norms]
+            call.agree({"": _outline(norms)}, messages=2)
+            local = [_on_host(norm) for _, norm in norms]
             with _QUIET():
-                number, pooled = _pool(call, number, local)
+                number, pooled = _allreduce(call, number, local)
             if number == 0:
                 raise ValueError(
                     "there are no batches on any rank; an iterator that was used up before?"
@@ -139,27 +139,18 @@ def _outline(norms: list[tuple[str, BatchNorm]]) -> str:
 
 
 @contextmanager
-def _observed(layer: Layer, norms: list[BatchNorm]) -> Iterator[dict[BatchNorm, Moments]]:
-    """`norms` in training mode, all else in evaluation; what they are given is merged."""
+def _observed(layer: Layer, norms: list[BatchNorm]) -> Iterator[None]:
+    """`norms` in training mode, merging the moments of their batches; all else in evaluation."""
     modes = [(each, each.training) for _, each in layer.named_layers()]
-    observed = {norm: Moments(0, np.zeros(0), np.zeros(0)) for norm in norms}
-
-    def watch(norm: BatchNorm) -> None:
-        def observe(moments: Moments) -> None:
-            with _QUIET():
-                observed[norm] = observed[norm].merge(moments)
-
-        norm.observe = observe
-        norm.training = True
-
     try:
         layer.eval()
         for norm in norms:
-            watch(norm)
-        yield observed
+            norm.observed = Moments(0, np.zeros(0), np.zeros(0))
+            norm.training = True
+        yield
     finally:
         for norm in norms:
-            norm.__dict__.pop("observe", None)
+            norm.observed = None
         for each, mode in modes:
             each.training = mode
 
@@ -189,15 +180,14 @@ def _in_step(
     host = np.zeros(0)
     length = padded_length(max(comm.size + 1, _TEXT))
     while True:
-        with joint(comm, "a step of recalibrate", length) as call:
+        with CollectiveCall(comm, "a step of recalibrate", length) as call:
             x, own = next(inputs, (None, False))
             if own:
                 x = as_array(x)
                 like = x[:0]
             presence = call.payload(host, comm.size + 1)
-            assert presence is not None, "with one rank there are no steps to agree on"
             presence[comm.rank], presence[-1] = own, like is None
-            _, total = call.pool(0, comm.size + 1)
+            _, total = call.allreduce()
             having = np.flatnonzero(total[:-1])
             if having.size == 0:
                 return
@@ -205,8 +195,8 @@ def _in_step(
                 call.messages = 1
                 text = call.payload(host, _TEXT)
                 if comm.rank == having[0]:
-                    text[...] = _description(like)  # type: ignore[index]
-                _, text = call.pool(0, _TEXT)
+                    text[...] = _description(like)
+                _, text = call.allreduce()
                 like = _empty(text, device) if like is None else like
         yield (x, True) if own else (like, False)
 
@@ -219,35 +209,33 @@ def _description(x: Array) -> Array:
 
 def _empty(description: Array, device: str) -> Array:
     name, *shape = description.astype(np.uint8).tobytes().decode().split()
-    if name == "bfloat16":
-        import ml_dtypes
-
-        name = ml_dtypes.bfloat16
-    return move(np.empty([int(size) for size in shape], name), device)
+    return move(np.empty([int(size) for size in shape], dtype_named(name)), device)
 
 
-def _on_host(moments: Moments, norm: BatchNorm) -> Moments:
-    if moments.count == 0:
+def _on_host(norm: BatchNorm) -> Moments:
+    moments = norm.observed
+    if moments is None or moments.count == 0:
         return Moments(0, np.zeros(norm.num_features), np.zeros(norm.num_features))
     return Moments(moments.count, copy_to_host(moments.mean), copy_to_host(moments.m2))
 
 
-def _pool(call: joint, number: int, local: list[Moments]) -> tuple[int, list[Moments]]:
+def _allreduce(
+    call: CollectiveCall, number: int, local: list[Moments]
+) -> tuple[int, list[Moments]]:
     """Sums of `number` and merged moments, over the ranks: the means first, then m2 about them."""
+    if call.ranks == 1:
+        return number, local
     counts = np.array([float(m.count) for m in local])
     payload = call.payload(counts, counts.size + sum(m.mean.size for m in local))
-    if payload is None:
-        return number, local
     cuts = np.cumsum([counts.size, *(m.mean.size for m in local)])[:-1]
     payload[...] = np.concatenate([counts, *(m.count * m.mean for m in local)])
-    number, total = call.pool(number, payload.size)
+    number, total = call.allreduce(number)
     counts, *weighted = np.split(total.copy(), cuts)
     means = [w / max(n, 1.0) for w, n in zip(weighted, counts, strict=True)]
     payload = call.payload(counts, sum(m.mean.size for m in local))
-    payload[...] = np.concatenate(  # type: ignore[index]
+    payload[...] = np.concatenate(
         [m.m2 + m.count * (m.mean - mean) ** 2 for m, mean in zip(local, means, strict=True)]
     )
-    _, total = call.pool(0, total.size - counts.size)
-    m2s = np.split(total, cuts[1:] - cuts[0])
-    pooled = zip(map(int, counts), means, m2s, strict=True)
-    return number, [Moments(*moments) for moments in pooled]
+    m2s = np.split(call.allreduce()[1], cuts[1:] - cuts[0])
+    moments = zip(map(int, counts), means, m2s, strict=True)
+    return number, [Moments(*each) for each in moments]

@@ -14,18 +14,22 @@ An interrupt on one rank (Ctrl-C) leaves its NumPy arrays all as they were or al
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from .arrays import Array, assign, assign_all, copy_to_host, device_of, is_floating, on_device_of
 from .checks import check_writeable
+from .collective import CollectiveCall
 from .communicators import Communicator, MpiCommunicator, ThreadCommunicator, resolve
 from .errors import CollectiveMismatchError, DeviceError, DTypeError
-from .joint import joint
 from .launcher import local_rank
 from .layers import Layer
 from .statistics import padded_length
+
+Named: TypeAlias = "list[tuple[str, Array]]"
+"""Arrays with their paths, in an order that is the same on all ranks."""
 
 _HOST = np.zeros(0)
 _PIECES = 3  # of 20 bits each, of the hash of one array
@@ -52,9 +56,13 @@ def allreduce_gradients(layer: Layer, comm: Any = None, op: str = "mean") -> Non
         PeerError, CollectiveMismatchError: see above. The gradients are unchanged then.
     """
     _check_tree(layer)
+    allreduce_arrays(list(layer.named_gradients()), comm, op)
+
+
+def allreduce_arrays(named: Named, comm: Any = None, op: str = "mean") -> None:
+    """:func:`allreduce_gradients` for gradients by name."""
     communicator = resolve(comm)
-    grads = dict(layer.named_gradients())
-    arrays = [grad for grad in grads.values() if hasattr(grad, "dtype")]  # all, or it raises below
+    arrays = [grad for _, grad in named if hasattr(grad, "dtype")]  # all, or it raises below
     wide = any(array.dtype.itemsize > 4 for array in arrays)
     dtype = np.dtype(np.float64 if wide else np.float32)
     length = padded_length(sum(array.size for array in arrays))
@@ -62,17 +70,17 @@ def allreduce_gradients(layer: Layer, comm: Any = None, op: str = "mean") -> Non
     length += 0 if wide else 1
     beside = _common_device(arrays)
     with on_device_of(beside):
-        with joint(communicator, "allreduce_gradients", length, dtype) as call:
+        with CollectiveCall(communicator, "allreduce_gradients", length, dtype=dtype) as call:
             if op not in ("mean", "sum"):
                 raise ValueError(f"op must be 'mean' or 'sum', got {op!r}")
-            for name, grad in grads.items():
+            for name, grad in named:
                 check_writeable(f"the gradient of {name!r}", grad)
                 if not is_floating(grad.dtype):
                     raise DTypeError(f"the gradient of {name!r} is {grad.dtype}, not floating")
-            call.agree(f"op={op}, {_outline(layer, 'named_gradients')}")
+            call.agree({"op": op, "": outline(named)})
             if communicator.size == 1:
                 return
-            total = _pool(call, arrays, beside)
+            total = _allreduce(call, arrays, beside)
         if op == "mean":
             total /= communicator.size
         _scatter(total, arrays)
@@ -92,23 +100,28 @@ def broadcast_parameters(layer: Layer, comm: Any = None, root: int = 0) -> None:
         PeerError, CollectiveMismatchError: see above. Nothing is changed then.
     """
     _check_tree(layer)
+    broadcast_arrays(_state_arrays(layer), comm, root)
+
+
+def broadcast_arrays(named: Named, comm: Any = None, root: int = 0) -> None:
+    """:func:`broadcast_parameters` for arrays by name."""
     communicator = resolve(comm)
     with _comparison(communicator, "broadcast_parameters") as call:
         if not isinstance(root, int | np.integer) or not 0 <= root < communicator.size:
             raise ValueError(f"root must be a rank from 0 to {communicator.size - 1}, got {root!r}")
-        for name, array in _state_arrays(layer):
+        for name, array in named:
             check_writeable(name, array)
-        _compare(call, f"root={root}, {_outline(layer, 'named_parameters', 'named_buffers')}")
+        _compare(call, {"root": root, "": outline(named)})
     if communicator.size == 1:
         return
-    arrays = [array for _, array in _state_arrays(layer)]
+    arrays = [array for _, array in named]
     words = sum(-(-array.nbytes // 4) for array in arrays)
-    with joint(communicator, "broadcast_parameters", padded_length(words)) as call:
+    with CollectiveCall(communicator, "broadcast_parameters", padded_length(words)) as call:
         # A sum of one rank's bits and the others' zeros, as integers: exact for every dtype.
         bits = [np.zeros(words)]
         if communicator.rank == root:
             bits = [_words(array) for array in arrays]
-        bits = _pool(call, bits)
+        bits = _allreduce(call, bits)
     bits = bits.astype(np.uint32)  # all at once: what might not fit in memory, before any writing
     values, begin = [], 0
     for array in arrays:
@@ -133,16 +146,20 @@ def verify_sync(layer: Layer, comm: Any = None) -> None:
         TypeError: `layer` is no Layer.
     """
     _check_tree(layer)
+    verify_arrays(_state_arrays(layer), comm)
+
+
+def verify_arrays(named: Named, comm: Any = None) -> None:
+    """:func:`verify_sync` for arrays by name."""
     communicator = resolve(comm)
-    named = _state_arrays(layer)
     with _comparison(communicator, "verify_sync") as call:
-        _compare(call, _outline(layer, "named_parameters", "named_buffers"))
+        _compare(call, {"": outline(named)})
     if communicator.size == 1:
         return
     length = padded_length(2 * _PIECES * len(named))
-    with joint(communicator, "verify_sync", length) as call:
+    with CollectiveCall(communicator, "verify_sync", length) as call:
         pieces = np.array([_hash_pieces(array) for _, array in named], np.float64).reshape(-1)
-        sums = _pool(call, [pieces, pieces * pieces])
+        sums = _allreduce(call, [pieces, pieces * pieces])
     total, squares = np.split(sums, 2)
     mean = total / communicator.size  # the same integer on all ranks: see statistics.read_header
     differs = (mean % 1 != 0) | (communicator.size * mean * mean != squares)
@@ -179,7 +196,7 @@ def split_comm(comm: Any, group_size: int) -> Any:
     with _comparison(communicator, "split_comm") as call:
         if not isinstance(group_size, int | np.integer) or group_size < 1:
             raise ValueError(f"group_size must be an integer of at least 1, got {group_size!r}")
-        _compare(call, f"group_size={int(group_size)}")
+        _compare(call, {"group_size": int(group_size)})
     return communicator.split(communicator.rank // int(group_size))
 
 
@@ -205,22 +222,24 @@ def local_device() -> str:
 
 
 def _check_tree(layer: Any) -> None:
-    if not hasattr(layer, "named_gradients"):  # interop.torch has what looks like a Layer
+    if not isinstance(layer, Layer):
         raise TypeError(
             f"expected a Layer, got {type(layer).__name__}; for PyTorch modules there are "
             "functions of the same names in cupybn.interop.torch"
         )
 
 
-def _comparison(communicator: Communicator, what: str) -> joint:
-    """A joint call whose message has the same length whatever the ranks come with."""
-    return joint(communicator, what, padded_length(0))
+def _comparison(communicator: Communicator, what: str) -> CollectiveCall:
+    """A call whose message has the same length whatever the ranks come with."""
+    return CollectiveCall(communicator, what, padded_length(0))
 
 
-def _compare(call: joint, settings: str) -> None:
+def _compare(call: CollectiveCall, settings: dict[str, object]) -> None:
     """Raises CollectiveMismatchError on every rank unless all have the same settings."""
     call.agree(settings)
-    _pool(call, [])
+    if call.ranks > 1:
+        call.payload(_HOST, 0)
+        call.allreduce()
 
 
 def _common_device(arrays: list[Array]) -> Array:
@@ -230,27 +249,23 @@ def _common_device(arrays: list[Array]) -> Array:
     return _HOST
 
 
-def _pool(call: joint, parts: list[Array], beside: Array = _HOST) -> Array:
+def _allreduce(call: CollectiveCall, parts: list[Array], beside: Array = _HOST) -> Array:
     """The sums over the ranks of the parts, end to end in one message in the memory of `beside`."""
-    size = sum(part.size for part in parts)
-    payload = call.payload(beside, size)
-    if payload is None:  # one rank
-        return None
-    begin = 0
+    payload, begin = call.payload(beside, sum(part.size for part in parts)), 0
     for part in parts:
         end = begin + part.size
         assign(payload[begin:end], part.reshape(-1))
         begin = end
-    return call.pool(0, size)[1]
+    return call.allreduce()[1]
 
 
-def _state_arrays(layer: Layer) -> list[tuple[str, Array]]:
+def _state_arrays(layer: Layer) -> Named:
     return [*layer.named_parameters(), *layer.named_buffers()]
 
 
-def _outline(layer: Layer, *kinds: str) -> str:
+def outline(named: Iterable[tuple[str, Array]]) -> str:
     """A short text that is the same for the same names, shapes and dtypes in the same order."""
-    arrays = [item for kind in kinds for item in getattr(layer, kind)()]
+    arrays = list(named)
     text = "; ".join(f"{name} {array.shape} {array.dtype}" for name, array in arrays)
     digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     values = sum(array.size for _, array in arrays)

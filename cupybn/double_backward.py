@@ -23,15 +23,15 @@ Array expressions, for NumPy and CuPy alike; no kernel of its own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from .arrays import Array, as_array, is_cupy, parameter_dtype
+from .arrays import Array, as_array, is_cupy, on_device_of, parameter_dtype
 from .backends import backend_for
 from .checks import check_like, check_parameter
-from .joint import Steps, joint
-from .passes import Saved
+from .collective import CollectiveCall, fingerprint
+from .forward_backward import Saved, call_name
 from .statistics import padded_length
 
 SUMS = 7
@@ -74,54 +74,45 @@ class _Data(NamedTuple):
     ddresidual3: Array | None
 
 
-def double_backward_call(saved: Saved) -> joint:
-    """The joint call of one double backward."""
-    name = repr(saved.name) if saved.name else "a batch norm"
-    size = SUMS * saved.layout.channels
-    return joint(saved.comm, f"double backward of {name}", padded_length(size), room=size)
+def double_backward_call(saved: Saved) -> CollectiveCall:
+    """The collective call of one double backward."""
+    bound = saved.bound
+    what = call_name("double backward", bound.name)
+    text = fingerprint(what, bound.settings)
+    return CollectiveCall(bound.comm, what, padded_length(SUMS * bound.channels), text)
 
 
-def double_backward_steps(
-    call: joint,
+def double_backward(
+    call: CollectiveCall,
     ddx: Array | None,
     ddweight: Array | None,
     ddbias: Array | None,
     saved: Saved,
     dy: Array,
     ddresidual: Array | None = None,
-) -> Steps[DoubleGrads]:
-    """:func:`batch_norm_double_backward` inside a joint call, on the device of x."""
-    x3 = saved.x3
-    data = _prepare(saved, ddx, dy, ddresidual)
-    per_channel = (
-        _checked("ddweight", ddweight, saved.weight, saved),
-        _checked("ddbias", ddbias, saved.bias, saved),
-    )
-    ddy3, dx3 = np.empty_like(x3), np.empty_like(x3)
-    call.agree(saved.settings)
-    size = SUMS * saved.layout.channels
-    payload = call.payload(x3, size)
-    local = total = _reduce(data, saved, per_channel[0])
-    if payload is not None:
-        payload[...] = np.concatenate(local)
-        _, pooled = yield 0, size
-        total = _Sums(*np.split(pooled, SUMS))
-    dweight = _write(data, saved, *per_channel, local, total, ddy3, dx3)
-    if saved.weight is not None:
-        dweight = dweight.astype(saved.weight.dtype)
-    layout = saved.layout
-    return DoubleGrads(
-        layout.restore(ddy3), layout.restore(dx3), None if saved.weight is None else dweight
-    )
-
-
-def double_backward_pass(call: joint, *args: Any) -> DoubleGrads:
-    """What :func:`double_backward_steps` gives."""
-    return call.drive(double_backward_steps(call, *args))
+) -> DoubleGrads:
+    """:func:`batch_norm_double_backward` inside a collective call."""
+    x3, layout = saved.x3, saved.bound.layout
+    with on_device_of(x3):
+        data = _prepare(saved, ddx, dy, ddresidual)
+        per_channel = (
+            _checked("ddweight", ddweight, saved.weight, saved),
+            _checked("ddbias", ddbias, saved.bias, saved),
+        )
+        ddy3, dx3 = np.empty_like(x3), np.empty_like(x3)
+        local = total = _reduce(data, saved, per_channel[0])
+        if call.ranks > 1:
+            payload = call.payload(x3, SUMS * layout.channels)
+            payload[...] = np.concatenate(local)
+            _, pooled = call.allreduce()
+            total = _Sums(*np.split(pooled, SUMS))
+        dweight = _write(data, saved, *per_channel, local, total, ddy3, dx3)
+        dweight = None if saved.weight is None else dweight.astype(saved.weight.dtype)
+        return DoubleGrads(layout.restore(ddy3), layout.restore(dx3), dweight)
 
 
 def _prepare(saved: Saved, ddx: Array | None, dy: Array, ddresidual: Array | None) -> _Data:
-    x3, layout = saved.x3, saved.layout
+    x3, layout = saved.x3, saved.bound.layout
     views: list[Array | None] = []
     for what, array in (("ddx", ddx), ("dy", dy), ("ddresidual", ddresidual)):
         if array is None and what != "dy":
@@ -130,13 +121,14 @@ def _prepare(saved: Saved, ddx: Array | None, dy: Array, ddresidual: Array | Non
         array = as_array(array, what)
         check_like(what, array, x3, layout)
         views.append(layout.view(array))
-    if ddresidual is not None and not saved.has_residual:
+    if ddresidual is not None and not saved.bound.options.residual:
         raise ValueError("ddresidual was given, but the forward had no residual")
     kept3 = None
-    if saved.activation is not None:
+    if saved.bound.relu:
         # From the backend's own backward, so that both agree at every last value.
         ones, kept = np.ones_like(x3), np.empty_like(x3)
-        backend_for(x3).backward_input(ones, x3, saved.transform, **saved.options, dresidual3=kept)
+        options = {"relu": True, "mask": saved.mask, "dresidual3": kept}
+        backend_for(x3).backward_input(ones, x3, saved.transform, **options)
         kept3 = kept != 0
     return _Data(views[0], views[1], kept3, views[2])
 
@@ -148,7 +140,7 @@ def _checked(what: str, array: Array | None, parameter: Array | None, saved: Sav
     if parameter is None:
         raise ValueError(f"{what} was given, but the forward had no {what[2:]}")
     array = as_array(array, what)
-    check_parameter(what, array, saved.x3, saved.layout)
+    check_parameter(what, array, saved.x3, saved.bound.layout)
     return array.astype(np.float64)
 
 
@@ -183,7 +175,7 @@ def _split_mean(saved: Saved) -> tuple[Array, Array]:
 def _reduce(data: _Data, saved: Saved, ddweight: Array | None) -> _Sums:
     """The sums over this rank's values."""
     high, low = _split_mean(saved)
-    totals = np.zeros_like(saved.mean, shape=(5, saved.layout.channels))
+    totals = np.zeros_like(saved.mean, shape=(5, saved.bound.channels))
     with np.errstate(all="ignore"):
         for part in _blocks(saved.x3):
             v, g, d = _values(data, saved.x3, high, part)
@@ -215,7 +207,7 @@ def _write(
     none = np.zeros_like(s)
     with np.errstate(all="ignore"):
         v, vd, vg, g, gd, ag, agd = (
-            none if saved.constant else sums / max(saved.count, 1) for sums in total
+            none if saved.bound.options.given else sums / max(saved.count, 1) for sums in total
         )
         cube = w * s**3
         # Each result is a linear form of v, g, d = (x - high) - low and 1.

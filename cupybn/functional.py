@@ -11,7 +11,7 @@ Backward, with the sums over all n values a channel has on all ranks::
     dweight = sum(dy * (x - mean)) * invstd,  dbias = sum(dy)        (over this rank's values)
 
 Data are float16, bfloat16, float32 (with float32 weight and bias) or float64 (with float64 ones),
-of any rank from 2, with the channels on axis 1 or -1: NumPy or CuPy arrays, or other libraries'
+of any number of dimensions from 2, with the channels on axis 1 or -1: NumPy or CuPy arrays, or other libraries'
 that can be seen as such without a copy (PyTorch, JAX, Numba, memoryviews). What comes back is NumPy
 or CuPy. ``comm=None`` is this process alone. With a communicator every rank calls the same
 functions in the same order, ranks without samples too.
@@ -26,30 +26,27 @@ nothing is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
-from functools import wraps
-from inspect import signature
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays import Array, as_array, as_written, is_floating, on_device_of
-from .backends import backend_for
+from .arrays import Array, as_array, as_written, is_floating
+from .backends import backend_for, by_type
 from .checks import check_momentum
-from .coalesce import coalesce
+from .collective import CollectiveCall
 from .communicators import resolve
-from .double_backward import DoubleGrads, double_backward_call, double_backward_steps
+from .double_backward import DoubleGrads, double_backward, double_backward_call
 from .errors import CupyBNError, DTypeError, ShapeError
-from .joint import Started, Steps, on_its_device
-from .passes import (
+from .forward_backward import (
     ALONE,
+    Bindings,
+    Options,
+    Running,
     Saved,
-    backward_steps,
+    bind,
+    call_name,
     check_saved,
-    forward_steps,
-    inference_pass,
-    joint_pass,
 )
 from .primitives import (
     backward_input,
@@ -59,7 +56,7 @@ from .primitives import (
     normalize,
     recentre_moments,
 )
-from .statistics import BackwardSums, Moments
+from .statistics import BackwardSums, Moments, message_length
 
 __all__ = [
     "BackwardSums",
@@ -74,28 +71,13 @@ __all__ = [
     "batch_norm_double_backward",
     "batch_norm_forward",
     "batch_norm_inference",
-    "coalesce",
     "finalize_moments",
     "normalize",
     "recentre_moments",
     "update_running",
 ]
 
-_Parameters = ParamSpec("_Parameters")
-_Result = TypeVar("_Result")
-
-
-def _collective(start: Callable[_Parameters, Started[_Result]]) -> Callable[_Parameters, _Result]:
-    """The call that `start` starts, by itself; :func:`coalesce` finds `start` to run several."""
-
-    @wraps(start)
-    def call(*args: _Parameters.args, **options: _Parameters.kwargs) -> _Result:
-        return start(*args, **options).run()
-
-    returns = start.__annotations__["return"].removeprefix("Started[").removesuffix("]")
-    call.__signature__ = signature(start).replace(return_annotation=returns)  # type: ignore[attr-defined]
-    call.start = start  # type: ignore[attr-defined]
-    return call
+_bindings = Bindings(256)
 
 
 def _array_if_possible(argument: Any) -> Any:
@@ -120,7 +102,6 @@ class Grads(NamedTuple):
     dresidual: Array | None
 
 
-@_collective
 def batch_norm_forward(
     x: Array,
     weight: Array | None = None,
@@ -133,7 +114,7 @@ def batch_norm_forward(
     activation: str | None = None,
     residual: Array | None = None,
     out: Array | None = None,
-) -> Started[tuple[Array, Saved]]:
+) -> tuple[Array, Saved]:
     """Normalises x with the statistics of the batch of all ranks of `comm`.
 
     Args:
@@ -159,26 +140,42 @@ def batch_norm_forward(
         PeerError: another rank raised one of these.
         CollectiveMismatchError: the ranks called different layers, or with different settings.
     """
-    options: dict[str, Any] = {
-        "channel_axis": channel_axis,
-        "activation": activation,
-        "residual": residual,
-        "out": out,
-    }
+    options = (eps, activation, channel_axis, weight is None, bias is None, residual is None, name)
+    key, found = _signature(x, comm, options), None
+    if key is not None:
+        found = _bindings.get(key)
+    arrays = {"residual": residual, "out": out}
+    if found is not None and found[0] is comm:
+        bound = found[1]
+        with CollectiveCall(bound.comm, *bound.forward_call) as call:
+            return bound.forward(call, x, {"weight": weight, "bias": bias}, **arrays)
+    communicator = ALONE if comm is None else resolve(comm)
     x, weight = _array_if_possible(x), _array_if_possible(weight)
-    channels = _channels(x, weight, channel_axis)
-    call = joint_pass(ALONE if comm is None else resolve(comm), "forward", name, channels)
+    length = message_length(_channels(x, weight, channel_axis))
+    with CollectiveCall(communicator, call_name("forward", name), length) as call:
+        x = as_array(x)
+        affine = weight is not None, bias is not None
+        wanted = Options(eps, activation, affine, residual is not None)
+        bound = bind(x, channel_axis, wanted, communicator, name or "")
+        if key is not None:
+            _bindings.keep(key, (comm, bound))
+        *_, call.fingerprint, call.messages = bound.forward_call
+        return bound.forward(call, x, {"weight": weight, "bias": bias}, **arrays)
 
-    def steps() -> Steps[tuple[Array, Saved]]:
-        array = as_array(x)
-        steps = forward_steps(call, array, weight, bias, eps, name=name or "", **options)
-        return (yield from on_its_device(array, steps))
 
-    return Started(call, steps())
+def _signature(x: Any, comm: Any, options: tuple[Any, ...]) -> Any:
+    """What a binding is kept under; None for an x that is another library's."""
+    if type(x) not in by_type:
+        return None
+    device = None if type(x) is np.ndarray else x.data.device_id
+    key = (type(x), x.shape, x.strides, x.dtype, device, id(comm), *options)
+    with suppress(TypeError):  # an option that cannot be hashed is none at all: bind says so
+        hash(key)
+        return key
+    return None
 
 
-@_collective
-def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) -> Started[Grads]:
+def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) -> Grads:
     """Gradients of a forward, over the ranks of its communicator.
 
     Args:
@@ -194,21 +191,16 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
         Otherwise as :func:`batch_norm_forward`.
     """
     check_saved(saved)
-    c = saved.layout.channels
-    call = joint_pass(saved.comm, "backward", saved.name, c)
-
-    def steps() -> Steps[Grads]:
+    bound = saved.bound
+    with CollectiveCall(bound.comm, *bound.backward_call) as call:
         dweight, dbias = (
-            None if p is None else np.zeros_like(p, shape=(c,)) for p in (saved.weight, saved.bias)
+            None if p is None else np.zeros_like(p, shape=bound.per_channel)
+            for p in (saved.weight, saved.bias)
         )
-        options = {"out": out, "dweight": dweight, "dbias": dbias}
-        dx, dresidual = yield from backward_steps(call, dy, saved, **options)
+        dx, dresidual = bound.backward(call, dy, saved, out=out, dweight=dweight, dbias=dbias)
         return Grads(dx, dweight, dbias, dresidual)
 
-    return Started(call, on_its_device(saved.x3, steps()))
 
-
-@_collective
 def batch_norm_double_backward(
     ddx: Array | None,
     ddweight: Array | None,
@@ -217,7 +209,7 @@ def batch_norm_double_backward(
     dy: Array,
     *,
     ddresidual: Array | None = None,
-) -> Started[DoubleGrads]:
+) -> DoubleGrads:
     """Gradients of :func:`batch_norm_backward`, over the ranks of its communicator.
 
     They are those of ``sum(ddx * dx) + sum(ddweight * dweight) + sum(ddbias * dbias)``, summed over
@@ -242,9 +234,8 @@ def batch_norm_double_backward(
         Otherwise as :func:`batch_norm_forward`.
     """
     check_saved(saved)
-    call = double_backward_call(saved)
-    steps = double_backward_steps(call, ddx, ddweight, ddbias, saved, dy, ddresidual)
-    return Started(call, on_its_device(saved.x3, steps))
+    with double_backward_call(saved) as call:
+        return double_backward(call, ddx, ddweight, ddbias, saved, dy, ddresidual)
 
 
 def batch_norm_inference(
@@ -264,15 +255,20 @@ def batch_norm_inference(
 
     `out` may be x or `residual`. Otherwise as :func:`batch_norm_forward`.
     """
-    options: dict[str, Any] = {
-        "channel_axis": channel_axis,
-        "activation": activation,
-        "residual": residual,
-        "out": out,
-    }
-    x = as_array(x)
-    with on_device_of(x):
-        y, _ = inference_pass(x, mean, var, weight, bias, eps, save=False, **options)
+    options = (eps, activation, channel_axis, weight is None, bias is None, residual is None)
+    key, bound = _signature(x, None, options), None
+    if key is not None:
+        bound = _bindings.get(key)
+    if bound is None:
+        x = as_array(x)
+        affine = weight is not None, bias is not None
+        wanted = Options(eps, activation, affine, residual is not None, save=False, given=True)
+        bound = bind(x, channel_axis, wanted, ALONE, "")
+        if key is not None:
+            _bindings.keep(key, bound)
+    given = Running(as_array(mean, "mean"), as_array(var, "var"), np.zeros((), np.int64))
+    params = {"weight": weight, "bias": bias}
+    y, _ = bound.forward(None, x, params, residual=residual, out=out, running=given)
     return y
 
 

@@ -45,28 +45,44 @@ class Layout:
         return n, self.channels, prod(spatial)
 
     @cached_property
-    def _axis_in_memory(self) -> int:
-        return len(self.shape) - 1 if self.columns else 1
+    def to_memory(self) -> tuple[int, ...] | None:
+        """The order of the axes in memory; None where it is that of the shape."""
+        axes = list(range(len(self.shape)))
+        axis_in_memory = axes[-1] if self.columns else 1
+        if self.channel_axis == axis_in_memory:
+            return None
+        axes.insert(axis_in_memory, axes.pop(self.channel_axis))
+        return tuple(axes)
+
+    @cached_property
+    def strides(self) -> tuple[int, ...]:
+        """Elements from one index of each axis to the next, in new memory of this layout."""
+        strides, step = [0] * len(self.shape), 1
+        for axis in reversed(self.to_memory or range(len(self.shape))):
+            strides[axis] = step
+            step *= max(self.shape[axis], 1)
+        return tuple(strides)
+
+    @cached_property
+    def _back(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shape in memory, and the axes that lead from there to `shape`."""
+        order = self.to_memory or ()
+        axes = sorted(range(len(order)), key=order.__getitem__)
+        return tuple(self.shape[axis] for axis in order), tuple(axes)
 
     def view(self, x: Array) -> Array:
         """x as (N, C, L): a view where its memory allows, else one copy."""
-        in_order = x
-        if self.channel_axis != self._axis_in_memory:
-            in_order = np.moveaxis(x, self.channel_axis, self._axis_in_memory)
+        in_order = x if self.to_memory is None else x.transpose(self.to_memory)
         if not in_order.flags.c_contiguous:
             in_order = in_order.copy(order="C")
         return in_order.reshape(self.shape3)
 
     def restore(self, x3: Array) -> Array:
         """The (N, C, L) array as an array of `shape`: always a view."""
-        if self.channel_axis == self._axis_in_memory:
+        if self.to_memory is None:
             return x3.reshape(self.shape)
-        n, *spatial = self._others
-        if self.columns:
-            memory = x3.reshape((n, *spatial, self.channels))
-            return np.moveaxis(memory, -1, self.channel_axis)
-        memory = x3.reshape((n, self.channels, *spatial))
-        return np.moveaxis(memory, 1, self.channel_axis)
+        shape, axes = self._back
+        return x3.reshape(shape).transpose(axes)
 
 
 def layout_of(x: Array, channel_axis: int) -> Layout:

@@ -9,12 +9,14 @@ A message is ``[16 header words | payload]``. The payload's length is a power of
 numbers, so that forward and backward, and layers of neighbouring sizes, meet in one collective and
 are told apart by the header instead of ending the job. The header is not part of that power of two:
 most layers have a power of two of channels, and their messages would be twice as long.
+
+Header words: ranks that failed; the sum of (rank + 1) over them; the count; then pairs f and f * f
+for each piece of the fingerprint's hash.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -23,12 +25,11 @@ import numpy as np
 from .arrays import Array
 
 HEADER = 16
+FAILED, _FAILED_RANKS, COUNT, FINGERPRINT = 0, 1, 2, 3
 _MIN_PAYLOAD = 256
-_FAILED, _FAILED_RANKS, COUNT, _FINGERPRINT = 0, 1, 2, 3
 
 
-@dataclass(frozen=True)
-class Moments:
+class Moments(NamedTuple):
     """Statistics of `count` values per channel.
 
     Attributes:
@@ -106,69 +107,43 @@ def padded_length(payload: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _fingerprint_words(dtype: Any, text: str) -> np.ndarray[Any, Any]:
+def header_words(dtype: Any, fingerprint: str) -> np.ndarray[Any, Any]:
+    """The 16 words before the payload of a rank that did not fail, with a count of 0. Read-only."""
     # The pairs (f, f * f) are summed over ranks and must stay exact: 20 bits leave room for 4096
     # ranks in float64, 6 bits in float32.
     words = np.zeros(HEADER, dtype)
     bits = 6 if words.dtype == np.float32 else 20
-    number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "big")
-    for i in range(_FINGERPRINT, HEADER - 1, 2):
+    number = int.from_bytes(hashlib.blake2b(fingerprint.encode(), digest_size=16).digest(), "big")
+    for i in range(FINGERPRINT, HEADER - 1, 2):
         piece = number & ((1 << bits) - 1)
         words[i : i + 2] = piece, piece * piece
         number >>= bits
+    words.flags.writeable = False
     return words
 
 
-def header(dtype: Any, fingerprint: str, count: int) -> np.ndarray[Any, Any]:
-    """The 16 words before the payload of a rank that did not fail."""
-    words: np.ndarray[Any, Any] = _fingerprint_words(dtype, fingerprint).copy()
-    words[COUNT] = count
-    return words
-
-
-def poison(dtype: Any, rank: int) -> np.ndarray[Any, Any]:
+def failure_header(dtype: Any, rank: int) -> np.ndarray[Any, Any]:
     """The 16 words of a rank that failed: it joins the collective and tells the others."""
     words = np.zeros(HEADER, dtype)
-    words[_FAILED] = 1
+    words[FAILED] = 1
     words[_FAILED_RANKS] = rank + 1
     return words
 
 
-@dataclass(slots=True)  # not frozen: that takes a microsecond of every message
-class Header:
-    """The summed header of a message.
+@lru_cache(maxsize=4096)
+def words_of_all(dtype: Any, fingerprint: str, ranks: int) -> bytes:
+    """The bytes of a summed header from the fingerprint on, if all ranks sent this one.
 
-    Attributes:
-        failed: how many ranks sent poison.
-        failed_rank: which one, where it was one; else None.
-        count: the sum of the ranks' counts.
-        agree: whether all ranks sent the same fingerprint.
+    No other ranks' fingerprints add up to it. If the sums of f_r and of f_r**2 over n ranks are
+    n f and n f**2, the f_r have a variance of 0 (the equality case of the Cauchy-Schwarz
+    inequality), so each is f. All numbers are integers that their dtype holds exactly.
     """
-
-    failed: int
-    failed_rank: int | None
-    count: int
-    agree: bool
+    return (header_words(dtype, fingerprint) * ranks)[FINGERPRINT:].tobytes()
 
 
-def read_header(summed: np.ndarray[Any, Any], ranks: int) -> Header:
-    """What the sum of all ranks' headers says, exactly.
-
-    All fingerprints f are equal exactly when ``ranks * sum(f**2) == sum(f)**2`` (the equality case
-    of the Cauchy-Schwarz inequality), for each piece. Then ``sum(f) / ranks`` is f, an integer of
-    20 bits, and everything below is exact in float64. Otherwise it is either no integer, or one
-    whose ``ranks * f**2`` is exact, and too small.
-    """
-    words = summed.tolist()
-    failed = int(words[_FAILED])
-    agree = True
-    pieces, squares = words[_FINGERPRINT : HEADER - 1 : 2], words[_FINGERPRINT + 1 : HEADER : 2]
-    for piece, square in zip(pieces, squares, strict=True):
-        mean = piece / ranks  # on the way of every message, hence no integers
-        if mean * mean * ranks != square or mean % 1:
-            agree = False
-    failed_rank = int(words[_FAILED_RANKS]) - 1 if failed == 1 else None
-    return Header(failed, failed_rank, int(words[COUNT]), agree)
+def failed_ranks(summed: np.ndarray[Any, Any]) -> tuple[int, int]:
+    """How many ranks failed, and which one if it was one."""
+    return int(summed[FAILED]), int(summed[_FAILED_RANKS]) - 1
 
 
 def pack_texts(text: str, rank: int, ranks: int, width: int = 256) -> Any:

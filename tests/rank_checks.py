@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from functools import partial
 
 import numpy as np
 import reference
@@ -399,57 +398,6 @@ def check_sums_at_any_length(comm):
         total = comm.allreduce(np.array([np.inf if comm.rank else -np.inf, 1e308]), "a sum")
     assert np.isnan(total[0]) == (comm.size > 1)
     assert np.isinf(total[1]) == (comm.size > 1)
-
-
-def check_coalesce(comm):
-    """Three branches in one message have the bits of one after the other."""
-    for dtypes in (("float32",) * 3, ("float64",) * 3, ("float16", "float64", "float32")):
-        for channels in ((4, 64, 130), (2048, 64, 2048)):
-            spies = Spy(comm), Spy(comm)
-            apart, xs, dys = branches(spies[0], dtypes, channels, activation="relu")
-            joined, _, _ = branches(spies[1], dtypes, channels, activation="relu")
-            ys = [layer.forward(x) for layer, x in zip(apart, xs, strict=True)]
-            dxs = [layer.backward(dy) for layer, dy in zip(apart, dys, strict=True)]
-            forward = [partial(m.forward, x) for m, x in zip(joined, xs, strict=True)]
-            backward = [partial(m.backward, dy) for m, dy in zip(joined, dys, strict=True)]
-            mine = F.coalesce(forward) + F.coalesce(backward)
-            messages = 3 if "float64" in dtypes else 2
-            assert len(spies[1].sent) == (messages if comm.size > 1 else 0), spies[1].sent
-            for array, expected in zip(mine, ys + dxs, strict=True):
-                assert array.tobytes() == expected.tobytes()
-            for layer, other in zip(joined, apart, strict=True):
-                assert layer.saved is None
-                assert bits(layer) == bits(other)
-            distributed.verify_sync(Sequential(*joined), comm)
-
-
-def check_coalesced_failure(comm):
-    """One rank fails in one branch: it says why, the others name it, nothing has changed."""
-    for dtypes in (("float32",) * 3, ("float64", "float32", "float64")):
-        for direction in ("forward", "backward"):
-            layers, xs, dys = branches(comm, dtypes)
-            if direction == "backward":
-                F.coalesce([partial(m.forward, x) for m, x in zip(layers, xs, strict=True)])
-            before = [bits(layer) for layer in layers]
-            last = comm.rank == comm.size - 1
-            given = xs if direction == "forward" else dys
-            bad = [given[0], given[1][:, 1:] if last else given[1], given[2]]
-            for arrays, expected in ((bad, True), (given, False)):
-                calls = [partial(getattr(m, direction), a)
-                         for m, a in zip(layers, arrays, strict=True)]  # fmt: skip
-                try:
-                    F.coalesce(calls)
-                except cupybn.ShapeError:
-                    assert last
-                    assert expected
-                except cupybn.PeerError as error:
-                    text = f"rank {comm.size - 1} failed in {direction} of 'b', and raised"
-                    assert text in str(error), error
-                    assert not last
-                    assert expected
-                else:
-                    assert not expected
-                assert ([bits(layer) for layer in layers] == before) == expected
 
 
 def calibration_batches(comm):

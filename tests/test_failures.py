@@ -34,7 +34,7 @@ OWN_ERROR = {
         "ShapeError", "running_var has shape (1,), expected (4,)"
     ),
     "forward, a read-only counter": ("ValueError", "num_batches_tracked is read-only"),
-    "forward, no memory for the output": ("MemoryError", "no room"),
+    "forward, no memory for the sums": ("MemoryError", "no room"),
     "forward, no memory for the message": ("MemoryError", "no room"),
     "forward, no compiler": ("RuntimeError", "the kernel does not compile"),
     "backward, dy of another shape": ("ShapeError", "dy has shape (1, 4, 3, 3)"),
@@ -48,7 +48,7 @@ OWN_ERROR = {
     "backward, a gradient that is a list": ("DTypeError", "the gradient of bias must be a NumPy"),
     "backward without a forward": ("RuntimeError", "first: backward without a saved forward"),
     "backward with the context of another layer": ("TypeError", "first: saved must be a context"),
-    "backward, no memory for the output": ("MemoryError", "no room"),
+    "backward, no memory for the sums": ("MemoryError", "no room"),
     "backward, no memory for the message": ("MemoryError", "no room"),
     "backward, no compiler": ("RuntimeError", "the kernel does not compile"),
 }  # fmt: skip

@@ -684,7 +684,7 @@ def test_relu_lets_no_gradient_through_at_zero():
         assert not layer.grads["bias"].any()
 
 
-@pytest.mark.parametrize("where", ["normalize", "packbits", "finish"])
+@pytest.mark.parametrize("where", ["normalize", "packbits", "counter"])
 def test_memory_that_runs_out_late_changes_nothing(monkeypatch, where):
     layer, r = BatchNorm2d(3, activation="relu"), X.copy()
     layer(X)
@@ -693,8 +693,8 @@ def test_memory_that_runs_out_late_changes_nothing(monkeypatch, where):
     def fails(*args, **options):
         raise MemoryError
 
-    if where == "finish":
-        monkeypatch.setattr(cupybn.passes, "_finish", fails)
+    if where == "counter":
+        monkeypatch.setattr(cupybn.forward_backward, "setitem", fails)
     elif where == "normalize":
         for name in {"normalize", "local_forward"} & set(vars(backend)):
             monkeypatch.setattr(backend, name, fails)

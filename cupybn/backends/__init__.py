@@ -12,18 +12,27 @@ import warnings
 from importlib.util import find_spec
 from types import ModuleType
 
+import numpy as np
+
 from ..arrays import Array, is_cupy
 from . import cuda as cuda_backend
 from . import numba as numba_backend
 from . import numpy as numpy_backend
 
 _VARIABLE = "CUPYBN_CPU_BACKEND"
-_cpu: ModuleType | None = None
+by_type: dict[type, ModuleType] = {}
+"""The backends in use, by the type of the arrays: NumPy's, and CuPy's once there was one."""
 
 
 def backend_for(x: Array) -> ModuleType:
-    """The backend for the array's device."""
-    return cuda_backend if is_cupy(x) else cpu_backend()
+    """The backend for the array's type."""
+    found = by_type.get(type(x))
+    if found is not None:
+        return found
+    if not is_cupy(x):
+        return cpu_backend()
+    by_type[type(x)] = cuda_backend
+    return cuda_backend
 
 
 def cpu_backend() -> ModuleType:
@@ -33,7 +42,8 @@ def cpu_backend() -> ModuleType:
         ImportError: Numba was asked for and cannot be imported.
         ValueError: ``CUPYBN_CPU_BACKEND`` names no backend.
     """
-    return _cpu if _cpu is not None else use_cpu_backend(os.environ.get(_VARIABLE) or "auto")
+    found = by_type.get(np.ndarray)
+    return found if found is not None else use_cpu_backend(os.environ.get(_VARIABLE) or "auto")
 
 
 def use_cpu_backend(name: str | ModuleType) -> ModuleType:
@@ -42,9 +52,8 @@ def use_cpu_backend(name: str | ModuleType) -> ModuleType:
     Raises:
         As :func:`cpu_backend`.
     """
-    global _cpu
     if isinstance(name, ModuleType):
-        _cpu = name
+        by_type[np.ndarray] = name
         return name
     if name not in ("auto", "numba", "numpy"):
         raise ValueError(f"{_VARIABLE} must be 'auto', 'numba' or 'numpy', got {name!r}")
@@ -65,5 +74,5 @@ def use_cpu_backend(name: str | ModuleType) -> ModuleType:
                 RuntimeWarning,
                 stacklevel=2,
             )
-    _cpu = found
+    by_type[np.ndarray] = found
     return found

@@ -65,19 +65,19 @@ class SelfCommunicator:
         return "SelfCommunicator()"
 
 
-# By identity: a communicator need not be hashable. Kept alive, so that no other gets its id.
-_refused: dict[int, tuple[Communicator, str]] = {}
+# Closed by a mismatch. By identity: a communicator need not be hashable. Kept alive, so that no other gets its id.
+refused: dict[int, tuple[Communicator, str]] = {}
 
 
 def refuse(comm: Communicator, reason: str) -> None:
     """After a mismatch: nobody knows which rank has which message next, so there is no next one."""
-    _refused[id(comm)] = (comm, reason)
+    refused[id(comm)] = (comm, reason)
 
 
 def check_usable(comm: Communicator) -> None:
     """Raises CollectiveMismatchError, without communicating, if an earlier mismatch closed comm."""
-    if id(comm) in _refused:
+    if id(comm) in refused:
         raise CollectiveMismatchError(
             "this communicator is closed, because the ranks were found out of step earlier:\n"
-            + _refused[id(comm)][1]
+            + refused[id(comm)][1]
         )

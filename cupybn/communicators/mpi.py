@@ -11,14 +11,14 @@ import numpy as np
 
 from ..arrays import Array, copy_to_host, is_cupy
 from ..errors import CollectiveMismatchError, DeviceError, DTypeError, PeerError
+from ..statistics import HEADER
 from .base import sum_on_host
 from .cuda_aware import VARIABLE, Answer, cuda_aware
-from .staging import sum_on_device, sum_through_pinned, wait_until_written
+from .staging import sum_on_device, sum_through_pinned
 from .watchdog import Watch, watchdog
 
 _DEFAULT_TIMEOUT = 600.0
 _TRANSPORTS = ("auto", "device", "pinned", "host")
-_KEPT = 16  # values at the front of a staged sum, for `first_values`: as many as a header has
 _keyval: int | None = None
 
 
@@ -67,8 +67,6 @@ def check_timeout(value: Any, what: str = "timeout") -> float:
 
 class MpiCommunicator:
     """Sums messages with ``MPI.Allreduce`` over a private duplicate of the communicator.
-
-    Of three ranks the first gathers and adds them up, in the order of the ranks: see ``_summed``.
 
     NumPy messages are summed where they are. CuPy messages go one of three ways:
 
@@ -162,24 +160,14 @@ class MpiCommunicator:
 
     def allreduce(self, message: Array, label: str = "") -> Array:
         """The sum over the ranks, in place. Raises DTypeError for other than arrays."""
-        on_device = is_cupy(message)
-        if not (on_device or isinstance(message, np.ndarray)):
-            raise DTypeError(
-                f"{label or 'allreduce'}: a message is an array, got {type(message).__name__}"
-            )
         watch = self._watch
         watch.sequence += 1
         watch.label = label or "allreduce"
         try:
-            if not on_device:
-                self._summed(message)
-            elif self.transport == "device":
-                sum_on_device(message, self._summed)
-            elif self.transport == "pinned":
-                host = sum_through_pinned(message, self._summed)
-                self._first = message, host[:_KEPT].copy()
+            if type(message) is np.ndarray:
+                self._dup.Allreduce(self._in_place, message)
             else:
-                sum_on_host(message, self._summed)
+                self._allreduce_other(message, watch.label)
         except Exception as error:
             if self._dup != load_mpi().COMM_NULL:
                 raise
@@ -191,30 +179,28 @@ class MpiCommunicator:
             watch.label = None
         return message
 
-    def _summed(self, values: Array) -> Array:
-        """Adds up in place, each number in an order that its place and the length do not change."""
-        if self.size != 3:
-            self._dup.Allreduce(self._in_place, values)
-            return values
-        # Open MPI has three ranks add up in a ring, or not, by the length of the message, and the
-        # order would change with it; with other numbers of ranks no MPI was seen to do so.
-        parts = None
-        if self.rank == 0:
-            flat = values.reshape(-1, order="A")
-            parts = np.empty_like(flat, shape=(3, flat.size))
-        self._dup.Gather(values, parts)
-        if parts is not None:
-            with np.errstate(all="ignore"):  # as MPI adds: Inf - Inf is NaN, and no warning
-                np.add(parts[0], parts[1], out=flat)
-                np.add(flat, parts[2], out=flat)
-            wait_until_written(flat)
-        self._dup.Bcast(values)
+    def _allreduce_other(self, message: Array, label: str) -> None:
+        """The same for a CuPy array, by the transport, or a subclass of NumPy's."""
+        if not is_cupy(message):
+            if not isinstance(message, np.ndarray):
+                raise DTypeError(f"{label}: a message is an array, got {type(message).__name__}")
+            self._sum(message)
+        elif self.transport == "device":
+            sum_on_device(message, self._sum)
+        elif self.transport == "pinned":
+            host = sum_through_pinned(message, self._sum)
+            self._first = message, host[:HEADER].copy()
+        else:
+            sum_on_host(message, self._sum)
+
+    def _sum(self, values: Array) -> Array:
+        self._dup.Allreduce(self._in_place, values)
         return values
 
     def first_values(self, total: Array, n: int) -> Any:
         """The first n values of the sum that was returned last, in host memory."""
         kept, self._first = self._first, None
-        if kept is not None and kept[0] is total and n <= _KEPT:
+        if kept is not None and kept[0] is total and n <= HEADER:
             return kept[1][:n]
         return copy_to_host(total[:n])
 

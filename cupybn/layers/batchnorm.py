@@ -8,22 +8,30 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..arrays import (
-    Array,
-    as_array,
-    check_device,
-    device_of,
-    is_capturing,
-    parameter_dtype,
-)
-from ..checks import check_eps, check_momentum, check_writeable, is_relu
+from ..arrays import Array, as_array, check_device, device_of, is_capturing, parameter_dtype
+from ..backends import by_type
+from ..checks import check_eps, check_momentum, is_relu
+from ..collective import CollectiveCall, say_where
 from ..communicators import Communicator
 from ..errors import DeviceError, DTypeError, ShapeError
-from ..joint import Started, Steps, joint, on_its_device
+from ..forward_backward import (
+    ALONE,
+    Bindings,
+    Bound,
+    Options,
+    Running,
+    Saved,
+    bind,
+    call_name,
+)
 from ..layout import check_channel_axis
-from ..passes import ALONE, Saved, backward_steps, forward_steps, inference_pass, joint_pass
-from ..statistics import Moments
+from ..statistics import Moments, message_length
 from .base import Layer
+
+# What a binding is made of. A subclass that has its own is asked at every call.
+_ASKED_WHEN_BINDING = frozenset(
+    {"communicator", "label", "path", "_bind", "_call", "_check_input", "_factor", "_settings"}
+)
 
 ARGUMENTS = """
     Args:
@@ -84,10 +92,12 @@ class BatchNorm(Layer):
 
     version = 2
     host_buffers = frozenset({"num_batches_tracked"})
-    _ranks_of_input: ClassVar[tuple[int, ...]] = ()
+    _ndims: ClassVar[tuple[int, ...]] = ()
     _expected: ClassVar[str] = ""
-    observe: Callable[[Moments], None] | None = None
-    """Takes the moments of this rank's batch, in place of the running statistics."""
+    _binds: ClassVar[bool] = True
+    """Whether bound calls are kept: no subclass of a user's changes what they are made of."""
+    observed: Moments | None = None
+    """Merged moments of this rank's batches, in place of the running statistics, if not None."""
 
     def __init__(
         self,
@@ -155,8 +165,19 @@ class BatchNorm(Layer):
         """Who takes part in the next forward."""
         return ALONE
 
-    def _joint(self, direction: str, comm: Communicator) -> joint:
-        return joint_pass(comm, direction, self.label, self.num_features)
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_binds" not in vars(cls) and not _ASKED_WHEN_BINDING.isdisjoint(vars(cls)):
+            cls._binds = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # The mode is part of a signature, and parameters are looked at in each call.
+        if name in self.__dict__ and name != "training":
+            self.__dict__["_bindings"] = Bindings()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _bindings=Bindings())
 
     def forward(  # type: ignore[override]
         self,
@@ -166,7 +187,12 @@ class BatchNorm(Layer):
         out: Array | None = None,
         save_for_backward: bool | None = None,
     ) -> Array:
-        return super().forward(x, residual=residual, out=out, save_for_backward=save_for_backward)
+        save = self.training if save_for_backward is None else save_for_backward
+        options = {"save_for_backward": save} if self._wants_save else {}
+        y, context = self.compute_forward(x, residual=residual, out=out, **options)
+        if save:
+            self.__dict__["saved"] = context
+        return y
 
     def compute_forward(
         self,
@@ -176,161 +202,124 @@ class BatchNorm(Layer):
         out: Array | None = None,
         save_for_backward: bool = True,
     ) -> tuple[Array, Saved]:
-        call = self._joint("forward", self.communicator())
-        return Started(call, self._forward_steps(call, x, residual, out, save_for_backward)).run()
+        own, bound, key = self.__dict__, None, None
+        params, buffers, training = own["params"], own["buffers"], own["training"]
+        if self._binds and type(x) in by_type:
+            key = (
+                *(type(x), x.shape, x.strides, x.dtype),
+                None if type(x) is np.ndarray else x.data.device_id,
+                *(training, bool(save_for_backward), residual is None, own["_path"]),
+                *("weight" in params, "bias" in params, "running_mean" in buffers),
+            )
+            bound = own["_bindings"].get(key)
+        arrays: dict[str, Any] = {"residual": residual, "out": out}
+        if "running_mean" in buffers and (
+            not training or (own["track_running_stats"] and self.observed is None)
+        ):
+            arrays["running"] = Running(
+                buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+            )
+        if bound is None:
+            return self._bind_and_run(key, x, save_for_backward, arrays)
+        if bound.ranks > 1:
+            with CollectiveCall(bound.comm, *bound.forward_call) as call:
+                return bound.forward(call, x, params, **arrays)
+        try:
+            return bound.forward(None, x, params, **arrays)
+        except Exception as error:
+            say_where(error, bound.forward_call[0], bound.comm)
+            raise
 
-    def start_forward(
-        self,
-        x: Array,
-        residual: Array | None = None,
-        *,
-        out: Array | None = None,
-        save_for_backward: bool | None = None,
-    ) -> Started[Array]:
-        """``forward``, for :func:`cupybn.functional.coalesce` to run."""
-        self._check_unchanged("forward", "compute_forward")
-        save = self.training if save_for_backward is None else save_for_backward
-        call = self._joint("forward", self.communicator())
-
-        def steps() -> Steps[Array]:
-            y, context = yield from self._forward_steps(call, x, residual, out, save)
-            if save:
-                self._keep(context)
-            return y
-
-        return Started(call, steps())
-
-    def _check_unchanged(self, *methods: str) -> None:
-        for name in methods:
-            if getattr(type(self), name) is not getattr(BatchNorm, name):
-                raise TypeError(
-                    f"{self.label}: {type(self).__name__} has a {name} of its own, which cannot "
-                    "share a message"
-                )
-
-    def _forward_steps(
-        self, call: joint, x: Array, residual: Array | None, out: Array | None, save: bool
-    ) -> Steps[tuple[Array, Saved]]:
-        options: dict[str, Any] = {
-            "channel_axis": self.channel_axis,
-            "activation": self.activation,
-            "residual": residual,
-            "out": out,
-            "save": save,
-        }
-        x = as_array(x)
-        self._check_input(x)
-        evaluates = not self.training and "running_mean" in self.buffers
-        computed = self._inference_steps if evaluates else self._batch_steps
-        return (yield from on_its_device(x, computed(call, x, options)))
-
-    def _inference_steps(
-        self, call: joint, x: Array, options: dict[str, Any]
-    ) -> Steps[tuple[Array, Saved]]:
-        mean, var = self.running_mean, self.running_var
-        result = inference_pass(x, mean, var, self.weight, self.bias, self.eps, **options)
-        yield None
-        return result
-
-    def _batch_steps(
-        self, call: joint, x: Array, options: dict[str, Any]
-    ) -> Steps[tuple[Array, Saved]]:
-        updates = self.training and self.observe is None and self._tracks()
-        if updates:
-            batches = self.buffers["num_batches_tracked"]
-            check_writeable("num_batches_tracked", batches)
-        y, saved = yield from forward_steps(
-            call,
-            x,
-            self.params.get("weight"),
-            self.params.get("bias"),
-            self.eps,
-            name=self.label,
-            settings=self._settings() if call.ranks > 1 else "",
-            running=self._running() if updates else None,
-            check_finite=self.check_finite and self.training,
-            observe=self.observe,
-            **options,
-        )
-        if updates and saved.count:
-            batches[()] = int(batches) + 1  # an in-place addition takes NumPy microseconds
+    def _bind_and_run(
+        self, key: Any, x: Array, save: bool, arrays: dict[str, Any]
+    ) -> tuple[Array, Saved]:
+        """A forward of a signature that was not met twice before; `key` None: not to be kept."""
+        with self._call("forward", self.communicator()) as call:
+            x = as_array(x)
+            self._check_input(x)
+            bound = self._bind(x, call.comm, save, arrays)
+            if key is not None and not (
+                self.momentum is None or self.check_finite or self.observed is not None
+            ):
+                self._bindings.keep(key, bound)
+            if call.ranks > 1:
+                *_, call.fingerprint, call.messages = bound.forward_call
+            y, saved = bound.forward(call, x, self.params, **arrays)
+        if self.observed is not None and self.training and saved.moments is not None:
+            self.observed = self.observed.merge(saved.moments)
         return y, saved
 
-    def _settings(self) -> str:
+    def _bind(self, x: Array, comm: Communicator, save: bool, arrays: dict[str, Any]) -> Bound:
+        updates = self.training and "running" in arrays
+        options = Options(
+            eps=self.eps,
+            activation=self.activation,
+            affine=("weight" in self.params, "bias" in self.params),
+            residual=arrays["residual"] is not None,
+            save=save,
+            given=not self.training and "running" in arrays,
+            factor=self._factor() if updates else 0.0,
+            check_finite=self.check_finite and self.training,
+            keep_moments=self.observed is not None,
+            settings=self._settings() if comm.size > 1 else {},
+        )
+        return bind(x, self.channel_axis, options, comm, self.label)
+
+    def _call(self, direction: str, comm: Communicator) -> CollectiveCall:
+        what = call_name(direction, self.label)
+        return CollectiveCall(comm, what, message_length(self.num_features))
+
+    def _settings(self) -> dict[str, object]:
         batch = ""
         if self.momentum is None and self._tracks():
             batch = f" (batch {int(self.num_batches_tracked) + 1})"
-        return (
-            f", momentum={self.momentum!r}{batch}, "
-            f"track_running_stats={self.track_running_stats}, check_finite={self.check_finite}"
-        )
+        return {
+            "momentum": f"{self.momentum!r}{batch}",
+            "track_running_stats": self.track_running_stats,
+            "check_finite": self.check_finite,
+        }
 
     def _tracks(self) -> bool:
         """Whether training moves the running statistics; the option may have changed since."""
         return self.track_running_stats and "running_mean" in self.buffers
 
-    def _running(self) -> tuple[Array, Array, float]:
-        if self.momentum is None:
-            if is_capturing(self.running_mean):
-                raise RuntimeError(
-                    f"{self.label}: momentum=None cannot go into a CUDA graph: each replay would "
-                    "average with the factor of the capture"
-                )
-            factor = 1.0 / (int(self.num_batches_tracked) + 1)
-        else:
+    def _factor(self) -> float:
+        """The weight of the next batch in the running statistics."""
+        if self.momentum is not None:
             check_momentum(self.momentum)
-            factor = self.momentum
-        return self.buffers["running_mean"], self.buffers["running_var"], factor
+            return self.momentum
+        if is_capturing(self.running_mean):
+            raise RuntimeError(
+                f"{self.label}: momentum=None cannot go into a CUDA graph: each replay would "
+                "average with the factor of the capture"
+            )
+        return 1.0 / (int(self.num_batches_tracked) + 1)
 
     def compute_backward(self, dy: Array, context: Any, *, out: Array | None = None) -> Any:
-        call = self._backward_call(context)
-        return Started(call, self._backward_steps(call, dy, context, out)).run()
-
-    def start_backward(
-        self, dy: Array, saved: Any = None, *, out: Array | None = None
-    ) -> Started[Any]:
-        """``backward``, for :func:`cupybn.functional.coalesce` to run."""
-        self._check_unchanged("backward", "compute_backward")
-        context = self.saved if saved is None else saved
-        call = self._backward_call(context)
-
-        def steps() -> Steps[Any]:
-            if context is None:
-                raise self.no_context()
-            dx = yield from self._backward_steps(call, dy, context, out)
-            if self.saved is context:
-                self._keep(None)
-            return dx
-
-        return Started(call, steps())
-
-    def _knows(self, context: Any) -> bool:
-        return isinstance(context, Saved) and context.layout.channels == self.num_features
-
-    def _backward_call(self, context: Any) -> joint:
-        comm = context.comm if self._knows(context) else self.communicator()
-        return self._joint("backward", comm)
-
-    def _backward_steps(
-        self, call: joint, dy: Array, context: Any, out: Array | None
-    ) -> Steps[Any]:
-        if not self._knows(context):
-            raise TypeError(f"{self.label}: saved must be a context of this layer's forward")
-        steps = backward_steps(
-            call, dy, context, out=out, dweight=self.grads.get("weight"),
-            dbias=self.grads.get("bias"),
-        )  # fmt: skip
-        dx, dresidual = yield from on_its_device(context.x3, steps)
-        return (dx, dresidual) if context.has_residual else dx
+        if type(context) is not Saved or context.bound.channels != self.num_features:
+            with self._call("backward", self.communicator()):
+                raise TypeError(f"{self.label}: saved must be a context of this layer's forward")
+        grads, bound = self.__dict__["grads"], context.bound
+        arrays = {"out": out, "dweight": grads.get("weight"), "dbias": grads.get("bias")}
+        if bound.ranks > 1:
+            with CollectiveCall(bound.comm, *bound.backward_call) as call:
+                dx, dresidual = bound.backward(call, dy, context, **arrays)
+        else:
+            try:
+                dx, dresidual = bound.backward(None, dy, context, **arrays)
+            except Exception as error:
+                say_where(error, bound.backward_call[0], bound.comm)
+                raise
+        return (dx, dresidual) if bound.options.residual else dx
 
     def leave_backward(self, error: Exception) -> bool:
         comm = self.communicator()
-        with suppress(type(error)), self._joint("backward", comm):
+        with suppress(type(error)), self._call("backward", comm):
             raise error
         return comm.size > 1
 
     def _check_input(self, x: Array) -> None:
-        if self._ranks_of_input and x.ndim not in self._ranks_of_input:
+        if self._ndims and x.ndim not in self._ndims:
             raise ShapeError(f"expected {self._expected} input (got {x.ndim}D input)")
         if x.ndim < 2:
             raise ShapeError(f"expected at least 2D input (got {x.ndim}D input)")
@@ -375,17 +364,17 @@ class BatchNorm(Layer):
 
 class BatchNorm1d(BatchNorm):
     __doc__ = "Batch norm of (N, C) or (N, C, L) input.\n" + ARGUMENTS
-    _ranks_of_input = (2, 3)
+    _ndims = (2, 3)
     _expected = "2D or 3D"
 
 
 class BatchNorm2d(BatchNorm):
     __doc__ = "Batch norm of (N, C, H, W) input.\n" + ARGUMENTS
-    _ranks_of_input = (4,)
+    _ndims = (4,)
     _expected = "4D"
 
 
 class BatchNorm3d(BatchNorm):
     __doc__ = "Batch norm of (N, C, D, H, W) input.\n" + ARGUMENTS
-    _ranks_of_input = (5,)
+    _ndims = (5,)
     _expected = "5D"

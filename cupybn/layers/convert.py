@@ -69,7 +69,7 @@ def _recast(old: BatchNorm, cls: type[BatchNorm], **changes: Any) -> BatchNorm:
     state = old.__dict__ | changes
     for kind in ("params", "grads", "buffers", "children"):
         state[kind] = dict(state[kind])
-    new.__dict__.update(state)
+    new.__setstate__(state)
     return new
 
 

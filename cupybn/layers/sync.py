@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..communicators import Communicator, check_comm, resolve
-from ..passes import ALONE
+from ..forward_backward import ALONE
 from .base import Layer
 from .batchnorm import ARGUMENTS, BatchNorm
 
@@ -56,6 +56,8 @@ class SyncBatchNorm(BatchNorm):
         RuntimeError: no MPI library, or the layer was unpickled and its ``comm`` not set again.
 """
     )
+
+    _binds = True
 
     def __init__(
         self,

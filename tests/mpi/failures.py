@@ -15,9 +15,9 @@ from unittest.mock import patch
 import numpy as np
 from mpi4py import MPI
 
-from cupybn import Sequential, SyncBatchNorm, distributed, passes
+from cupybn import Sequential, SyncBatchNorm, distributed
 from cupybn.backends import numpy as backend
-from cupybn.joint import joint
+from cupybn.collective import CollectiveCall
 
 world = MPI.COMM_WORLD
 culprit = world.rank == world.size - 1
@@ -160,18 +160,23 @@ for name, swapped in SWAPPED.items():
     case(name)(prepare)
 
 
-def failing(name, where, target, error, text):
-    """Both directions, with `target` of `where` raising on the culprit."""
-    for direction in ("forward", "backward"):
+SUMS = {"forward": "batch_moments", "backward": "backward_reduce"}
+MESSAGE = {"forward": "payload", "backward": "payload"}
+PREPARE = {"forward": "prepare_forward", "backward": "prepare_backward"}
 
-        def prepare(comm, direction=direction):
+
+def failing(name, where, targets, error, text):
+    """Both directions, with the target in `where` raising on the culprit."""
+    for direction, target in targets.items():
+
+        def prepare(comm, direction=direction, target=target):
             net = network(comm)
             if direction == "backward":
                 net.first.forward(x)
             call = getattr(net.first, direction)
 
             def action(wrong):
-                broken = patch.object(where, target.format(direction), side_effect=error(text))
+                broken = patch.object(where, target, side_effect=error(text))
                 with broken if wrong else nullcontext():
                     call(x)
 
@@ -180,9 +185,9 @@ def failing(name, where, target, error, text):
         case(f"{direction}, no {name}")(prepare)
 
 
-failing("memory for the output", passes, "_output3", MemoryError, "no room")
-failing("memory for the message", joint, "payload", MemoryError, "no room")
-failing("compiler", backend, "prepare_{}", RuntimeError, "the kernel does not compile")
+failing("memory for the sums", backend, SUMS, MemoryError, "no room")
+failing("memory for the message", CollectiveCall, MESSAGE, MemoryError, "no room")
+failing("compiler", backend, PREPARE, RuntimeError, "the kernel does not compile")
 
 
 # ---- what one rank brings and all refuse ---------------------------------------------------------

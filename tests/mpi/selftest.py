@@ -1,23 +1,22 @@
 """``python -m cupybn selftest`` where something is wrong: ``selftest.py FAULT [options]``."""
 
 import sys
-from dataclasses import replace
 
 import fake_cupy
 import numpy as np
 from mpi4py import MPI
 
-from cupybn import joint
 from cupybn.cli import main
+from cupybn.collective import CollectiveCall
 from cupybn.communicators import MpiCommunicator
 from cupybn.layers import SyncBatchNorm
-from cupybn.statistics import HEADER
+from cupybn.statistics import FAILED, HEADER
 
 fault, options = sys.argv[1], sys.argv[2:]
 last = MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1
-allreduce, read_header, backward = (
+allreduce, refuse, backward = (
     MpiCommunicator.allreduce,
-    joint.read_header,
+    CollectiveCall._refuse,
     SyncBatchNorm.backward,
 )
 
@@ -35,12 +34,13 @@ def other_bits(self, message, label=""):
     return total
 
 
-def blind(summed, ranks):
-    return replace(read_header(summed, ranks), agree=True)
+def blind(self, summed):
+    if summed[FAILED]:
+        refuse(self, summed)
 
 
-def deaf(summed, ranks):
-    return replace(read_header(summed, ranks), failed=0, agree=True)
+def deaf(self, summed):
+    pass
 
 
 def wrong_dx(self, dy, saved=None, **options):
@@ -53,9 +53,9 @@ if fault == "wrong sum":
 elif fault == "other bits":
     MpiCommunicator.allreduce = other_bits
 elif fault == "blind":
-    joint.read_header = blind
+    CollectiveCall._refuse = blind
 elif fault == "deaf":
-    joint.read_header = deaf
+    CollectiveCall._refuse = deaf
 elif fault == "wrong dx":
     SyncBatchNorm.backward = wrong_dx
 elif fault == "no device":

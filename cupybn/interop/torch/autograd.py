@@ -7,27 +7,36 @@ the statistics beside them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from ...arrays import Array, as_array, cupy_for
-from ...double_backward import double_backward_call, double_backward_pass
+from ...arrays import DATA_TYPES, Array, as_array, cupy_for
+from ...collective import CollectiveCall
+from ...double_backward import double_backward, double_backward_call
 from ...errors import DTypeError
-from ...layout import layout_of
-from ...passes import Saved, backward_pass, joint_pass
+from ...forward_backward import Saved
+from ...layout import Layout
 
 Tensor = Any
-Run = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Saved]]
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_HOST = nullcontext()
+WIDE = {getattr(torch, name): getattr(torch, kind.arithmetic) for name, kind in DATA_TYPES.items()}
+"""The dtype of the arithmetic, and of what is per channel, for data of a dtype."""
 
 
 def array_of(tensor: Tensor, what: str = "input") -> Array:
     """The tensor's memory as a NumPy or CuPy array."""
+    if type(tensor) in _PLAIN and tensor.dtype is not torch.bfloat16 and not tensor.is_cuda:
+        try:
+            return tensor.detach().numpy()
+        except (RuntimeError, TypeError):  # a pending negation, a wrapper of torch.func, ...
+            pass
     if not isinstance(tensor, torch.Tensor):
         raise DTypeError(f"{what} must be a torch.Tensor, got {type(tensor).__name__}")
     return as_array(tensor.detach(), what)
@@ -42,26 +51,18 @@ def tensor_of(array: Array | None) -> Tensor:
     return torch.from_dlpack(array)
 
 
-def wide_dtype(x: Tensor) -> Any:
-    """The dtype of the arithmetic, and of what is per channel, for data like x."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def like(x: Tensor, layout: Layout) -> Tensor:
+    """A new tensor of x's shape and memory order; rows where x is in no order."""
+    return torch.empty_strided(layout.shape, layout.strides, dtype=x.dtype, device=x.device)
 
 
-def like(x: Tensor, array: Array) -> Tensor:
-    """A new tensor of x's shape and memory order; rows where x is in no order. `array` is x's."""
-    layout = layout_of(array, 1)
-    if layout.columns and x.ndim > 2:
-        n, c, *spatial = x.shape
-        return torch.empty((n, *spatial, c), dtype=x.dtype, device=x.device).movedim(-1, 1)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def on_stream_of(tensor: Tensor) -> Any:
+    """A context in which CuPy works on the tensor's device and PyTorch's current stream there."""
+    return _on_stream(tensor) if getattr(tensor, "is_cuda", False) else _HOST
 
 
 @contextmanager
-def on_stream_of(tensor: Tensor) -> Iterator[None]:
-    """CuPy works on the tensor's device and on PyTorch's current stream there."""
-    if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cuda":
-        yield
-        return
+def _on_stream(tensor: Tensor) -> Iterator[None]:
     device = tensor.device
     cupy = cupy_for("the tensor")
     stream = torch.cuda.current_stream(device).cuda_stream
@@ -74,26 +75,28 @@ def on_stream_of(tensor: Tensor) -> Iterator[None]:
 
 
 class Normalise(torch.autograd.Function):
-    """``y = Normalise.apply(x, weight, bias, run)`` with ``run(x, weight, bias) -> (y, saved)``.
+    """``y = Normalise.apply(x, weight, bias, module, backward)``, by ``module.normalise``.
 
-    `saved` comes without arrays like x or the parameters.
+    Its context comes without arrays like x or the parameters: autograd keeps those.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, run: Run) -> Tensor:
-        y, saved = run(x, weight, bias)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, module: Any, backward: bool
+    ) -> Tensor:
+        y, saved = module.normalise(x, weight, bias, backward)
         ctx.save_for_backward(x, weight, bias)
         ctx.statistics = saved
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-        saved = ctx.statistics
+        bound = ctx.statistics.bound
         # Unpacking raises where a tensor was changed in place, or was given up by an earlier
         # backward, and runs a checkpoint's recomputation.
-        with joint_pass(saved.comm, "backward", saved.name, saved.layout.channels) as call:
+        with CollectiveCall(bound.comm, *bound.backward_call) as call:
             tensors = ctx.saved_tensors
-            return (*Gradients.apply(dy, *tensors, saved, call), None)
+            return (*Gradients.apply(dy, *tensors, ctx.statistics, call), None, None)
 
 
 class Gradients(torch.autograd.Function):
@@ -103,20 +106,23 @@ class Gradients(torch.autograd.Function):
     def forward(
         ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, saved: Saved, call: Any
     ) -> tuple[Tensor, ...]:
+        bound, sums = saved.bound, [None, None]
         with on_stream_of(x):
-            saved = _complete(saved, x, weight, bias)
-            dx = like(x, array_of(x))
-            sums = [
-                None if p is None else torch.zeros_like(p, dtype=wide_dtype(x))
-                for p in (weight, bias)
-            ]
-            dweight, dbias = (None if total is None else array_of(total) for total in sums)
-            backward_pass(
-                call, array_of(dy, "dy"), saved, out=array_of(dx), dweight=dweight, dbias=dbias
+            dx = like(x, bound.layout)
+            for i, parameter in enumerate((weight, bias)):
+                if parameter is not None:
+                    sums[i] = torch.zeros_like(parameter, dtype=WIDE[x.dtype])
+            bound.backward(
+                call,
+                array_of(dy, "dy"),
+                _complete(saved, x, weight, bias),
+                dx3=bound.layout.view(array_of(dx)),
+                dweight=None if weight is None else array_of(sums[0]),
+                dbias=None if bias is None else array_of(sums[1]),
             )
         ctx.save_for_backward(dy, x, weight, bias)
-        ctx.statistics = replace(saved, x3=None, weight=None, bias=None)
-        return dx, *(_as(total, p) for total, p in zip(sums, (weight, bias), strict=True))
+        ctx.statistics = saved
+        return dx, _as(sums[0], weight), _as(sums[1], bias)
 
     @staticmethod
     def _backward(ctx: Any, ddx: Tensor, ddweight: Tensor, ddbias: Tensor) -> tuple[Tensor, ...]:
@@ -124,7 +130,7 @@ class Gradients(torch.autograd.Function):
             dy, x, weight, bias = ctx.saved_tensors
             with on_stream_of(x):
                 saved = _complete(ctx.statistics, x, weight, bias)
-                grads = double_backward_pass(
+                grads = double_backward(
                     call,
                     array_of(ddx, "ddx"),
                     _per_channel(ddweight, weight, x, "ddweight"),
@@ -140,9 +146,8 @@ class Gradients(torch.autograd.Function):
 
 def _complete(saved: Saved, x: Tensor, weight: Tensor, bias: Tensor) -> Saved:
     """The context with its arrays; a hook may have put x into another memory order since."""
-    return replace(
-        saved,
-        x3=saved.layout.view(array_of(x)),
+    return saved._replace(
+        x3=saved.bound.layout.view(array_of(x)),
         weight=_per_channel(weight, weight, x, "weight"),
         bias=_per_channel(bias, bias, x, "bias"),
     )
@@ -150,7 +155,7 @@ def _complete(saved: Saved, x: Tensor, weight: Tensor, bias: Tensor) -> Saved:
 
 def _per_channel(values: Tensor, parameter: Tensor, x: Tensor, what: str) -> Array | None:
     """Values of a parameter's shape in the dtype of the arithmetic; None without the parameter."""
-    return None if parameter is None else array_of(values.to(wide_dtype(x)), what)
+    return None if parameter is None else array_of(values.to(WIDE[x.dtype]), what)
 
 
 def _as(total: Tensor, parameter: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...passes import Saved
+from ...forward_backward import Saved
 
 
 @dataclass(frozen=True)

@@ -2,47 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from ... import distributed
-from ...arrays import Array
 from .autograd import Tensor, array_of, on_stream_of
 
 
-class _Arrays:
-    """A module's tensors as arrays over their memory: what ``distributed`` asks of a tree."""
-
-    def __init__(self, module: Any) -> None:
-        self.parameters = dict(module.named_parameters())
-        self.buffers = dict(module.named_buffers())
-        self.gradients = {
-            name: torch.zeros_like(p) if p.grad is None else p.grad
-            for name, p in self.parameters.items()
-            if p.requires_grad
-        }
-
-    def named_parameters(self) -> Iterator[tuple[str, Array]]:
-        return self._arrays(self.parameters)
-
-    def named_buffers(self) -> Iterator[tuple[str, Array]]:
-        return self._arrays(self.buffers)
-
-    def named_gradients(self) -> Iterator[tuple[str, Array]]:
-        return self._arrays(self.gradients)
-
-    def _arrays(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Array]]:
-        for name, tensor in tensors.items():
-            yield name, array_of(tensor, name)
+def _named(tensors: dict[str, Tensor]) -> distributed.Named:
+    """The tensors as arrays over their memory."""
+    return [(name, array_of(tensor, name)) for name, tensor in tensors.items()]
 
 
-def _pooled(module: Any, function: Callable[..., None], *args: Any) -> _Arrays:
-    arrays = _Arrays(module)
-    with on_stream_of(next(iter(arrays.parameters.values()), None)):
-        function(cast(Any, arrays), *args)
-    return arrays
+def _state(module: Any) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _first(module: Any) -> Tensor:
+    return next(iter(module.parameters()), None)
 
 
 def allreduce_gradients(module: Any, comm: Any = None, op: str = "mean") -> None:
@@ -51,9 +29,14 @@ def allreduce_gradients(module: Any, comm: Any = None, op: str = "mean") -> None
     For parameters that require grad; one without a gradient counts as zeros, and gets one. As
     :func:`cupybn.distributed.allreduce_gradients` otherwise.
     """
-    arrays = _pooled(module, distributed.allreduce_gradients, comm, op)
-    for name, gradient in arrays.gradients.items():
-        arrays.parameters[name].grad = gradient
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()
+    }
+    with on_stream_of(_first(module)):
+        distributed.allreduce_arrays(_named(gradients), comm, op)
+    for name, gradient in gradients.items():
+        parameters[name].grad = gradient
 
 
 def broadcast_parameters(module: Any, comm: Any = None, root: int = 0) -> None:
@@ -61,8 +44,10 @@ def broadcast_parameters(module: Any, comm: Any = None, root: int = 0) -> None:
 
     As :func:`cupybn.distributed.broadcast_parameters`.
     """
-    arrays = _pooled(module, distributed.broadcast_parameters, comm, root)
-    for tensor in (*arrays.parameters.values(), *arrays.buffers.values()):
+    tensors = _state(module)
+    with on_stream_of(_first(module)):
+        distributed.broadcast_arrays(_named(tensors), comm, root)
+    for tensor in tensors.values():
         torch.autograd.graph.increment_version(tensor)
 
 
@@ -71,4 +56,5 @@ def verify_sync(module: Any, comm: Any = None) -> None:
 
     As :func:`cupybn.distributed.verify_sync`.
     """
-    _pooled(module, distributed.verify_sync, comm)
+    with on_stream_of(_first(module)):
+        distributed.verify_arrays(_named(_state(module)), comm)

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
+from ...arrays import Array
 from ...checks import check_momentum
+from ...collective import CollectiveCall
 from ...communicators import Communicator, check_comm
 from ...errors import DeviceError, DTypeError, ShapeError
+from ...forward_backward import (
+    ALONE,
+    Bindings,
+    Bound,
+    Options,
+    Running,
+    Saved,
+    bind,
+    call_name,
+)
 from ...layers.sync import CommReference
-from ...passes import ALONE, Saved, forward_pass, joint_pass, repeated_pass
-from .autograd import Normalise, Tensor, array_of, like, on_stream_of, wide_dtype
+from ...statistics import message_length
+from .autograd import WIDE, Normalise, Tensor, array_of, like, on_stream_of
 from .checkpoint import remember, remembered
 
 
@@ -46,45 +58,79 @@ class BatchNorm(TorchBatchNorm):
         return self._train(input)
 
     def _train(self, x: Tensor) -> Tensor:
-        grads = (getattr(tensor, "requires_grad", False) for tensor in (x, self.weight, self.bias))
-        backward = torch.is_grad_enabled() and any(grads)
+        weight, bias, backward = self.weight, self.bias, False
+        if torch.is_grad_enabled():
+            for tensor in (x, weight, bias):
+                backward = backward or getattr(tensor, "requires_grad", False)
+        return Normalise.apply(x, weight, bias, self, backward)
 
-        def run(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Saved]:
-            return self._normalise(x, weight, bias, backward)
-
-        return Normalise.apply(x, self.weight, self.bias, run)
-
-    def _normalise(
+    def normalise(
         self, x: Tensor, weight: Tensor, bias: Tensor, backward: bool
     ) -> tuple[Tensor, Saved]:
-        comm = self.communicator()
-        with (
-            joint_pass(comm, "forward", self.label, self.num_features) as call,
-            on_stream_of(x),
-        ):
+        """(y, context without arrays): what :class:`Normalise` does in a forward."""
+        comm, label = self.communicator(), self.label
+        what, length = call_name("forward", label), message_length(self.num_features)
+        with CollectiveCall(comm, what, length) as call, on_stream_of(x):
             array = array_of(x)
-            self._check_input(x)
-            wide = wide_dtype(x)
-            w, b = (None if p is None else array_of(p.to(wide)) for p in (weight, bias))
-            y = like(x, array)
-            saved = remembered(self.label, tuple(x.shape))
+            bound = self._bound(x, array, comm, label, backward)
+            wide, params = WIDE[x.dtype], {}
+            for name, tensor in (("weight", weight), ("bias", bias)):
+                if tensor is not None:
+                    params[name] = array_of(tensor if tensor.dtype is wide else tensor.to(wide))
+            y = like(x, bound.layout)
+            y3 = bound.layout.view(array_of(y))
+            saved = remembered(label, bound.shape)
             if saved is not None:
-                repeated_pass(array, saved, w, b, self.eps, out=array_of(y))
-                remember(self.label, tuple(x.shape), saved)
-                return y, saved
-            running = self._running(wide)
-            _, saved = forward_pass(
-                call, array, w, b, self.eps,
-                out=array_of(y), name=self.label, settings=self._settings(backward),
-                running=None if running is None else (
-                    array_of(running[0]), array_of(running[1]), self._factor()
-                ),
-            )  # fmt: skip
-            saved = replace(saved, x3=None, weight=None, bias=None)
-            if running is not None and saved.count:
-                self._update(*running)
-        remember(self.label, tuple(x.shape), saved)
+                bound.normalize_again(array, params, saved, y3)
+            else:
+                if call.ranks > 1:
+                    *_, call.fingerprint, call.messages = bound.forward_call
+                saved = self._forward(call, bound, array, params, y3)
+        remember(label, bound.shape, saved)
         return y, saved
+
+    def _forward(
+        self, call: CollectiveCall, bound: Bound, x: Array, params: dict[str, Array], y3: Array
+    ) -> Saved:
+        """Fills y3, and updates the running statistics: in the arithmetic's dtype, then in theirs."""
+        running, moved = None, ()
+        if self.track_running_stats and self.running_mean is not None:
+            wide = getattr(torch, bound.parameter_dtype.name)
+            moved = self.running_mean.to(wide), self.running_var.to(wide)
+            running = Running(array_of(moved[0]), array_of(moved[1]), np.zeros((), np.int64))
+        _, saved = bound.forward(call, x, params, y3=y3, running=running)
+        if running is not None and saved.count:
+            for target, values in zip((self.running_mean, self.running_var), moved, strict=True):
+                if target is not values:
+                    target.copy_(values)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+        return saved._replace(x3=None, weight=None, bias=None)
+
+    def _bound(
+        self, x: Tensor, array: Array, comm: Communicator, label: str, backward: bool
+    ) -> Bound:
+        """The binding of this call; checks what it is made of where it is new."""
+        arrays = self.weight, self.bias, self.running_mean, self.running_var
+        key: list[Any] = [x.shape, array.strides, x.dtype, x.device, id(comm), label, backward]
+        key += (self.eps, self.momentum, self.track_running_stats, self.num_features)
+        for tensor in arrays:
+            key.append(None if tensor is None else (tensor.dtype, tensor.device))
+        bindings = self.__dict__.setdefault("_bindings", Bindings())
+        bound = bindings.get(tuple(key))
+        if bound is None or bound.comm is not comm:
+            self._check_input(x)
+            options = Options(
+                self.eps,
+                affine=(self.weight is not None, self.bias is not None),
+                save=backward,
+                factor=self._factor() if self.track_running_stats else 0.0,
+                settings=self._settings(backward),
+            )
+            bound = bind(array, 1, options, comm, label)
+            if self.momentum is not None:
+                bindings.keep(tuple(key), bound)
+        return bound
 
     def _check_input(self, x: Tensor) -> None:
         self._check_input_dim(x)
@@ -95,40 +141,28 @@ class BatchNorm(TorchBatchNorm):
             )
         for name in ("weight", "bias", "running_mean", "running_var"):
             tensor = getattr(self, name)
-            if tensor is not None and tensor.dtype not in (x.dtype, wide_dtype(x)):
+            if tensor is not None and tensor.dtype not in (x.dtype, WIDE.get(x.dtype, x.dtype)):
                 raise DTypeError(
-                    f"{name} is {tensor.dtype}, but {x.dtype} input goes with {wide_dtype(x)}"
+                    f"{name} is {tensor.dtype}, but {x.dtype} input goes with {WIDE[x.dtype]}"
                 )
             if tensor is not None and tensor.device != x.device:
                 raise DeviceError(f"{name} is on {tensor.device}, but the input is on {x.device}")
 
-    def _settings(self, backward: bool) -> str:
+    def _settings(self, backward: bool) -> dict[str, object]:
         batch = ""
         if self.momentum is None and self.num_batches_tracked is not None:
             batch = f" (batch {int(self.num_batches_tracked) + 1})"
-        return (
-            f", momentum={self.momentum!r}{batch}, "
-            f"track_running_stats={self.track_running_stats}, backward={backward}"
-        )
-
-    def _running(self, wide: Any) -> tuple[Tensor, Tensor] | None:
-        """Running mean and variance in the dtype of the arithmetic: themselves, or copies."""
-        if not self.track_running_stats or self.running_mean is None:
-            return None
-        return self.running_mean.to(wide), self.running_var.to(wide)
+        return {
+            "momentum": f"{self.momentum!r}{batch}",
+            "track_running_stats": self.track_running_stats,
+            "backward": backward,
+        }
 
     def _factor(self) -> float:
         if self.momentum is None:
             return 1.0 / (int(self.num_batches_tracked) + 1)
         check_momentum(self.momentum)
         return float(self.momentum)
-
-    def _update(self, mean: Tensor, var: Tensor) -> None:
-        for target, values in ((self.running_mean, mean), (self.running_var, var)):
-            if target is not values:
-                target.copy_(values)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
 
 
 class BatchNorm1d(BatchNorm, torch.nn.BatchNorm1d):

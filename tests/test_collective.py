@@ -1,4 +1,4 @@
-"""Joint calls over threads: what is owed, what closes a communicator, what must agree."""
+"""Collective calls over threads: what is owed, what closes a communicator, what must agree."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_after_a_peer_error_the_ranks_are_in_step(dtype, direction):
     np.testing.assert_allclose(y.mean(axis=0), 0, atol=1e-6)
 
 
-def test_a_rank_that_fails_between_two_messages_poisons_the_second(monkeypatch):
+def test_a_rank_that_fails_between_two_messages_fails_the_second(monkeypatch):
     """Nothing there should fail; if memory runs out all the same, nobody waits."""
 
     def rank(comm):
@@ -69,7 +69,7 @@ def test_a_rank_that_fails_between_two_messages_poisons_the_second(monkeypatch):
     ]
 
 
-def test_interrupting_a_rank_does_not_send_poison():
+def test_interrupting_a_rank_sends_no_failure():
     """After Ctrl-C a rank wants to end, not to wait for peers that may be gone."""
 
     class Interrupting:
@@ -106,7 +106,7 @@ def test_an_exception_that_takes_no_note_is_told_to_the_others_too():
 def test_a_rank_raises_its_own_error_even_if_its_farewell_fails():
     def rank(comm):
         if comm.rank == 0:
-            return  # has left: the poison of rank 1 meets nobody
+            return  # has left: the failure of rank 1 meets nobody
         SyncBatchNorm(3, comm=comm).forward([1.0])
 
     with pytest.raises(cupybn.DTypeError, match="got list"):

@@ -1,0 +1,594 @@
+"""One forward and one backward: bound to a signature once, run often.
+
+A call is *bind* and *run*. What depends on the signature alone (shape, strides, dtype and device of
+x, the options, the communicator) is found out by :func:`bind`, in a :class:`Bound`. Its
+:meth:`~Bound.forward` and :meth:`~Bound.backward` compare the other arrays with what it expects,
+allocate, compute, send and keep. Layers and functions remember a few of them (:class:`Bindings`).
+A Bound holds no array, so it may be shared by calls, layers and threads.
+
+Calls over several ranks happen inside a :class:`~cupybn.collective.CollectiveCall`, which the
+caller opens, so that whatever is raised here reaches the other ranks. Everything that can fail on
+one rank alone (checks, compiling, allocating outputs) comes before the first message. On the CPU
+running statistics and gradients are computed in copies, and written back together at the end.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import repeat
+from operator import is_not, setitem
+from types import ModuleType
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from .arrays import (
+    Array,
+    as_array,
+    copy_to_host,
+    is_capturing,
+    is_cupy,
+    on_device_of,
+    overlap,
+    parameter_dtype,
+)
+from .backends import backend_for, by_type
+from .checks import (
+    check_eps,
+    check_like,
+    check_out,
+    check_overlap,
+    check_parameter,
+    check_writeable,
+    check_written,
+    is_relu,
+)
+from .collective import CollectiveCall, fingerprint
+from .communicators import Communicator, SelfCommunicator
+from .errors import ShapeError
+from .layout import Layout, check_channel_axis, layout_of
+from .statistics import BackwardSums, Moments, Transform, message_length
+
+ALONE = SelfCommunicator()
+_HOST = nullcontext()
+_GIVEN = partial(is_not, None)
+
+
+def call_name(direction: str, name: str | None) -> str:
+    """What messages and errors call a call, e.g. ``"forward of 'features.bn1'"``."""
+    return f"{direction} of {name!r}" if name else f"{direction} of a batch norm"
+
+
+class Running(NamedTuple):
+    """The running statistics that a forward moves in place, or is given.
+
+    Attributes:
+        mean, var: (C,), of the dtype that goes with x.
+        batches: (), int64, in host memory: how many batches they have taken.
+    """
+
+    mean: Array
+    var: Array
+    batches: Array
+
+
+class Saved(NamedTuple):
+    """What a forward keeps for its backward. x, weight and bias are kept by reference.
+
+    Attributes:
+        mean: (C,) float64, of the batch of all ranks.
+        invstd: (C,) float64, ``1 / sqrt(var + eps)``.
+        count: values per channel on all ranks, a host integer.
+        mask: where y passed the ReLU, a bit a value, if x alone does not tell.
+        moments: of this rank's batch, if the forward was asked to keep them.
+    """
+
+    bound: Bound
+    x3: Array
+    weight: Array | None
+    bias: Array | None
+    mean: Array
+    invstd: Array
+    count: int
+    mask: Array | None = None
+    moments: Moments | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """How x is seen as (N, C, L)."""
+        return self.bound.layout
+
+    @property
+    def eps(self) -> float:
+        """What was added to the variance."""
+        return self.bound.eps
+
+    @property
+    def comm(self) -> Communicator:
+        """The communicator of the forward, which the backward uses too."""
+        return self.bound.comm
+
+    @property
+    def var(self) -> Array:
+        """(C,) float64, the biased variance of that batch, from `invstd`: to 1e-15 of var + eps."""
+        with on_device_of(self.invstd), np.errstate(all="ignore"):  # Inf where invstd is 0
+            return np.maximum(self.invstd**-2.0 - self.eps, 0)
+
+    @property
+    def transform(self) -> Transform:
+        """What maps x to y."""
+        return Transform(self.mean, self.invstd, self.weight, self.bias)
+
+
+def check_saved(saved: object) -> None:
+    """Raises TypeError unless this is the context of a forward."""
+    if not isinstance(saved, Saved):
+        raise TypeError(
+            "saved must be what batch_norm_forward returned beside y, or layer.saved, got "
+            f"{type(saved).__name__}"
+        )
+
+
+class Bindings:
+    """A few bound calls by signature.
+
+    A signature is kept when it is met the second time, so that a call made once costs no memory.
+    It does not travel: a copy, or what is unpickled, starts with none.
+    """
+
+    def __init__(self, limit: int = 16) -> None:
+        self._limit = limit
+        self._met: dict[Hashable, Any] = {}
+        self._bound: dict[Hashable, Any] = {}
+        self.get = self._bound.get
+
+    def keep(self, key: Hashable, bound: Any) -> None:
+        """Keeps `bound`, which was just made for this signature, if it is not the first one."""
+        kept = self._bound if key in self._met else self._met
+        if len(kept) >= self._limit:
+            kept.clear()
+        kept[key] = bound
+
+    def __deepcopy__(self, memo: Any) -> Bindings:
+        return Bindings(self._limit)
+
+    def __reduce__(self) -> Any:
+        return Bindings, (self._limit,)
+
+
+_Arrays: TypeAlias = "tuple[Array, Array, Array | None, Array | None]"  # x3, y3, weight, bias
+_Statistics: TypeAlias = "tuple[Array, Array, int, Moments | None]"  # mean, invstd, count, local
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a call does besides its arrays.
+
+    Attributes:
+        eps: added to the variance.
+        activation: None or "relu".
+        affine: whether there are a weight and a bias.
+        residual: whether there is one.
+        save: whether a backward may follow.
+        given: the statistics are given, constants; else they are the batch's.
+        factor: the weight of the batch in the running statistics, where they are updated.
+        check_finite: whether NaN or Inf in the statistics is an error.
+        keep_moments: whether the context keeps the moments of this rank's batch.
+        settings: what else must be equal on all ranks.
+    """
+
+    eps: float
+    activation: str | None = None
+    affine: tuple[bool, bool] = (True, True)
+    residual: bool = False
+    save: bool = True
+    given: bool = False
+    factor: float = 0.0
+    check_finite: bool = False
+    keep_moments: bool = False
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+
+def bind(x: Array, channel_axis: int, options: Options, comm: Communicator, name: str) -> Bound:
+    """What depends on the signature of x and the options alone.
+
+    Raises:
+        ShapeError, DTypeError, ValueError: x or an option cannot be.
+        RuntimeError: ``check_finite`` while a CUDA graph is captured.
+    """
+    parameter_dtype(x.dtype)
+    check_eps(options.eps)
+    is_relu(options.activation)
+    layout = layout_of(x, check_channel_axis(channel_axis))
+    if options.check_finite and is_capturing(x):
+        raise RuntimeError(
+            f"{call_name('forward', name)}: check_finite=True cannot go into a CUDA graph: it "
+            "reads the statistics"
+        )
+    backend_for(x)
+    return Bound(x, layout, options, comm, name)
+
+
+class Bound:
+    """A call's signature with all that follows from it; see the module. Holds no array."""
+
+    def __init__(
+        self, x: Array, layout: Layout, options: Options, comm: Communicator, name: str
+    ) -> None:
+        self.layout, self.options, self.eps = layout, options, options.eps
+        self.shape, self.shape3, self.channels = layout.shape, layout.shape3, layout.channels
+        self.per_channel = layout.per_channel
+        self.dtype, self.parameter_dtype = x.dtype, parameter_dtype(x.dtype)
+        self.kind: type = type(x)
+        self.device_id = x.data.device_id if is_cupy(x) else None
+        # A cupy.ndarray(shape, dtype) is what cupy.empty gives, in a fifth of its time.
+        self.empty: Any = np.empty if self.device_id is None else self.kind
+        self.in_order = layout.to_memory is None
+        self.direct = self.in_order and x.flags.c_contiguous
+        self.relu = is_relu(options.activation)
+        self.fused_residual = options.residual and self.relu
+        self.exact = x.dtype == np.float64
+        self.count = self.shape3[0] * self.shape3[2]
+        self.comm, self.ranks, self.name = comm, comm.size, name
+        self.needs_mask = self.fused_residual and options.save
+        self.mask_shape = ((self.shape3[0] * self.channels * self.shape3[2] + 7) // 8,)
+        self.prepared: dict[str, ModuleType] = {}
+        self._statistics: Any = Bound._alone
+        if options.given:
+            self._statistics = Bound._given
+        elif self.ranks > 1 or options.check_finite or options.keep_moments:
+            self._statistics = Bound._over_ranks
+
+    @cached_property
+    def settings(self) -> dict[str, object]:
+        """What must be equal on all ranks, for the fingerprint."""
+        options = self.options
+        return {
+            "C": self.channels,
+            "eps": repr(options.eps),
+            "": self.dtype,
+            "weight": options.affine[0],
+            "bias": options.affine[1],
+            "activation": options.activation,
+            **options.settings,
+        }
+
+    @cached_property
+    def forward_call(self) -> tuple[str, int, str, int]:
+        """What a collective call takes behind its communicator: name, length, text, messages."""
+        what = call_name("forward", self.name)
+        text, messages = fingerprint(what, self.settings), 2 if self.exact else 1
+        return what, message_length(self.channels), text, messages
+
+    @cached_property
+    def backward_call(self) -> tuple[str, int, str, int]:
+        """The same of a backward."""
+        what = call_name("backward", self.name)
+        return what, message_length(self.channels), fingerprint(what, self.settings), 1
+
+    def forward(
+        self,
+        call: CollectiveCall | None,
+        x: Array,
+        params: Mapping[str, Array],
+        *,
+        residual: Array | None = None,
+        out: Array | None = None,
+        y3: Array | None = None,
+        running: Running | None = None,
+    ) -> tuple[Array, Saved]:
+        """(y, context), for an x of the signature that was bound, inside `call`.
+
+        `params` has weight and bias, `running` the statistics to update, or those that are given;
+        `y3` is new memory of the caller's, taken as it is.
+
+        Raises:
+            ShapeError, DTypeError, DeviceError, ValueError: an array does not fit.
+            FloatingPointError: NaN or Inf, with ``check_finite``.
+            Otherwise as :meth:`CollectiveCall.allreduce`.
+        """
+        weight, bias = params.get("weight"), params.get("bias")
+        kind, dtype, shape = self.kind, self.parameter_dtype, self.per_channel
+        for array in (weight, bias) if running is None else (weight, bias, *running[:2]):
+            if array is not None and (
+                type(array) is not kind
+                or array.dtype != dtype
+                or array.shape != shape
+                or (self.device_id is not None and array.data.device_id != self.device_id)
+            ):
+                weight, bias, running = self._checked(x, weight, bias, running)
+                break
+        if running is not None and not self.options.given:
+            for array in running if self.device_id is None else running[2:]:
+                if not array.flags.writeable:
+                    self._checked(x, weight, bias, running)
+        on_host, moved = self.device_id is None, None
+        with _HOST if on_host else x.device:
+            x3 = x.reshape(self.shape3) if self.direct else self.layout.view(x)
+            if residual is not None:
+                residual = as_array(residual, "residual")
+            residual3 = None if residual is None else self._view("residual", residual, x)
+            if out is None:
+                y3 = self.empty(self.shape3, self.dtype) if y3 is None else y3
+                y = y3.reshape(self.shape) if self.in_order else self.layout.restore(y3)
+            else:
+                y, y3 = out, self._y3_in(out, x, residual)
+            mask = self.empty(self.mask_shape, np.uint8) if self.needs_mask else None
+            extra = {"relu": self.relu, "residual3": residual3, "mask": mask}
+            if running is not None:
+                moved = running[:2]
+                if on_host and not self.options.given:
+                    # Copies are moved: what fails half-way leaves all unchanged.
+                    moved = running.mean.copy(), running.var.copy()
+            arrays = x3, y3, weight, bias
+            mean, invstd, count, local = self._statistics(self, call, arrays, moved, extra)
+            if moved is not None and count:
+                batches = int(running.batches) + 1
+                if on_host:  # together: one call of C, which no interrupt divides
+                    deque(map(setitem, running, repeat(...), (*moved, batches)), maxlen=0)
+                else:
+                    running.batches[...] = batches
+            if out is not None and not overlap(y3, out):
+                out[...] = self.layout.restore(y3)
+        return y, Saved(self, x3, weight, bias, mean, invstd, count, mask, local)
+
+    def _given(self, call: Any, arrays: _Arrays, given: Any, extra: dict[str, Any]) -> _Statistics:
+        """Fills y3 with the given statistics."""
+        x3, y3, weight, bias = arrays
+        backend = by_type[self.kind]
+        mean, _, invstd = backend.given_statistics(*given, self.eps)
+        backend.normalize(x3, Transform(mean, invstd, weight, bias), out3=y3, **extra)
+        return mean, invstd, 0, None
+
+    def _alone(
+        self, call: Any, arrays: _Arrays, running: Any, extra: dict[str, Any]
+    ) -> _Statistics:
+        """Fills y3 with the statistics of this rank's batch, the only one."""
+        backend = by_type[self.kind]
+        if self.prepared.get("forward") is not backend:
+            self._prepare_forward(backend, arrays, extra)
+        if self.count == 1:
+            self._refuse_one_value()
+        mean, invstd = backend.local_forward(
+            *arrays, self.eps, running=running, factor=self.options.factor, **extra
+        )
+        return mean, invstd, self.count, None
+
+    def _over_ranks(
+        self, call: CollectiveCall, arrays: _Arrays, running: Any, extra: dict[str, Any]
+    ) -> _Statistics:
+        """Fills y3 with the statistics of all ranks' batches.
+
+        One message; two with float64 data, the second with deviations from the mean of all. With
+        one rank none, where the moments themselves are asked for.
+        """
+        x3, c, backend = arrays[0], self.channels, by_type[self.kind]
+        if self.prepared.get("forward") is not backend:
+            self._prepare_forward(backend, arrays, extra)
+        if self.ranks == 1:
+            local = moments = backend.batch_moments(x3)
+            form = "local"
+        else:
+            payload = call.payload(x3, c if self.exact else 2 * c)
+            local = backend.batch_moments(x3, payload=payload)
+            count, total = call.allreduce(local.count)
+            form, moments = "pooled", Moments(count, total[:c], total[c:])
+            if self.exact:
+                payload = call.payload(x3, c)
+                backend.recentre_moments(local, total, count, payload)
+                _, m2 = call.allreduce(local.count)
+                form, moments = "recentred", Moments(count, total, m2)
+        if moments.count == 1:
+            self._refuse_one_value()
+        if self.options.check_finite:
+            self._check_finite(moments, form)
+        mean, invstd = backend.finish_forward(
+            moments, form, *arrays, self.eps, running=running, factor=self.options.factor, **extra
+        )
+        return mean, invstd, moments.count, local if self.options.keep_moments else None
+
+    def backward(
+        self,
+        call: CollectiveCall | None,
+        dy: Array,
+        saved: Saved,
+        *,
+        out: Array | None = None,
+        dx3: Array | None = None,
+        dweight: Array | None = None,
+        dbias: Array | None = None,
+    ) -> tuple[Array, Array | None]:
+        """(dx, dresidual), inside `call`. Adds this rank's sums to `dweight` and `dbias`.
+
+        `dx3` is new memory of the caller's, taken as it is.
+
+        Raises:
+            As :meth:`forward`.
+        """
+        x3, backend, on_host = saved.x3, by_type[self.kind], self.device_id is None
+        for what, gradient in (("weight", dweight), ("bias", dbias)):
+            if gradient is not None and not (
+                type(gradient) is self.kind
+                and gradient.dtype == self.parameter_dtype
+                and gradient.shape == self.per_channel
+                and (
+                    gradient.flags.writeable
+                    if on_host
+                    else gradient.data.device_id == self.device_id
+                )
+            ):
+                check_written(f"the gradient of {what}", gradient, x3, self.layout)
+        if type(dy) is not self.kind:
+            dy = as_array(dy, "dy")
+        with _HOST if on_host else x3.device:
+            plain = self.in_order and on_host and dy.flags.c_contiguous
+            if plain and dy.shape == self.shape and dy.dtype == self.dtype:
+                dy3 = dy.reshape(self.shape3)
+            else:
+                dy3 = self._view("dy", dy, x3)
+            if out is None:
+                dx3 = self.empty(self.shape3, self.dtype) if dx3 is None else dx3
+                dx = dx3.reshape(self.shape) if self.in_order else self.layout.restore(dx3)
+            else:
+                dx, dx3 = out, self._dx3_in(out, dy, x3)
+            dresidual = dy if self.options.residual else None
+            extra = {"relu": self.relu, "mask": saved.mask, "dresidual3": None}
+            if self.fused_residual:
+                extra["dresidual3"] = self.empty(self.shape3, self.dtype)
+                dresidual = self.layout.restore(extra["dresidual3"])
+            if self.prepared.get("backward") is not backend:
+                self._prepare_backward(backend, (dy3, x3, dx3), extra)
+            extra["dweight"], extra["dbias"] = dweight, dbias
+            if on_host:  # as in forward
+                extra["dweight"] = None if dweight is None else dweight.copy()
+                extra["dbias"] = None if dbias is None else dbias.copy()
+            self._gradients(call, (dy3, x3, dx3), saved, extra)
+            if on_host:
+                targets, values = (dweight, dbias), (extra["dweight"], extra["dbias"])
+                written = filter(_GIVEN, targets), repeat(...), filter(_GIVEN, values)
+                deque(map(setitem, *written), maxlen=0)
+            if out is not None and not overlap(dx3, out):
+                out[...] = self.layout.restore(dx3)
+        return dx, dresidual
+
+    def _gradients(
+        self,
+        call: CollectiveCall | None,
+        arrays: tuple[Array, Array, Array],
+        saved: Saved,
+        extra: dict[str, Any],
+    ) -> None:
+        """Fills the last of `arrays` (dy3, x3, dx3): one message over several ranks."""
+        (dy3, x3, dx3), c, backend = arrays, self.channels, by_type[self.kind]
+        transform = Transform(saved.mean, saved.invstd, saved.weight, saved.bias)
+        if self.ranks == 1:
+            count = 0 if self.options.given else saved.count
+            backend.local_backward(dy3, x3, dx3, transform, count=count, **extra)
+            return
+        payload = call.payload(x3, 2 * c)
+        local = backend.backward_reduce(
+            dy3, x3, transform, relu=self.relu, mask=saved.mask, payload=payload
+        )
+        _, total = call.allreduce()
+        sums = BackwardSums(total[:c], total[c:])
+        backend.backward_input(
+            dy3, x3, transform, sums=sums, count=saved.count, local=local, out3=dx3, **extra
+        )
+
+    def normalize_again(
+        self, x: Array, params: Mapping[str, Array], saved: Saved, y3: Array
+    ) -> None:
+        """Fills y3 with the y of an earlier forward once more, from that forward's statistics.
+
+        The same bits for the same x; no communication, no update. For forwards without a residual.
+        """
+        weight, bias, _ = self._checked(x, params.get("weight"), params.get("bias"), None)
+        with on_device_of(x):
+            transform = Transform(saved.mean, saved.invstd, weight, bias)
+            x3 = self.layout.view(x)
+            by_type[self.kind].normalize(x3, transform, relu=self.relu, out3=y3)
+
+    # ---- what is seldom: checks that fail, other arrays than last time ---------------------------
+
+    def _checked(
+        self, x: Array, weight: Array | None, bias: Array | None, running: Running | None
+    ) -> tuple[Array | None, Array | None, Running | None]:
+        """The arrays as NumPy's or CuPy's, if they go with x."""
+        parameters = {"weight": weight, "bias": bias}
+        for what, array in parameters.items():
+            if array is not None:
+                parameters[what] = as_array(array, what)
+                check_parameter(what, parameters[what], x, self.layout)
+        if running is not None:
+            names = ("mean", "var") if self.options.given else ("running_mean", "running_var")
+            check = check_parameter if self.options.given else check_written
+            arrays = [as_array(a, what) for a, what in zip(running, names, strict=False)]
+            for what, array in zip(names, arrays, strict=True):
+                check(what, array, x, self.layout)
+            running = Running(*arrays, running.batches)
+            if not self.options.given:
+                check_writeable("num_batches_tracked", running.batches)
+        return parameters["weight"], parameters["bias"], running
+
+    def _view(self, what: str, array: Array, x: Array) -> Array:
+        """The array as (N, C, L), if it is like x."""
+        check_like(what, array, x, self.layout)
+        return self.layout.view(array)
+
+    def _y3_in(self, out: Array, x: Array, residual: Array | None) -> Array:
+        """What to write for a y in `out`: a view of it where the layouts fit, else new memory."""
+        check_out(out, x, self.layout)
+        if residual is not None:
+            check_overlap(out, residual, "residual", may_be_same=True)
+        given, save = self.options.given, self.options.save
+        what = "x" if given and not save else "x, which backward needs"
+        check_overlap(out, x, what, may_be_same=given and not save)
+        return self._written(out)
+
+    def _dx3_in(self, out: Array, dy: Array, x3: Array) -> Array:
+        """The same for a dx."""
+        check_out(out, x3, self.layout)
+        check_overlap(out, x3, "the x of forward", may_be_same=False)
+        hands_dy_on = self.options.residual and not self.relu
+        what = "dy, which is returned as dresidual" if hands_dy_on else "dy"
+        check_overlap(out, dy, what, may_be_same=not hands_dy_on)
+        return self._written(out)
+
+    def _written(self, out: Array) -> Array:
+        view = self.layout.view(out)
+        return view if overlap(view, out) else self.empty(self.shape3, self.dtype)
+
+    def _prepare_forward(self, backend: ModuleType, arrays: _Arrays, extra: dict[str, Any]) -> None:
+        """Has the backend compile what it needs: before the first message."""
+        backend.prepare_forward(
+            *arrays[:2],
+            **extra,
+            running_dtype=self.parameter_dtype.name if self.options.factor else None,
+            ranks=self.ranks,
+        )
+        self._is_prepared("forward", backend)
+
+    def _prepare_backward(
+        self, backend: ModuleType, arrays: tuple[Array, Array, Array], extra: dict[str, Any]
+    ) -> None:
+        backend.prepare_backward(*arrays, **extra, constant=self.options.given, ranks=self.ranks)
+        self._is_prepared("backward", backend)
+
+    def _is_prepared(self, direction: str, backend: ModuleType) -> None:
+        # What a device compiles depends on addresses too, so over ranks it is asked each time.
+        if self.device_id is None or self.ranks == 1:
+            self.prepared[direction] = backend
+
+    def _refuse_one_value(self) -> None:
+        everywhere = f" on this rank, 1 value on all {self.ranks} ranks"
+        raise ShapeError(
+            "Expected more than 1 value per channel when training, got input size "
+            f"{self.shape}{everywhere if self.ranks > 1 else ''}"
+        )
+
+    def _check_finite(self, moments: Moments, form: str) -> None:
+        """Raises where the running mean or variance would take NaN or Inf.
+
+        The moments are the same on every rank, so every rank raises. Reads (C,) values of a device.
+        """
+        count = moments.count
+        with np.errstate(all="ignore"):
+            if form == "pooled":
+                moments = Moments.unpack(count, np.concatenate([moments.mean, moments.m2]))
+            elif form == "recentred":
+                moments = Moments(count, moments.mean / max(count, 1), moments.m2)
+            largest = float(np.finfo(self.parameter_dtype).max)
+            unbiased = moments.m2 / max(count - 1, 1)
+            finite = (abs(moments.mean) <= largest) & (unbiased <= largest)
+        bad = np.flatnonzero(~copy_to_host(finite)).tolist()
+        if bad:
+            shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+            channels = "channel" if len(bad) == 1 else "channels"
+            raise FloatingPointError(
+                f"{call_name('forward', self.name)}: NaN or Inf in the statistics of the batch, "
+                f"in {channels} {shown}"
+            )
