@@ -43,7 +43,7 @@ def fingerprint(what: str, settings: Mapping[str, object]) -> str:
 
 
 class CollectiveCall:
-    """Context of one collective call.
+    """Context of one collective call; what leaves it as an exception is told to the other ranks.
 
     Args:
         comm: who takes part. With one rank nothing is ever sent.
@@ -73,10 +73,10 @@ class CollectiveCall:
         self.messages = messages  # still to come
         self._message: Array = None
         self._size = 0
+        if refused and self.ranks > 1:
+            check_usable(comm)
 
     def __enter__(self: _Self) -> _Self:
-        if refused and self.ranks > 1:
-            check_usable(self.comm)
         return self
 
     def agree(self, settings: Mapping[str, object], messages: int = 1) -> None:
@@ -134,8 +134,11 @@ class CollectiveCall:
     ) -> None:
         # Not for KeyboardInterrupt and SystemExit: then the peers may be gone, and this rank wants
         # to end, not to wait for them.
-        if not isinstance(error, Exception):
-            return
+        if isinstance(error, Exception):
+            self.leave(error)
+
+    def leave(self, error: Exception) -> None:
+        """Tells the other ranks, if they wait for this one, that it raises `error`."""
         say_where(error, self.what, self.comm)
         if self.ranks > 1 and self.messages:
             message = np.zeros(self.length, self.dtype)

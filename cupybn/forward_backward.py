@@ -47,7 +47,7 @@ from .checks import (
     check_written,
     is_relu,
 )
-from .collective import CollectiveCall, fingerprint
+from .collective import CollectiveCall, fingerprint, say_where
 from .communicators import Communicator, SelfCommunicator
 from .errors import ShapeError
 from .layout import Layout, check_channel_axis, layout_of
@@ -93,7 +93,7 @@ class Saved(NamedTuple):
     bias: Array | None
     mean: Array
     invstd: Array
-    count: int
+    count: int  # type: ignore[assignment]  # of tuple, which has a method of that name
     mask: Array | None = None
     moments: Moments | None = None
 
@@ -223,7 +223,7 @@ class Bound:
         self.shape, self.shape3, self.channels = layout.shape, layout.shape3, layout.channels
         self.per_channel = layout.per_channel
         self.dtype, self.parameter_dtype = x.dtype, parameter_dtype(x.dtype)
-        self.kind: type = type(x)
+        self.kind: Any = type(x)
         self.device_id = x.data.device_id if is_cupy(x) else None
         # A cupy.ndarray(shape, dtype) is what cupy.empty gives, in a fifth of its time.
         self.empty: Any = np.empty if self.device_id is None else self.kind
@@ -293,7 +293,10 @@ class Bound:
         """
         weight, bias = params.get("weight"), params.get("bias")
         kind, dtype, shape = self.kind, self.parameter_dtype, self.per_channel
-        for array in (weight, bias) if running is None else (weight, bias, *running[:2]):
+        arrays: tuple[Array, ...] = (weight, bias)
+        if running is not None:
+            arrays = weight, bias, running.mean, running.var
+        for array in arrays:
             if array is not None and (
                 type(array) is not kind
                 or array.dtype != dtype
@@ -302,16 +305,18 @@ class Bound:
             ):
                 weight, bias, running = self._checked(x, weight, bias, running)
                 break
+        on_host, moved = self.device_id is None, None
         if running is not None and not self.options.given:
-            for array in running if self.device_id is None else running[2:]:
+            for array in running if on_host else running[2:]:
                 if not array.flags.writeable:
                     self._checked(x, weight, bias, running)
-        on_host, moved = self.device_id is None, None
         with _HOST if on_host else x.device:
             x3 = x.reshape(self.shape3) if self.direct else self.layout.view(x)
+            residual3 = None
             if residual is not None:
-                residual = as_array(residual, "residual")
-            residual3 = None if residual is None else self._view("residual", residual, x)
+                if type(residual) is not kind:
+                    residual = as_array(residual, "residual")
+                residual3 = self._view("residual", residual, x)
             if out is None:
                 y3 = self.empty(self.shape3, self.dtype) if y3 is None else y3
                 y = y3.reshape(self.shape) if self.in_order else self.layout.restore(y3)
@@ -324,9 +329,10 @@ class Bound:
                 if on_host and not self.options.given:
                     # Copies are moved: what fails half-way leaves all unchanged.
                     moved = running.mean.copy(), running.var.copy()
-            arrays = x3, y3, weight, bias
-            mean, invstd, count, local = self._statistics(self, call, arrays, moved, extra)
-            if moved is not None and count:
+            mean, invstd, count, local = self._statistics(
+                self, call, (x3, y3, weight, bias), moved, extra
+            )
+            if running is not None and moved is not None and count:
                 batches = int(running.batches) + 1
                 if on_host:  # together: one call of C, which no interrupt divides
                     deque(map(setitem, running, repeat(...), (*moved, batches)), maxlen=0)
@@ -410,18 +416,18 @@ class Bound:
             As :meth:`forward`.
         """
         x3, backend, on_host = saved.x3, by_type[self.kind], self.device_id is None
-        for what, gradient in (("weight", dweight), ("bias", dbias)):
-            if gradient is not None and not (
-                type(gradient) is self.kind
-                and gradient.dtype == self.parameter_dtype
-                and gradient.shape == self.per_channel
-                and (
-                    gradient.flags.writeable
-                    if on_host
-                    else gradient.data.device_id == self.device_id
-                )
+        restore = self.layout.restore
+        kind, dtype, shape = self.kind, self.parameter_dtype, self.per_channel
+        for gradient in (dweight, dbias):
+            if gradient is not None and (
+                type(gradient) is not kind
+                or gradient.dtype != dtype
+                or gradient.shape != shape
+                or (on_host and not gradient.flags.writeable)
+                or (not on_host and gradient.data.device_id != self.device_id)
             ):
-                check_written(f"the gradient of {what}", gradient, x3, self.layout)
+                dweight, dbias = self._checked_gradients(x3, dweight, dbias)
+                break
         if type(dy) is not self.kind:
             dy = as_array(dy, "dy")
         with _HOST if on_host else x3.device:
@@ -438,8 +444,9 @@ class Bound:
             dresidual = dy if self.options.residual else None
             extra = {"relu": self.relu, "mask": saved.mask, "dresidual3": None}
             if self.fused_residual:
-                extra["dresidual3"] = self.empty(self.shape3, self.dtype)
-                dresidual = self.layout.restore(extra["dresidual3"])
+                dresidual3 = extra["dresidual3"] = self.empty(self.shape3, self.dtype)
+                in_order = self.in_order
+                dresidual = dresidual3.reshape(self.shape) if in_order else restore(dresidual3)
             if self.prepared.get("backward") is not backend:
                 self._prepare_backward(backend, (dy3, x3, dx3), extra)
             extra["dweight"], extra["dbias"] = dweight, dbias
@@ -448,16 +455,16 @@ class Bound:
                 extra["dbias"] = None if dbias is None else dbias.copy()
             self._gradients(call, (dy3, x3, dx3), saved, extra)
             if on_host:
-                targets, values = (dweight, dbias), (extra["dweight"], extra["dbias"])
-                written = filter(_GIVEN, targets), repeat(...), filter(_GIVEN, values)
-                deque(map(setitem, *written), maxlen=0)
+                targets: Any = filter(_GIVEN, (dweight, dbias))
+                values = filter(_GIVEN, (extra["dweight"], extra["dbias"]))
+                deque(map(setitem, targets, repeat(...), values), maxlen=0)
             if out is not None and not overlap(dx3, out):
                 out[...] = self.layout.restore(dx3)
         return dx, dresidual
 
     def _gradients(
         self,
-        call: CollectiveCall | None,
+        call: Any,
         arrays: tuple[Array, Array, Array],
         saved: Saved,
         extra: dict[str, Any],
@@ -492,6 +499,13 @@ class Bound:
             x3 = self.layout.view(x)
             by_type[self.kind].normalize(x3, transform, relu=self.relu, out3=y3)
 
+    def leave(self, call: CollectiveCall | None, direction: str, error: Exception) -> None:
+        """Says where the error of a call was, and tells the other ranks if there are any."""
+        if call is None:
+            say_where(error, call_name(direction, self.name), self.comm)
+        else:
+            call.leave(error)
+
     # ---- what is seldom: checks that fail, other arrays than last time ---------------------------
 
     def _checked(
@@ -506,17 +520,31 @@ class Bound:
         if running is not None:
             names = ("mean", "var") if self.options.given else ("running_mean", "running_var")
             check = check_parameter if self.options.given else check_written
-            arrays = [as_array(a, what) for a, what in zip(running, names, strict=False)]
-            for what, array in zip(names, arrays, strict=True):
-                check(what, array, x, self.layout)
-            running = Running(*arrays, running.batches)
+            mean, var = as_array(running.mean, names[0]), as_array(running.var, names[1])
+            check(names[0], mean, x, self.layout)
+            check(names[1], var, x, self.layout)
+            running = Running(mean, var, running.batches)
             if not self.options.given:
                 check_writeable("num_batches_tracked", running.batches)
         return parameters["weight"], parameters["bias"], running
 
+    def _checked_gradients(
+        self, x3: Array, dweight: Array | None, dbias: Array | None
+    ) -> tuple[Array | None, Array | None]:
+        """The arrays as NumPy's or CuPy's, if they can take gradients."""
+        gradients = {"weight": dweight, "bias": dbias}
+        for what, gradient in gradients.items():
+            if gradient is not None:
+                check_written(f"the gradient of {what}", gradient, x3, self.layout)
+                gradients[what] = as_array(gradient)
+        return gradients["weight"], gradients["bias"]
+
     def _view(self, what: str, array: Array, x: Array) -> Array:
         """The array as (N, C, L), if it is like x."""
-        check_like(what, array, x, self.layout)
+        if array.shape != self.shape or array.dtype != self.dtype or self.device_id is not None:
+            check_like(what, array, x, self.layout)
+        if self.in_order and array.flags.c_contiguous:
+            return array.reshape(self.shape3)
         return self.layout.view(array)
 
     def _y3_in(self, out: Array, x: Array, residual: Array | None) -> Array:

@@ -11,10 +11,10 @@ Backward, with the sums over all n values a channel has on all ranks::
     dweight = sum(dy * (x - mean)) * invstd,  dbias = sum(dy)        (over this rank's values)
 
 Data are float16, bfloat16, float32 (with float32 weight and bias) or float64 (with float64 ones),
-of any number of dimensions from 2, with the channels on axis 1 or -1: NumPy or CuPy arrays, or other libraries'
-that can be seen as such without a copy (PyTorch, JAX, Numba, memoryviews). What comes back is NumPy
-or CuPy. ``comm=None`` is this process alone. With a communicator every rank calls the same
-functions in the same order, ranks without samples too.
+of 2 or more dimensions, with the channels on axis 1 or -1: NumPy or CuPy arrays, or other
+libraries' that can be seen as such without a copy (PyTorch, JAX, Numba, memoryviews). What comes
+back is NumPy or CuPy. ``comm=None`` is this process alone. With a communicator every rank calls
+the same functions in the same order, ranks without samples too.
 
 The five primitives work on (N, C, L) views and are for frameworks that own the collective:
 ``batch_moments``, ``finalize_moments``, ``normalize``, ``backward_reduce``, ``backward_input``; and
@@ -41,6 +41,7 @@ from .errors import CupyBNError, DTypeError, ShapeError
 from .forward_backward import (
     ALONE,
     Bindings,
+    Bound,
     Options,
     Running,
     Saved,
@@ -146,7 +147,7 @@ def batch_norm_forward(
         found = _bindings.get(key)
     arrays = {"residual": residual, "out": out}
     if found is not None and found[0] is comm:
-        bound = found[1]
+        bound: Bound = found[1]
         with CollectiveCall(bound.comm, *bound.forward_call) as call:
             return bound.forward(call, x, {"weight": weight, "bias": bias}, **arrays)
     communicator = ALONE if comm is None else resolve(comm)

@@ -136,11 +136,13 @@ def batch_moments(x3: Array, *, payload: Array | None = None) -> Moments:
     `payload`, float64, takes this rank's part of the first message: (2C,) for ``count * mean`` and
     ``m2 + count * mean**2``, or (C,) for the first of them alone.
     """
-    length = getattr(payload, "shape", ())
-    half = len(length) == 1 and len(getattr(x3, "shape", ())) == 3 and length[0] == x3.shape[1]
+    shape: tuple[int, ...] = getattr(x3, "shape", ())
+    half = len(shape) == 3 and getattr(payload, "shape", None) == shape[1:2]
     given = _checked(("x3",), {"x3": x3, "payload": payload}, {"payload": "C"} if half else None)
     with on_device_of(given.x3):
-        return backend_for(given.x3).batch_moments(given.x3, payload=given.payload)
+        return backend_for(given.x3).batch_moments(  # type: ignore[no-any-return]
+            given.x3, payload=given.payload
+        )
 
 
 def recentre_moments(local: Moments, weighted: Array, count: int, payload: Array) -> None:

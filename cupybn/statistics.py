@@ -38,7 +38,7 @@ class Moments(NamedTuple):
         m2: (C,) float64, the sum of squared deviations from `mean`.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # of tuple, which has a method of that name
     mean: Array
     m2: Array
 

@@ -18,8 +18,8 @@ from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from cupybn import BatchNorm2d, DeviceError, DTypeError, SelfCommunicator, ShapeError  # noqa: E402
+from cupybn.forward_backward import Bound  # noqa: E402
 from cupybn.interop import torch as interop  # noqa: E402
-from cupybn.interop.torch import modules  # noqa: E402
 from cupybn.testing import run_ranks  # noqa: E402
 
 torch.set_num_threads(1)
@@ -193,16 +193,16 @@ def test_channels_last_3d():
 def test_nothing_is_copied(monkeypatch, layout, dtype):
     pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
     seen = {}
-    forward_pass = modules.forward_pass
+    forward = Bound.forward
 
-    def spied(call, x, weight, *args, **options):
-        y, saved = forward_pass(call, x, weight, *args, **options)
-        arrays = {"x": x, "x3": saved.x3, "weight": weight, "y": options["out"], "y3": y}
-        arrays["mean"] = options["running"][0]
+    def spied(self, call, x, params, **options):
+        y, saved = forward(self, call, x, params, **options)
+        arrays = {"x": x, "x3": saved.x3, "weight": params["weight"], "y3": options["y3"]}
+        arrays |= {"y": y, "mean": options["running"].mean}
         seen.update({name: array.ctypes.data for name, array in arrays.items()})
         return y, saved
 
-    monkeypatch.setattr(modules, "forward_pass", spied)
+    monkeypatch.setattr(Bound, "forward", spied)
     module = interop.BatchNorm2d(3)
     x = torch.randn(2, 3, 4, 4).to(dtype)
     if layout == "channels_last":

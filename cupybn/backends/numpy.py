@@ -1,67 +1,52 @@
-"""The five primitives in NumPy: the readable reference, and the path that needs no extra.
+"""The primitives in NumPy: the readable reference, and the path that needs no extra.
 
 Data are (N, C, L) arrays; everything per channel is (C,) float64. 16- and 32-bit data are computed
 in float32, float64 data in float64. The work goes block by block: a block's temporaries stay in
-the cache, and no float32 partial sum runs over more than one block.
+the cache, and no float32 partial sum runs over more than one block. NaN and Inf pass through, in
+their channel alone, and warn nobody.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from functools import wraps
-from typing import Any, NamedTuple, TypeVar, cast
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import parameter_dtype
 from ..statistics import BackwardSums, Moments, Transform
-from .composed import compose
 
 Data = NDArray[Any]
 PerChannel = NDArray[np.float64]
 Part = tuple[slice, slice, slice]
-_Function = TypeVar("_Function", bound=Any)
 
-_BLOCK = 1 << 19  # bytes: three temporaries of this size fit in a 2 MB L2 cache
+_BLOCK_BYTES = 1 << 19  # three temporaries of this size fit in a 2 MB L2 cache
 _ROWS = 1024  # of columns, L == 1, in one float32 sum
+_quiet = np.errstate(all="ignore")
+# The function behind np.einsum, which spends 4 us on reading its arguments in Python.
+_einsum = getattr(getattr(np, "_core", np).multiarray, "c_einsum", np.einsum)
 
 
-def _quiet(primitive: _Function) -> _Function:
-    """Without NumPy's floating point warnings: NaN and Inf pass through, in their channel alone."""
-
-    @wraps(primitive)
-    def quiet(*args: Any, **kwargs: Any) -> Any:
-        with np.errstate(all="ignore"):
-            return primitive(*args, **kwargs)
-
-    return cast(_Function, quiet)
-
-
-def _blocks(x3: Data) -> Iterator[Part]:
-    """Pieces of an (N, C, L) array with all channels, each about _BLOCK bytes in the arithmetic."""
-    n, c, length = x3.shape
-    size = _BLOCK // parameter_dtype(x3.dtype).itemsize
+@lru_cache(maxsize=256)
+def _blocks(shape: tuple[int, int, int], itemsize: int) -> tuple[Part, ...]:
+    """Pieces of an (N, C, L) array with all channels, each about _BLOCK_BYTES in the arithmetic."""
+    n, c, length = shape
+    size = _BLOCK_BYTES // itemsize
     samples = max(1, size // max(1, c * length))
     if length == 1:
         samples = min(samples, _ROWS)
-    run = max(1, size // c) if samples == 1 else length
-    everything = slice(None)
-    for i in range(0, n, samples):
-        for j in range(0, length, max(1, run)):
-            yield slice(i, i + samples), everything, slice(j, j + run)
+    run = max(1, size // c) if samples == 1 else max(1, length)
+    return tuple(
+        (slice(i, i + samples), slice(None), slice(j, j + run))
+        for i in range(0, n, samples)
+        for j in range(0, length, run)
+    )
 
 
-def _channel_sums(a: Data, b: Data | None = None) -> PerChannel:
-    """Sums of a, or of a * b, over the first and last axis of one block: (C,) float64."""
-    n, _, length = a.shape
-    if length == 1:
-        a = a[:, :, 0]
-        sums = np.ones(n, a.dtype) @ a if b is None else np.einsum("nc,nc->c", a, b[:, :, 0])
-        return sums.astype(np.float64)
-    rows = a @ np.ones(length, a.dtype) if b is None else np.vecdot(a, b)
-    return cast(PerChannel, rows.sum(axis=0, dtype=np.float64))
+@lru_cache(maxsize=256)
+def _ones(size: int, dtype: np.dtype[Any]) -> Data:
+    return np.ones(size, dtype)
 
 
 class _Affine(NamedTuple):
@@ -77,10 +62,9 @@ class _Affine(NamedTuple):
     shift: Data
 
     @staticmethod
-    def of(
-        x3: Data, mean: PerChannel, invstd: PerChannel, weight: Data | None, bias: Data | None
-    ) -> _Affine:
+    def of(x3: Data, transform: Transform) -> _Affine:
         dtype = parameter_dtype(x3.dtype)
+        mean, invstd, weight, bias = transform
         high = mean.astype(dtype)
         low = mean - high
         scale = invstd if weight is None else invstd * weight
@@ -89,13 +73,6 @@ class _Affine(NamedTuple):
             high[:, None], low, scale.astype(dtype)[:, None], shift.astype(dtype)[:, None]
         )
 
-    def apply(self, block: Data) -> Data:
-        """y of one block, before residual and activation, in the dtype of the arithmetic."""
-        y = block - self.high
-        y *= self.scale
-        y += self.shift
-        return y
-
 
 @_quiet
 def batch_moments(x3: Data, *, payload: PerChannel | None = None) -> Moments:
@@ -103,28 +80,49 @@ def batch_moments(x3: Data, *, payload: PerChannel | None = None) -> Moments:
 
     `payload` takes this rank's part of the first message: (2C,) for ``count * mean`` and
     ``m2 + count * mean**2``, or (C,) for the first of them alone.
+    """
+    moments = _moments(x3)
+    if payload is not None:
+        c = moments.mean.size
+        weighted = moments.mean * moments.count
+        payload[:c] = weighted
+        payload[c:] = (moments.m2 + weighted * moments.mean)[: payload.size - c]
+    return moments
 
-    Every block has its own pivot, its mean in low precision, about which the sums are taken;
-    blocks are merged in float64. Constants give an m2 of exactly 0, because deviations are first
+
+def _moments(x3: Data) -> Moments:
+    """Every block has its own pivot, its mean in low precision, about which the sums are taken.
+
+    Blocks are merged in float64. Constants give an m2 of exactly 0, because deviations are first
     taken from a value of the channel.
     """
     dtype = parameter_dtype(x3.dtype)
-    c = x3.shape[1]
-    moments = Moments(0, np.zeros(c), np.zeros(c))
-    for part in _blocks(x3):
+    moments = None
+    for part in _blocks(x3.shape, dtype.itemsize):
         block = x3[part].astype(dtype, copy=False)
-        count = block.shape[0] * block.shape[2]
-        if count == 0:
-            continue
+        n, _, length = block.shape
+        count = n * length
         first = block[0, :, 0]
-        rough = _channel_sums(block - first[:, None]) / count
-        pivot = (first + rough).astype(dtype)
-        deviation = block - pivot[:, None]
-        mean = _channel_sums(deviation) / count
-        m2 = _channel_sums(deviation, deviation) - count * mean * mean
-        moments = moments.merge(Moments(count, pivot + mean, m2))
-    if payload is not None:
-        payload[...] = moments.pack()[: payload.size]
+        deviation = block - first[:, None]
+        if length == 1:
+            ones = _ones(n, dtype)
+            rough = (ones @ deviation[:, :, 0]).astype(np.float64) / count
+            pivot = (first + rough).astype(dtype)
+            columns = (block - pivot[:, None])[:, :, 0]
+            mean = (ones @ columns).astype(np.float64) / count
+            squares = _einsum("nc,nc->c", columns, columns).astype(np.float64)
+        else:
+            ones = _ones(length, dtype)
+            rough = np.add.reduce(deviation @ ones, axis=0, dtype=np.float64) / count
+            pivot = (first + rough).astype(dtype)
+            deviation = block - pivot[:, None]
+            mean = np.add.reduce(deviation @ ones, axis=0, dtype=np.float64) / count
+            rows = np.vecdot(deviation, deviation)
+            squares = np.add.reduce(rows, axis=0, dtype=np.float64)
+        found = Moments(count, pivot + mean, squares - count * mean * mean)
+        moments = found if moments is None else moments.merge(found)
+    if moments is None:
+        return Moments(0, np.zeros(x3.shape[1]), np.zeros(x3.shape[1]))
     return moments
 
 
@@ -156,16 +154,22 @@ def finalize_moments(
     the ranks of both halves of the message (``"pooled"``); the pooled first half, and the pooled
     result of :func:`recentre_moments` (``"recentred"``).
     """
-    count = moments.count
-    if form == "pooled":
-        moments = Moments.unpack(count, np.concatenate([moments.mean, moments.m2]))
-    elif form == "recentred":
-        moments = Moments(count, moments.mean / max(count, 1), moments.m2)
-    var = np.maximum(moments.m2, 0.0) / max(count, 1)
+    return _finalize(moments, eps, running, factor, form)
+
+
+def _finalize(
+    moments: Moments, eps: float, running: tuple[Data, Data] | None, factor: float, form: str
+) -> tuple[PerChannel, PerChannel, PerChannel]:
+    count, mean, m2 = moments
+    if form != "local":
+        mean = mean / max(count, 1)
+    if form == "pooled" and count:
+        m2 = m2 - moments.mean * mean
+    var = np.maximum(m2, 0.0) / max(count, 1)
     invstd = 1.0 / np.sqrt(var + eps)
     if running is not None and count > 0:
-        update_running(*running, moments.mean, var, count, factor)
-    return moments.mean, var, invstd
+        update_running(*running, mean, var, count, factor)
+    return mean, var, invstd
 
 
 @_quiet
@@ -175,33 +179,6 @@ def given_statistics(
     """(mean, variance, invstd), (C,) float64 each, of a given mean and variance."""
     mean, var = mean.astype(np.float64), var.astype(np.float64)
     return mean, var, 1.0 / np.sqrt(var + eps)
-
-
-def prepare_forward(
-    x3: Data,
-    y3: Data,
-    *,
-    residual3: Data | None = None,
-    mask: Data | None = None,
-    relu: bool = False,
-    running_dtype: str | None = None,
-    ranks: int = 1,
-) -> None:
-    """A backend that compiles does so here, before the first message; NumPy has nothing to do."""
-
-
-def prepare_backward(
-    dy3: Data,
-    x3: Data,
-    dx3: Data,
-    *,
-    dresidual3: Data | None = None,
-    mask: Data | None = None,
-    relu: bool = False,
-    constant: bool = False,
-    ranks: int = 1,
-) -> None:
-    """As :func:`prepare_forward`, for a backward."""
 
 
 def update_running(
@@ -233,9 +210,23 @@ def normalize(
     `mask`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
     """
     y3 = np.empty_like(x3) if out3 is None else out3
-    affine = _Affine.of(x3, *transform)
-    for part in _blocks(x3):
-        y = affine.apply(x3[part])
+    _normalize(x3, y3, transform, relu, residual3, mask)
+    return y3
+
+
+def _normalize(
+    x3: Data,
+    y3: Data,
+    transform: Transform,
+    relu: bool,
+    residual3: Data | None,
+    mask: Data | None,
+) -> None:
+    affine = _Affine.of(x3, transform)
+    for part in _blocks(x3.shape, affine.scale.itemsize):
+        y = x3[part] - affine.high
+        y *= affine.scale
+        y += affine.shift
         if residual3 is not None:
             y += residual3[part]
         if relu:
@@ -243,33 +234,30 @@ def normalize(
         y3[part] = y
     if mask is not None:
         flat = y3.reshape(-1)
-        step = _BLOCK // 8
+        step = _BLOCK_BYTES // 8
         for i in range(0, mask.size, step):
             mask[i : i + step] = np.packbits(flat[8 * i : 8 * (i + step)] > 0)
-    return y3
 
 
-def _passing(dy: Data, block: Data, affine: _Affine, kept: Data | None, relu: bool) -> Data:
-    """One block of dy where the activation let y through, in the dtype of the arithmetic."""
-    dy = dy.astype(affine.scale.dtype, copy=False)
-    if not relu:
-        return dy
-    return np.where(affine.apply(block) > 0 if kept is None else kept, dy, dy.dtype.type(0))
-
-
-def _kept(mask: Data | None, shape: tuple[int, ...], part: Part) -> Data | None:
-    """The mask of one block, as booleans."""
+def _apply_relu_grad(dy3: Data, x3: Data, part: Part, affine: _Affine, mask: Data | None) -> Data:
+    """One block of dy where the ReLU let y through, else 0, in the dtype of the arithmetic."""
+    dy = dy3[part]
+    kept: Data
     if mask is None:
-        return None
-    _, c, length = shape
-    samples, _, run = (range(size)[p] for size, p in zip(shape, part, strict=True))
-    kept = np.empty((len(samples), c, len(run)), np.bool_)
-    rows = kept.reshape(1 if len(run) == length else c, -1)  # each of them contiguous in the mask
-    for i, row in enumerate(rows):
-        begin = (samples[0] * c + i) * length + run[0]
-        bits = np.unpackbits(mask[begin >> 3 : (begin + row.size + 7) >> 3])
-        row[...] = bits[begin & 7 :][: row.size]
-    return kept
+        kept = (x3[part] - affine.high) * affine.scale + affine.shift > 0
+    else:
+        _, c, length = x3.shape
+        first, start = part[0].start, part[2].start
+        n, _, run = dy.shape
+        kept = np.empty((n, c, run), np.bool_)
+        rows = kept.reshape(1 if run == length else c, -1)  # each of them contiguous in the mask
+        for i, row in enumerate(rows):
+            begin = (first * c + i) * length + start
+            bits = np.unpackbits(mask[begin >> 3 : (begin + row.size + 7) >> 3])
+            row[...] = bits[begin & 7 :][: row.size]
+    passed = np.zeros(dy.shape, affine.scale.dtype)
+    np.positive(dy, out=passed, where=kept)
+    return passed
 
 
 @_quiet
@@ -287,19 +275,32 @@ def backward_reduce(
     Where y passed a ReLU is read from `mask` if given, else computed again from x. `payload`,
     (2C,), takes a copy of both for the message.
     """
-    affine = _Affine.of(x3, *transform)
-    sum_dy = np.zeros(x3.shape[1])
-    sum_dy_xmu = np.zeros(x3.shape[1])
-    for part in _blocks(x3):
-        block = x3[part]
-        dy = _passing(dy3[part], block, affine, _kept(mask, x3.shape, part), relu)
-        sum_dy += _channel_sums(dy)
-        sum_dy_xmu += _channel_sums(dy, block - affine.high)
-    sum_dy_xmu -= affine.low * sum_dy
-    sums = BackwardSums(sum_dy, sum_dy_xmu)
+    sums = _reduce(dy3, x3, _Affine.of(x3, transform), relu, mask)
     if payload is not None:
-        np.concatenate(sums, out=payload)
+        payload[: x3.shape[1]], payload[x3.shape[1] :] = sums
     return sums
+
+
+def _reduce(dy3: Data, x3: Data, affine: _Affine, relu: bool, mask: Data | None) -> BackwardSums:
+    c, dtype = x3.shape[1], affine.scale.dtype
+    sum_dy, sum_dy_xmu = np.zeros(c), np.zeros(c)
+    for part in _blocks(x3.shape, dtype.itemsize):
+        dy = dy3[part].astype(dtype, copy=False)
+        if relu:
+            dy = _apply_relu_grad(dy3, x3, part, affine, mask)
+        deviation = x3[part] - affine.high
+        n, _, length = dy.shape
+        if length == 1:
+            dy, deviation = dy[:, :, 0], deviation[:, :, 0]
+            sum_dy += (_ones(n, dtype) @ dy).astype(np.float64)
+            sum_dy_xmu += _einsum("nc,nc->c", dy, deviation).astype(np.float64)
+        else:
+            rows = dy @ _ones(length, dtype)
+            sum_dy += np.add.reduce(rows, axis=0, dtype=np.float64)
+            rows = np.vecdot(dy, deviation)
+            sum_dy_xmu += np.add.reduce(rows, axis=0, dtype=np.float64)
+    sum_dy_xmu -= affine.low * sum_dy
+    return BackwardSums(sum_dy, sum_dy_xmu)
 
 
 @_quiet
@@ -326,27 +327,8 @@ def backward_input(
     of weight and bias, from the `local` sums, are added to `dweight` and `dbias`.
     """
     dx3 = np.empty_like(x3) if out3 is None else out3
-    affine = _Affine.of(x3, *transform)
-    dtype = affine.scale.dtype
-    if sums is not None:
-        per_value = 1.0 / max(count, 1)
-        slope64 = sums.sum_dy_xmu * transform.invstd * transform.invstd * per_value
-        slope = -slope64.astype(dtype)[:, None]
-        offset = (affine.low * slope64 - sums.sum_dy * per_value).astype(dtype)[:, None]
-    for part in _blocks(x3):
-        block = x3[part]
-        dy = _passing(dy3[part], block, affine, _kept(mask, x3.shape, part), relu)
-        if dresidual3 is not None:
-            dresidual3[part] = dy
-        if sums is None:
-            dx = dy * affine.scale
-        else:
-            dx = block - affine.high
-            dx *= slope
-            dx += dy
-            dx += offset
-            dx *= affine.scale
-        dx3[part] = dx
+    affine = _Affine.of(x3, transform)
+    _input((dy3, x3, dx3, dresidual3), affine, transform.invstd, sums, count, relu, mask)
     if local is not None and dweight is not None:
         dweight += (local.sum_dy_xmu * transform.invstd).astype(dweight.dtype)
     if local is not None and dbias is not None:
@@ -354,4 +336,132 @@ def backward_input(
     return dx3
 
 
-finish_forward, local_forward, local_backward = compose(sys.modules[__name__])
+def _input(
+    arrays: tuple[Data, Data, Data, Data | None],
+    affine: _Affine,
+    invstd: PerChannel,
+    sums: BackwardSums | None,
+    count: int,
+    relu: bool,
+    mask: Data | None,
+) -> None:
+    """Fills the last two of `arrays`: dy3, x3, dx3, dresidual3."""
+    dy3, x3, dx3, dresidual3 = arrays
+    dtype = affine.scale.dtype
+    if sums is not None:
+        per_value = 1.0 / max(count, 1)
+        slope64 = sums.sum_dy_xmu * invstd * invstd * per_value
+        slope = -slope64.astype(dtype)[:, None]
+        offset = (affine.low * slope64 - sums.sum_dy * per_value).astype(dtype)[:, None]
+    for part in _blocks(x3.shape, dtype.itemsize):
+        dy = dy3[part].astype(dtype, copy=False)
+        if relu:
+            dy = _apply_relu_grad(dy3, x3, part, affine, mask)
+        if dresidual3 is not None:
+            dresidual3[part] = dy
+        if sums is None:
+            dx = dy * affine.scale
+        else:
+            dx = x3[part] - affine.high
+            dx *= slope
+            dx += dy
+            dx += offset
+            dx *= affine.scale
+        dx3[part] = dx
+
+
+# ---- whole stretches of a forward and a backward -------------------------------------------------
+
+
+@_quiet
+def finish_forward(
+    moments: Moments,
+    form: str,
+    x3: Data,
+    y3: Data,
+    weight: Data | None,
+    bias: Data | None,
+    eps: float,
+    *,
+    relu: bool = False,
+    residual3: Data | None = None,
+    mask: Data | None = None,
+    running: tuple[Data, Data] | None = None,
+    factor: float = 0.0,
+) -> tuple[PerChannel, PerChannel]:
+    """:func:`finalize_moments` and :func:`normalize` into y3: (mean, invstd)."""
+    mean, _, invstd = _finalize(moments, eps, running, factor, form)
+    _normalize(x3, y3, Transform(mean, invstd, weight, bias), relu, residual3, mask)
+    return mean, invstd
+
+
+@_quiet
+def local_forward(
+    x3: Data,
+    y3: Data,
+    weight: Data | None,
+    bias: Data | None,
+    eps: float,
+    *,
+    relu: bool = False,
+    residual3: Data | None = None,
+    mask: Data | None = None,
+    running: tuple[Data, Data] | None = None,
+    factor: float = 0.0,
+) -> tuple[PerChannel, PerChannel]:
+    """The forward of one rank: :func:`batch_moments`, then as :func:`finish_forward`."""
+    mean, _, invstd = _finalize(_moments(x3), eps, running, factor, "local")
+    _normalize(x3, y3, Transform(mean, invstd, weight, bias), relu, residual3, mask)
+    return mean, invstd
+
+
+@_quiet
+def local_backward(
+    dy3: Data,
+    x3: Data,
+    dx3: Data,
+    transform: Transform,
+    *,
+    count: int,
+    relu: bool = False,
+    mask: Data | None = None,
+    dresidual3: Data | None = None,
+    dweight: Data | None = None,
+    dbias: Data | None = None,
+) -> None:
+    """The backward of one rank, into dx3; a count of 0: the statistics are constants."""
+    affine = _Affine.of(x3, transform)
+    sums = _reduce(dy3, x3, affine, relu, mask)
+    total = sums if count else None
+    _input((dy3, x3, dx3, dresidual3), affine, transform.invstd, total, count, relu, mask)
+    if dweight is not None:
+        dweight += (sums.sum_dy_xmu * transform.invstd).astype(dweight.dtype)
+    if dbias is not None:
+        dbias += sums.sum_dy.astype(dbias.dtype)
+
+
+def prepare_forward(
+    x3: Data,
+    y3: Data,
+    *,
+    residual3: Data | None = None,
+    mask: Data | None = None,
+    relu: bool = False,
+    running_dtype: str | None = None,
+    ranks: int = 1,
+) -> None:
+    """A backend that compiles does so here, before the first message; NumPy has nothing to do."""
+
+
+def prepare_backward(
+    dy3: Data,
+    x3: Data,
+    dx3: Data,
+    *,
+    dresidual3: Data | None = None,
+    mask: Data | None = None,
+    relu: bool = False,
+    constant: bool = False,
+    ranks: int = 1,
+) -> None:
+    """As :func:`prepare_forward`, for a backward."""

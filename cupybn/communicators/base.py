@@ -65,7 +65,8 @@ class SelfCommunicator:
         return "SelfCommunicator()"
 
 
-# Closed by a mismatch. By identity: a communicator need not be hashable. Kept alive, so that no other gets its id.
+# Those that a mismatch closed, by identity: a communicator need not be hashable. Kept alive, so
+# that no other gets the id.
 refused: dict[int, tuple[Communicator, str]] = {}
 
 

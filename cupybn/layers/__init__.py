@@ -8,6 +8,8 @@ from .sequential import Sequential
 from .state import LoadResult
 from .sync import SyncBatchNorm
 
+SyncBatchNorm.convert_sync_batchnorm = staticmethod(convert_sync_batchnorm)
+
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",

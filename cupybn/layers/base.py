@@ -183,7 +183,7 @@ class Layer:
         save = self.training if save_for_backward is None else save_for_backward
         y, context = self.run_forward(x, save, *args, **options)
         if save:
-            self._keep(_EMPTY if context is None else context)
+            self.__dict__["saved"] = _EMPTY if context is None else context
         return y
 
     def __call__(self, *args: Any, **options: Any) -> Array:
@@ -216,11 +216,8 @@ class Layer:
         given = None if context is _EMPTY else context
         dx = self.compute_backward(dy, given, **options)
         if self.saved is context:
-            self._keep(None)
+            self.__dict__["saved"] = None
         return dx
-
-    def _keep(self, context: Any) -> None:
-        object.__setattr__(self, "saved", context)  # it is no layer and no array
 
     def missing_context(self) -> None:
         """Raises the error of a backward that no forward went before, and tells other ranks."""

@@ -11,7 +11,7 @@ import numpy as np
 from ..arrays import Array, as_array, check_device, device_of, is_capturing, parameter_dtype
 from ..backends import by_type
 from ..checks import check_eps, check_momentum, is_relu
-from ..collective import CollectiveCall, say_where
+from ..collective import CollectiveCall
 from ..communicators import Communicator
 from ..errors import DeviceError, DTypeError, ShapeError
 from ..forward_backward import (
@@ -202,7 +202,9 @@ class BatchNorm(Layer):
         out: Array | None = None,
         save_for_backward: bool = True,
     ) -> tuple[Array, Saved]:
-        own, bound, key = self.__dict__, None, None
+        own = self.__dict__
+        bound: Bound | None = None
+        key: Any = None
         params, buffers, training = own["params"], own["buffers"], own["training"]
         if self._binds and type(x) in by_type:
             key = (
@@ -221,13 +223,11 @@ class BatchNorm(Layer):
             )
         if bound is None:
             return self._bind_and_run(key, x, save_for_backward, arrays)
-        if bound.ranks > 1:
-            with CollectiveCall(bound.comm, *bound.forward_call) as call:
-                return bound.forward(call, x, params, **arrays)
-        try:
-            return bound.forward(None, x, params, **arrays)
+        call = CollectiveCall(bound.comm, *bound.forward_call) if bound.ranks > 1 else None
+        try:  # a `with` would be two frames more
+            return bound.forward(call, x, params, **arrays)
         except Exception as error:
-            say_where(error, bound.forward_call[0], bound.comm)
+            bound.leave(call, "forward", error)
             raise
 
     def _bind_and_run(
@@ -301,15 +301,12 @@ class BatchNorm(Layer):
                 raise TypeError(f"{self.label}: saved must be a context of this layer's forward")
         grads, bound = self.__dict__["grads"], context.bound
         arrays = {"out": out, "dweight": grads.get("weight"), "dbias": grads.get("bias")}
-        if bound.ranks > 1:
-            with CollectiveCall(bound.comm, *bound.backward_call) as call:
-                dx, dresidual = bound.backward(call, dy, context, **arrays)
-        else:
-            try:
-                dx, dresidual = bound.backward(None, dy, context, **arrays)
-            except Exception as error:
-                say_where(error, bound.backward_call[0], bound.comm)
-                raise
+        call = CollectiveCall(bound.comm, *bound.backward_call) if bound.ranks > 1 else None
+        try:
+            dx, dresidual = bound.backward(call, dy, context, **arrays)
+        except Exception as error:
+            bound.leave(call, "backward", error)
+            raise
         return (dx, dresidual) if bound.options.residual else dx
 
     def leave_backward(self, error: Exception) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from operator import index
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -12,8 +12,15 @@ from ..arrays import Array, as_array, assign, copy_to_host, is_floating, on_devi
 from ..checkpoint import StateDict
 from ..errors import CupyBNError, StateDictError
 
-if TYPE_CHECKING:
-    from .base import Layer
+
+class _Tree(Protocol):
+    """What is asked of a layer here."""
+
+    version: ClassVar[int]
+    params: dict[str, Array]
+    buffers: dict[str, Array]
+
+    def _walk(self, prefix: str) -> Iterator[tuple[str, Any]]: ...
 
 
 class LoadResult(NamedTuple):
@@ -34,7 +41,7 @@ def _prefix(path: str) -> str:
     return f"{path}." if path else ""
 
 
-def state_of(root: Layer) -> StateDict:
+def state_of(root: _Tree) -> StateDict:
     """Copies of the tree's arrays; a shared layer appears under each of its paths."""
     state = StateDict()
     for path, layer in root._walk(""):
@@ -45,7 +52,7 @@ def state_of(root: Layer) -> StateDict:
     return state
 
 
-def load_state(root: Layer, state: Mapping[str, Any], strict: bool) -> LoadResult:
+def load_state(root: _Tree, state: Mapping[str, Any], strict: bool) -> LoadResult:
     """See ``Layer.load_state_dict``."""
     if not isinstance(state, Mapping):
         raise TypeError(f"Expected state_dict to be dict-like, got {type(state)}")
@@ -77,7 +84,7 @@ def load_state(root: Layer, state: Mapping[str, Any], strict: bool) -> LoadResul
     return LoadResult(missing, unexpected)
 
 
-def _upgraded(root: Layer, state: Mapping[str, Any], errors: list[str]) -> dict[str, Any]:
+def _upgraded(root: _Tree, state: Mapping[str, Any], errors: list[str]) -> dict[str, Any]:
     """A copy of the state in the layers' current versions."""
     metadata = getattr(state, "metadata", None)
     if metadata is None:

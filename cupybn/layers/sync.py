@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from ..communicators import Communicator, check_comm, resolve
 from ..forward_backward import ALONE
@@ -58,6 +59,8 @@ class SyncBatchNorm(BatchNorm):
     )
 
     _binds = True
+    convert_sync_batchnorm: ClassVar[Callable[..., Layer]]
+    """:func:`cupybn.convert_sync_batchnorm`, where PyTorch's users look for it."""
 
     def __init__(
         self,
@@ -93,13 +96,6 @@ class SyncBatchNorm(BatchNorm):
 
     def communicator(self) -> Communicator:
         return self._comm.resolve(self.label) if self.training else ALONE
-
-    @staticmethod
-    def convert_sync_batchnorm(layer: Layer, comm: Any = None, *, skip: Any = ()) -> Layer:
-        """:func:`cupybn.convert_sync_batchnorm`."""
-        from .convert import convert_sync_batchnorm
-
-        return convert_sync_batchnorm(layer, comm, skip=skip)
 
     def _keywords(self) -> list[tuple[str, Any, Any]]:
         return [*super()._keywords(), ("comm", self.comm, None), ("name", self.name, None)]

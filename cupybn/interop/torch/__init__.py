@@ -20,6 +20,8 @@ from .convert import convert_sync_batchnorm
 from .gradients import allreduce_gradients, broadcast_parameters, verify_sync
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 
+SyncBatchNorm.convert_sync_batchnorm = staticmethod(convert_sync_batchnorm)
+
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",

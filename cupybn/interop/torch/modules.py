@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -92,8 +92,9 @@ class BatchNorm(TorchBatchNorm):
     def _forward(
         self, call: CollectiveCall, bound: Bound, x: Array, params: dict[str, Array], y3: Array
     ) -> Saved:
-        """Fills y3, and updates the running statistics: in the arithmetic's dtype, then in theirs."""
-        running, moved = None, ()
+        """Fills y3, and updates the running statistics."""
+        running: Running | None = None
+        moved: tuple[Tensor, ...] = ()
         if self.track_running_stats and self.running_mean is not None:
             wide = getattr(torch, bound.parameter_dtype.name)
             moved = self.running_mean.to(wide), self.running_var.to(wide)
@@ -117,7 +118,7 @@ class BatchNorm(TorchBatchNorm):
         for tensor in arrays:
             key.append(None if tensor is None else (tensor.dtype, tensor.device))
         bindings = self.__dict__.setdefault("_bindings", Bindings())
-        bound = bindings.get(tuple(key))
+        bound: Bound | None = bindings.get(tuple(key))
         if bound is None or bound.comm is not comm:
             self._check_input(x)
             options = Options(
@@ -139,12 +140,11 @@ class BatchNorm(TorchBatchNorm):
                 f"expected {self.num_features} channels on axis 1, got {x.shape[1]} "
                 f"(input shape {tuple(x.shape)})"
             )
+        wide = WIDE.get(x.dtype, torch.float32)
         for name in ("weight", "bias", "running_mean", "running_var"):
             tensor = getattr(self, name)
-            if tensor is not None and tensor.dtype not in (x.dtype, WIDE.get(x.dtype, x.dtype)):
-                raise DTypeError(
-                    f"{name} is {tensor.dtype}, but {x.dtype} input goes with {WIDE[x.dtype]}"
-                )
+            if tensor is not None and tensor.dtype not in (x.dtype, wide):
+                raise DTypeError(f"{name} is {tensor.dtype}, but {x.dtype} input goes with {wide}")
             if tensor is not None and tensor.device != x.device:
                 raise DeviceError(f"{name} is on {tensor.device}, but the input is on {x.device}")
 
@@ -232,9 +232,5 @@ class SyncBatchNorm(BatchNorm):
         if input.dim() < 2:
             raise ShapeError(f"expected at least 2D input (got {input.dim()}D input)")
 
-    @staticmethod
-    def convert_sync_batchnorm(module: Any, comm: Any = None, *, skip: Iterable[str] = ()) -> Any:
-        """:func:`cupybn.interop.torch.convert_sync_batchnorm`."""
-        from .convert import convert_sync_batchnorm
-
-        return convert_sync_batchnorm(module, comm, skip=skip)
+    convert_sync_batchnorm: ClassVar[Callable[..., Any]]
+    """:func:`cupybn.interop.torch.convert_sync_batchnorm`, as a static method, as in PyTorch."""
