@@ -175,7 +175,7 @@ class Options:
         residual: whether there is one.
         save: whether a backward may follow.
         given: the statistics are given, constants; else they are the batch's.
-        factor: the weight of the batch in the running statistics, where they are updated.
+        factor: the weight of the batch in the running statistics; None: they are not updated.
         check_finite: whether NaN or Inf in the statistics is an error.
         keep_moments: whether the context keeps the moments of this rank's batch.
         settings: what else must be equal on all ranks.
@@ -187,7 +187,7 @@ class Options:
     residual: bool = False
     save: bool = True
     given: bool = False
-    factor: float = 0.0
+    factor: float | None = None
     check_finite: bool = False
     keep_moments: bool = False
     settings: Mapping[str, object] = field(default_factory=dict)
@@ -221,17 +221,19 @@ class Bound:
     ) -> None:
         self.layout, self.options, self.eps = layout, options, options.eps
         self.shape, self.shape3, self.channels = layout.shape, layout.shape3, layout.channels
-        self.per_channel = layout.per_channel
         self.dtype, self.parameter_dtype = x.dtype, parameter_dtype(x.dtype)
+        self.expected = self.parameter_dtype, layout.per_channel
         self.kind: Any = type(x)
         self.device_id = x.data.device_id if is_cupy(x) else None
         # A cupy.ndarray(shape, dtype) is what cupy.empty gives, in a fifth of its time.
-        self.empty: Any = np.empty if self.device_id is None else self.kind
+        self.on_host = self.device_id is None
+        self.empty: Any = np.empty if self.on_host else self.kind
         self.in_order = layout.to_memory is None
         self.direct = self.in_order and x.flags.c_contiguous
-        self.relu = is_relu(options.activation)
+        self.relu, self.factor = is_relu(options.activation), options.factor or 0.0
         self.fused_residual = options.residual and self.relu
         self.exact = x.dtype == np.float64
+        self.updates = options.factor is not None and not options.given
         self.count = self.shape3[0] * self.shape3[2]
         self.comm, self.ranks, self.name = comm, comm.size, name
         self.needs_mask = self.fused_residual and options.save
@@ -292,52 +294,43 @@ class Bound:
             Otherwise as :meth:`CollectiveCall.allreduce`.
         """
         weight, bias = params.get("weight"), params.get("bias")
-        kind, dtype, shape = self.kind, self.parameter_dtype, self.per_channel
-        arrays: tuple[Array, ...] = (weight, bias)
-        if running is not None:
-            arrays = weight, bias, running.mean, running.var
-        for array in arrays:
-            if array is not None and (
-                type(array) is not kind
-                or array.dtype != dtype
-                or array.shape != shape
-                or (self.device_id is not None and array.data.device_id != self.device_id)
-            ):
-                weight, bias, running = self._checked(x, weight, bias, running)
-                break
-        on_host, moved = self.device_id is None, None
-        if running is not None and not self.options.given:
-            for array in running if on_host else running[2:]:
-                if not array.flags.writeable:
-                    self._checked(x, weight, bias, running)
-        with _HOST if on_host else x.device:
+        fit = self.on_host or self._on_device(weight, bias, *(running or ())[:2])
+        for array in (weight, bias, *(running or ())[:2]):
+            if array is not None and type(array) is self.kind:
+                fit = fit and (array.dtype, array.shape) == self.expected
+            elif array is not None:
+                fit = False
+        if self.updates and fit:
+            for array in (running or ()) if self.on_host else (running or ())[2:]:
+                fit = fit and array.flags.writeable
+        if not fit:
+            weight, bias, running = self._checked(x, weight, bias, running)
+        updated = running if self.updates else None
+        with _HOST if self.on_host else x.device:
             x3 = x.reshape(self.shape3) if self.direct else self.layout.view(x)
             residual3 = None
             if residual is not None:
-                if type(residual) is not kind:
+                if type(residual) is not self.kind:
                     residual = as_array(residual, "residual")
                 residual3 = self._view("residual", residual, x)
-            if out is None:
+            if out is not None:
+                y, y3 = out, self._y3_in(out, x, residual)
+            else:
                 y3 = self.empty(self.shape3, self.dtype) if y3 is None else y3
                 y = y3.reshape(self.shape) if self.in_order else self.layout.restore(y3)
-            else:
-                y, y3 = out, self._y3_in(out, x, residual)
             mask = self.empty(self.mask_shape, np.uint8) if self.needs_mask else None
             extra = {"relu": self.relu, "residual3": residual3, "mask": mask}
-            if running is not None:
-                moved = running[:2]
-                if on_host and not self.options.given:
-                    # Copies are moved: what fails half-way leaves all unchanged.
-                    moved = running.mean.copy(), running.var.copy()
-            mean, invstd, count, local = self._statistics(
-                self, call, (x3, y3, weight, bias), moved, extra
-            )
-            if running is not None and moved is not None and count:
-                batches = int(running.batches) + 1
-                if on_host:  # together: one call of C, which no interrupt divides
-                    deque(map(setitem, running, repeat(...), (*moved, batches)), maxlen=0)
+            moved = None if running is None else running[:2]
+            if updated is not None and self.on_host:  # what fails half-way leaves all unchanged
+                moved = updated.mean.copy(), updated.var.copy()
+            arrays = x3, y3, weight, bias
+            mean, invstd, count, local = self._statistics(self, call, arrays, moved, extra)
+            if updated is not None and count:
+                values = *(moved or ()), int(updated.batches) + 1
+                if self.on_host:  # together: one call of C, which no interrupt divides
+                    deque(map(setitem, updated, repeat(...), values), maxlen=0)
                 else:
-                    running.batches[...] = batches
+                    updated.batches[...] = values[-1]
             if out is not None and not overlap(y3, out):
                 out[...] = self.layout.restore(y3)
         return y, Saved(self, x3, weight, bias, mean, invstd, count, mask, local)
@@ -360,7 +353,7 @@ class Bound:
         if self.count == 1:
             self._refuse_one_value()
         mean, invstd = backend.local_forward(
-            *arrays, self.eps, running=running, factor=self.options.factor, **extra
+            *arrays, self.eps, running=running, factor=self.factor, **extra
         )
         return mean, invstd, self.count, None
 
@@ -393,7 +386,7 @@ class Bound:
         if self.options.check_finite:
             self._check_finite(moments, form)
         mean, invstd = backend.finish_forward(
-            moments, form, *arrays, self.eps, running=running, factor=self.options.factor, **extra
+            moments, form, *arrays, self.eps, running=running, factor=self.factor, **extra
         )
         return mean, invstd, moments.count, local if self.options.keep_moments else None
 
@@ -415,49 +408,46 @@ class Bound:
         Raises:
             As :meth:`forward`.
         """
-        x3, backend, on_host = saved.x3, by_type[self.kind], self.device_id is None
-        restore = self.layout.restore
-        kind, dtype, shape = self.kind, self.parameter_dtype, self.per_channel
+        x3, backend, fit = saved.x3, by_type[self.kind], True
         for gradient in (dweight, dbias):
-            if gradient is not None and (
-                type(gradient) is not kind
-                or gradient.dtype != dtype
-                or gradient.shape != shape
-                or (on_host and not gradient.flags.writeable)
-                or (not on_host and gradient.data.device_id != self.device_id)
-            ):
-                dweight, dbias = self._checked_gradients(x3, dweight, dbias)
-                break
+            if gradient is not None and type(gradient) is self.kind:
+                fit = fit and (gradient.dtype, gradient.shape) == self.expected
+                fit = fit and (not self.on_host or gradient.flags.writeable)
+            elif gradient is not None:
+                fit = False
+        if not (fit and (self.on_host or self._on_device(dweight, dbias))):
+            dweight, dbias = self._checked_gradients(x3, dweight, dbias)
         if type(dy) is not self.kind:
             dy = as_array(dy, "dy")
-        with _HOST if on_host else x3.device:
-            plain = self.in_order and on_host and dy.flags.c_contiguous
+        with _HOST if self.on_host else x3.device:
+            plain = self.in_order and self.on_host and dy.flags.c_contiguous
             if plain and dy.shape == self.shape and dy.dtype == self.dtype:
                 dy3 = dy.reshape(self.shape3)
             else:
                 dy3 = self._view("dy", dy, x3)
-            if out is None:
+            if out is not None:
+                dx, dx3 = out, self._dx3_in(out, dy, x3)
+            else:
                 dx3 = self.empty(self.shape3, self.dtype) if dx3 is None else dx3
                 dx = dx3.reshape(self.shape) if self.in_order else self.layout.restore(dx3)
-            else:
-                dx, dx3 = out, self._dx3_in(out, dy, x3)
-            dresidual = dy if self.options.residual else None
-            extra = {"relu": self.relu, "mask": saved.mask, "dresidual3": None}
+            dresidual, dresidual3 = dy if self.options.residual else None, None
             if self.fused_residual:
-                dresidual3 = extra["dresidual3"] = self.empty(self.shape3, self.dtype)
-                in_order = self.in_order
-                dresidual = dresidual3.reshape(self.shape) if in_order else restore(dresidual3)
+                dresidual3 = self.empty(self.shape3, self.dtype)
+                dresidual = dresidual3.reshape(self.shape)
+                if not self.in_order:
+                    dresidual = self.layout.restore(dresidual3)
+            extra = {"relu": self.relu, "mask": saved.mask, "dresidual3": dresidual3}
             if self.prepared.get("backward") is not backend:
                 self._prepare_backward(backend, (dy3, x3, dx3), extra)
-            extra["dweight"], extra["dbias"] = dweight, dbias
-            if on_host:  # as in forward
-                extra["dweight"] = None if dweight is None else dweight.copy()
-                extra["dbias"] = None if dbias is None else dbias.copy()
+            sums = [dweight, dbias]
+            if self.on_host:  # what fails half-way leaves all unchanged
+                sums[0] = None if dweight is None else dweight.copy()
+                sums[1] = None if dbias is None else dbias.copy()
+            extra["dweight"], extra["dbias"] = sums
             self._gradients(call, (dy3, x3, dx3), saved, extra)
-            if on_host:
-                targets: Any = filter(_GIVEN, (dweight, dbias))
-                values = filter(_GIVEN, (extra["dweight"], extra["dbias"]))
-                deque(map(setitem, targets, repeat(...), values), maxlen=0)
+            if self.on_host:
+                given: Any = filter(_GIVEN, (dweight, dbias))
+                deque(map(setitem, given, repeat(...), filter(_GIVEN, sums)), maxlen=0)
             if out is not None and not overlap(dx3, out):
                 out[...] = self.layout.restore(dx3)
         return dx, dresidual
@@ -539,9 +529,15 @@ class Bound:
                 gradients[what] = as_array(gradient)
         return gradients["weight"], gradients["bias"]
 
+    def _on_device(self, *arrays: Array) -> bool:
+        """Whether CuPy's among the arrays are on the device of x."""
+        return all(
+            array.data.device_id == self.device_id for array in arrays if type(array) is self.kind
+        )
+
     def _view(self, what: str, array: Array, x: Array) -> Array:
         """The array as (N, C, L), if it is like x."""
-        if array.shape != self.shape or array.dtype != self.dtype or self.device_id is not None:
+        if array.shape != self.shape or array.dtype != self.dtype or not self.on_host:
             check_like(what, array, x, self.layout)
         if self.in_order and array.flags.c_contiguous:
             return array.reshape(self.shape3)
@@ -575,7 +571,7 @@ class Bound:
         backend.prepare_forward(
             *arrays[:2],
             **extra,
-            running_dtype=self.parameter_dtype.name if self.options.factor else None,
+            running_dtype=self.parameter_dtype.name if self.updates else None,
             ranks=self.ranks,
         )
         self._is_prepared("forward", backend)
@@ -588,7 +584,7 @@ class Bound:
 
     def _is_prepared(self, direction: str, backend: ModuleType) -> None:
         # What a device compiles depends on addresses too, so over ranks it is asked each time.
-        if self.device_id is None or self.ranks == 1:
+        if self.on_host or self.ranks == 1:
             self.prepared[direction] = backend
 
     def _refuse_one_value(self) -> None:

@@ -195,7 +195,7 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
     bound = saved.bound
     with CollectiveCall(bound.comm, *bound.backward_call) as call:
         dweight, dbias = (
-            None if p is None else np.zeros_like(p, shape=bound.per_channel)
+            None if p is None else np.zeros_like(p, shape=(bound.channels,))
             for p in (saved.weight, saved.bias)
         )
         dx, dresidual = bound.backward(call, dy, saved, out=out, dweight=dweight, dbias=dbias)

@@ -1,6 +1,6 @@
 """Which module computes: the backends offer the same five primitives under the same names.
 
-On NumPy arrays that is ``numba.py`` where Numba is installed (extra ``cpu``), else ``numpy.py``.
+On NumPy arrays that is ``cpu`` where Numba is installed (extra ``cpu``), else ``numpy.py``.
 The environment variable ``CUPYBN_CPU_BACKEND``, read at the first call, forces one: "numpy" or
 "numba"; "auto" is the default.
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 from ..arrays import Array, is_cupy
 from . import cuda as cuda_backend
-from . import numba as numba_backend
+from . import cpu as compiled_backend
 from . import numpy as numpy_backend
 
 _VARIABLE = "CUPYBN_CPU_BACKEND"
@@ -60,8 +60,8 @@ def use_cpu_backend(name: str | ModuleType) -> ModuleType:
     found: ModuleType = numpy_backend
     if name == "numba" or (name == "auto" and find_spec("numba") is not None):
         try:
-            numba_backend.load()
-            found = numba_backend
+            compiled_backend.load()
+            found = compiled_backend
         except ImportError as error:
             if name == "numba":
                 raise ImportError(

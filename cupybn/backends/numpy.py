@@ -103,17 +103,17 @@ def _moments(x3: Data) -> Moments:
         n, _, length = block.shape
         count = n * length
         first = block[0, :, 0]
-        deviation = block - first[:, None]
         if length == 1:
             ones = _ones(n, dtype)
-            rough = (ones @ deviation[:, :, 0]).astype(np.float64) / count
+            rough = (ones @ (block - first[:, None])[:, :, 0]).astype(np.float64) / count
             pivot = (first + rough).astype(dtype)
             columns = (block - pivot[:, None])[:, :, 0]
             mean = (ones @ columns).astype(np.float64) / count
             squares = _einsum("nc,nc->c", columns, columns).astype(np.float64)
         else:
             ones = _ones(length, dtype)
-            rough = np.add.reduce(deviation @ ones, axis=0, dtype=np.float64) / count
+            rows = (block - first[:, None]) @ ones
+            rough = np.add.reduce(rows, axis=0, dtype=np.float64) / count
             pivot = (first + rough).astype(dtype)
             deviation = block - pivot[:, None]
             mean = np.add.reduce(deviation @ ones, axis=0, dtype=np.float64) / count

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from ..backends import numba as backend
+from ..backends import cpu as backend
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from .. import __version__, backends
+from ..backends.cpu.pool import thread_count
 from ..backends.cuda.source import source_directory
-from ..backends.threads import thread_count
 from ..communicators import MpiCommunicator
 from ..communicators.mpi import load_mpi
 from ..distributed import local_device

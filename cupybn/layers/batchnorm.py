@@ -258,7 +258,7 @@ class BatchNorm(Layer):
             residual=arrays["residual"] is not None,
             save=save,
             given=not self.training and "running" in arrays,
-            factor=self._factor() if updates else 0.0,
+            factor=self._factor() if updates else None,
             check_finite=self.check_finite and self.training,
             keep_moments=self.observed is not None,
             settings=self._settings() if comm.size > 1 else {},

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from ...backends.threads import set_threads
+from ...backends.cpu.pool import set_threads
 
 
 def cores() -> int:

@@ -20,11 +20,11 @@ from ...collective import CollectiveCall
 from ...double_backward import double_backward, double_backward_call
 from ...errors import DTypeError
 from ...forward_backward import Saved
-from ...layout import Layout
 
 Tensor = Any
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Tensors of these types are arrays in memory, and not something that stands for one."""
 _HOST = nullcontext()
 WIDE = {getattr(torch, name): getattr(torch, kind.arithmetic) for name, kind in DATA_TYPES.items()}
 """The dtype of the arithmetic, and of what is per channel, for data of a dtype."""
@@ -32,7 +32,7 @@ WIDE = {getattr(torch, name): getattr(torch, kind.arithmetic) for name, kind in 
 
 def array_of(tensor: Tensor, what: str = "input") -> Array:
     """The tensor's memory as a NumPy or CuPy array."""
-    if type(tensor) in _PLAIN and tensor.dtype is not torch.bfloat16 and not tensor.is_cuda:
+    if type(tensor) in PLAIN and tensor.dtype is not torch.bfloat16 and not tensor.is_cuda:
         try:
             return tensor.detach().numpy()
         except (RuntimeError, TypeError):  # a pending negation, a wrapper of torch.func, ...
@@ -49,11 +49,6 @@ def tensor_of(array: Array | None) -> Tensor:
     if array.dtype.name == "bfloat16":
         return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_dlpack(array)
-
-
-def like(x: Tensor, layout: Layout) -> Tensor:
-    """A new tensor of x's shape and memory order; rows where x is in no order."""
-    return torch.empty_strided(layout.shape, layout.strides, dtype=x.dtype, device=x.device)
 
 
 def on_stream_of(tensor: Tensor) -> Any:
@@ -92,11 +87,15 @@ class Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
         bound = ctx.statistics.bound
-        # Unpacking raises where a tensor was changed in place, or was given up by an earlier
-        # backward, and runs a checkpoint's recomputation.
-        with CollectiveCall(bound.comm, *bound.backward_call) as call:
+        call = CollectiveCall(bound.comm, *bound.backward_call) if bound.ranks > 1 else None
+        try:
+            # Unpacking raises where a tensor was changed in place, or was given up by an earlier
+            # backward, and runs a checkpoint's recomputation.
             tensors = ctx.saved_tensors
             return (*Gradients.apply(dy, *tensors, ctx.statistics, call), None, None)
+        except Exception as error:
+            bound.leave(call, "backward", error)
+            raise
 
 
 class Gradients(torch.autograd.Function):
@@ -106,23 +105,31 @@ class Gradients(torch.autograd.Function):
     def forward(
         ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, saved: Saved, call: Any
     ) -> tuple[Tensor, ...]:
-        bound, sums = saved.bound, [None, None]
+        bound, layout, wide = saved.bound, saved.bound.layout, WIDE[x.dtype]
         with on_stream_of(x):
-            dx = like(x, bound.layout)
-            for i, parameter in enumerate((weight, bias)):
-                if parameter is not None:
-                    sums[i] = torch.zeros_like(parameter, dtype=WIDE[x.dtype])
+            dx = torch.empty_strided(layout.shape, layout.strides, dtype=x.dtype, device=x.device)
+            dx3 = array_of(dx)
+            dx3 = dx3.reshape(layout.shape3) if bound.in_order else layout.view(dx3)
+            dweight, dbias = weight, bias
+            if weight is not None:
+                dweight = torch.zeros_like(weight, dtype=wide)
+            if bias is not None:
+                dbias = torch.zeros_like(bias, dtype=wide)
             bound.backward(
                 call,
                 array_of(dy, "dy"),
                 _complete(saved, x, weight, bias),
-                dx3=bound.layout.view(array_of(dx)),
-                dweight=None if weight is None else array_of(sums[0]),
-                dbias=None if bias is None else array_of(sums[1]),
+                dx3=dx3,
+                dweight=None if weight is None else array_of(dweight),
+                dbias=None if bias is None else array_of(dbias),
             )
         ctx.save_for_backward(dy, x, weight, bias)
         ctx.statistics = saved
-        return dx, _as(sums[0], weight), _as(sums[1], bias)
+        if weight is not None and weight.dtype is not wide:
+            dweight = dweight.to(weight.dtype)
+        if bias is not None and bias.dtype is not wide:
+            dbias = dbias.to(bias.dtype)
+        return dx, dweight, dbias
 
     @staticmethod
     def _backward(ctx: Any, ddx: Tensor, ddweight: Tensor, ddbias: Tensor) -> tuple[Tensor, ...]:
@@ -139,24 +146,25 @@ class Gradients(torch.autograd.Function):
                     array_of(dy, "dy"),
                 )
                 ddy, dx, dweight = map(tensor_of, grads)
-        return ddy, dx, _as(dweight, weight), None, None, None
+        return ddy, dx, None if weight is None else dweight.to(weight.dtype), None, None, None
 
     backward = staticmethod(once_differentiable(_backward))
 
 
 def _complete(saved: Saved, x: Tensor, weight: Tensor, bias: Tensor) -> Saved:
     """The context with its arrays; a hook may have put x into another memory order since."""
-    return saved._replace(
-        x3=saved.bound.layout.view(array_of(x)),
-        weight=_per_channel(weight, weight, x, "weight"),
-        bias=_per_channel(bias, bias, x, "bias"),
-    )
+    layout, wide, array = saved.bound.layout, WIDE[x.dtype], array_of(x)
+    if saved.bound.in_order and array.flags.c_contiguous:
+        x3 = array.reshape(layout.shape3)
+    else:
+        x3 = layout.view(array)
+    if weight is not None:
+        weight = array_of(weight if weight.dtype is wide else weight.to(wide), "weight")
+    if bias is not None:
+        bias = array_of(bias if bias.dtype is wide else bias.to(wide), "bias")
+    return saved._replace(x3=x3, weight=weight, bias=bias)
 
 
 def _per_channel(values: Tensor, parameter: Tensor, x: Tensor, what: str) -> Array | None:
     """Values of a parameter's shape in the dtype of the arithmetic; None without the parameter."""
     return None if parameter is None else array_of(values.to(WIDE[x.dtype]), what)
-
-
-def _as(total: Tensor, parameter: Tensor) -> Tensor:
-    return None if parameter is None else total.to(parameter.dtype)

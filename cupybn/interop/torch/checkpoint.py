@@ -107,8 +107,7 @@ def remember(label: str, shape: tuple[int, ...], saved: Saved) -> None:
 
     Not for those outside a recomputation: they saw the first forward.
     """
-    record = _Record(label, shape, saved)
     for context in reversed(_active.contexts):
         if isinstance(context, _Recomputation):
             return
-        context.records.append(record)
+        context.records.append(_Record(label, shape, saved))

@@ -26,7 +26,7 @@ from ...forward_backward import (
 )
 from ...layers.sync import CommReference
 from ...statistics import message_length
-from .autograd import WIDE, Normalise, Tensor, array_of, like, on_stream_of
+from .autograd import PLAIN, WIDE, Normalise, Tensor, array_of, on_stream_of
 from .checkpoint import remember, remembered
 
 
@@ -68,70 +68,89 @@ class BatchNorm(TorchBatchNorm):
         self, x: Tensor, weight: Tensor, bias: Tensor, backward: bool
     ) -> tuple[Tensor, Saved]:
         """(y, context without arrays): what :class:`Normalise` does in a forward."""
+        key: Any = None
+        bound: Bound | None = None
+        if type(x) in PLAIN:
+            own = self.__dict__
+            key = (
+                *(x.shape, x.stride(), x.dtype, x.device, backward, self.name, own.get("_comm")),
+                *(self.eps, self.momentum, self.track_running_stats, self.num_features),
+            )
+            for tensor in (weight, bias, self.running_mean, self.running_var):
+                key += (None, None) if tensor is None else (tensor.dtype, tensor.device)
+            if "_bindings" in own:
+                bound = own["_bindings"].get(key)
+        if bound is None:
+            return self._bind_and_run(key, x, weight, bias, backward)
+        call = CollectiveCall(bound.comm, *bound.forward_call) if bound.ranks > 1 else None
+        try:
+            with on_stream_of(x):
+                return self._run(call, bound, x, array_of(x), (weight, bias))
+        except Exception as error:
+            bound.leave(call, "forward", error)
+            raise
+
+    def _bind_and_run(
+        self, key: Any, x: Tensor, weight: Tensor, bias: Tensor, backward: bool
+    ) -> tuple[Tensor, Saved]:
+        """A forward of a signature that was not met twice before; `key` None: not to be kept."""
         comm, label = self.communicator(), self.label
         what, length = call_name("forward", label), message_length(self.num_features)
         with CollectiveCall(comm, what, length) as call, on_stream_of(x):
             array = array_of(x)
-            bound = self._bound(x, array, comm, label, backward)
-            wide, params = WIDE[x.dtype], {}
-            for name, tensor in (("weight", weight), ("bias", bias)):
-                if tensor is not None:
-                    params[name] = array_of(tensor if tensor.dtype is wide else tensor.to(wide))
-            y = like(x, bound.layout)
-            y3 = bound.layout.view(array_of(y))
-            saved = remembered(label, bound.shape)
-            if saved is not None:
-                bound.normalize_again(array, params, saved, y3)
-            else:
-                if call.ranks > 1:
-                    *_, call.fingerprint, call.messages = bound.forward_call
-                saved = self._forward(call, bound, array, params, y3)
-        remember(label, bound.shape, saved)
-        return y, saved
-
-    def _forward(
-        self, call: CollectiveCall, bound: Bound, x: Array, params: dict[str, Array], y3: Array
-    ) -> Saved:
-        """Fills y3, and updates the running statistics."""
-        running: Running | None = None
-        moved: tuple[Tensor, ...] = ()
-        if self.track_running_stats and self.running_mean is not None:
-            wide = getattr(torch, bound.parameter_dtype.name)
-            moved = self.running_mean.to(wide), self.running_var.to(wide)
-            running = Running(array_of(moved[0]), array_of(moved[1]), np.zeros((), np.int64))
-        _, saved = bound.forward(call, x, params, y3=y3, running=running)
-        if running is not None and saved.count:
-            for target, values in zip((self.running_mean, self.running_var), moved, strict=True):
-                if target is not values:
-                    target.copy_(values)
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-        return saved._replace(x3=None, weight=None, bias=None)
-
-    def _bound(
-        self, x: Tensor, array: Array, comm: Communicator, label: str, backward: bool
-    ) -> Bound:
-        """The binding of this call; checks what it is made of where it is new."""
-        arrays = self.weight, self.bias, self.running_mean, self.running_var
-        key: list[Any] = [x.shape, array.strides, x.dtype, x.device, id(comm), label, backward]
-        key += (self.eps, self.momentum, self.track_running_stats, self.num_features)
-        for tensor in arrays:
-            key.append(None if tensor is None else (tensor.dtype, tensor.device))
-        bindings = self.__dict__.setdefault("_bindings", Bindings())
-        bound: Bound | None = bindings.get(tuple(key))
-        if bound is None or bound.comm is not comm:
             self._check_input(x)
+            tracks = self.track_running_stats and self.running_mean is not None
             options = Options(
                 self.eps,
-                affine=(self.weight is not None, self.bias is not None),
+                affine=(weight is not None, bias is not None),
                 save=backward,
-                factor=self._factor() if self.track_running_stats else 0.0,
+                factor=self._factor() if tracks else None,
                 settings=self._settings(backward),
             )
             bound = bind(array, 1, options, comm, label)
-            if self.momentum is not None:
-                bindings.keep(tuple(key), bound)
-        return bound
+            if key is not None and self.momentum is not None:
+                self.__dict__.setdefault("_bindings", Bindings()).keep(key, bound)
+            if call.ranks > 1:
+                *_, call.fingerprint, call.messages = bound.forward_call
+            return self._run(call, bound, x, array, (weight, bias))
+
+    def _run(
+        self,
+        call: CollectiveCall | None,
+        bound: Bound,
+        x: Tensor,
+        array: Array,
+        parameters: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Saved]:
+        """The forward of a batch, or of one that is recomputed; `array` is x."""
+        params, layout, wide = {}, bound.layout, WIDE[x.dtype]
+        for name, tensor in zip(("weight", "bias"), parameters, strict=True):
+            if tensor is not None:
+                params[name] = array_of(tensor if tensor.dtype is wide else tensor.to(wide))
+        y = torch.empty_strided(layout.shape, layout.strides, dtype=x.dtype, device=x.device)
+        y3 = array_of(y)
+        y3 = y3.reshape(layout.shape3) if bound.in_order else layout.view(y3)
+        saved = remembered(bound.name, layout.shape)
+        if saved is None:
+            running, moved = None, (self.running_mean, self.running_var)
+            if bound.updates:
+                if not moved[0].dtype is moved[1].dtype is wide:
+                    moved = moved[0].to(wide), moved[1].to(wide)
+                running = Running(array_of(moved[0]), array_of(moved[1]), np.zeros((), np.int64))
+            _, saved = bound.forward(call, array, params, y3=y3, running=running)
+            saved = saved._replace(x3=None, weight=None, bias=None)
+            if running is not None and saved.count:
+                for target, values in zip(
+                    (self.running_mean, self.running_var), moved, strict=True
+                ):
+                    if target is not values:
+                        target.copy_(values)
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(1)
+        else:
+            bound.normalize_again(array, params, saved, y3)
+        remember(bound.name, layout.shape, saved)
+        return y, saved
 
     def _check_input(self, x: Tensor) -> None:
         self._check_input_dim(x)

@@ -1,8 +1,8 @@
-"""Threads for compiled loops: how many, and handing them the pieces of one call.
+"""Threads for the kernels: how many, and handing them the work items of one call.
 
-The loops release Python's lock, so Python's own threads do. They take the lock once a call, not
-once a piece: a thread that waits for it sleeps, and wakes slowly. Any number of callers may hand in
-work at once: each does its own pieces too, and takes back what no thread has begun.
+The kernels release Python's lock, so Python's own threads do. They take the lock once a call, not
+once an item: a thread that waits for it sleeps, and wakes slowly. Any number of callers may hand in
+work at once: each does its own items too, and takes back what no thread has begun.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
-
-from ..launcher import leading_number, local_size
+from ...launcher import leading_number, local_size
 
 _NUMBER_VARIABLES = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS")
 _threads: int | None = None
@@ -44,26 +42,25 @@ def set_threads(number: int | None) -> None:
     _forget_pool()
 
 
-def spread(loop: Callable[..., Any], arguments: Sequence[Any], pieces: Any, at_most: int) -> None:
-    """``loop(*arguments, pieces, taken)``, on as many threads as there may be.
+def spread(kernel: Callable[..., Any], arguments: Sequence[Any], at_most: int) -> None:
+    """``kernel(*arguments)``, on as many threads as there may be, `at_most` so many.
 
-    Each call takes pieces, with ``take(taken)`` of ``loops.py``, until there are none.
+    Each call takes work items, by a counter among the arguments, until there are none.
     """
-    taken = np.zeros(1, np.int64)
-    helpers = min(thread_count(), at_most) - 1 if at_most > 1 else 0
-    if helpers == 0:
-        loop(*arguments, pieces, taken)
+    helpers = min(thread_count(), at_most) - 1
+    if helpers <= 0:
+        kernel(*arguments)
         return
     core = _current_core()
 
     def help_out() -> None:
         _leave_core(core)
-        loop(*arguments, pieces, taken)
+        kernel(*arguments)
 
     pool = _workers()
     started = [pool.submit(help_out) for _ in range(helpers)]
     try:
-        loop(*arguments, pieces, taken)
+        kernel(*arguments)
     finally:
         for future in started:
             if not future.cancel():

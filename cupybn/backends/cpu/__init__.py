@@ -1,0 +1,514 @@
+"""The primitives on NumPy arrays, compiled by Numba: the fast path on the CPU (extra ``cpu``).
+
+Same names and meanings as in ``backends/numpy.py``. ``kernels.py`` has the compiled loops, each made
+for a dtype when it is first needed and kept on disk; ``plan.py`` cuts the work, from the shape
+alone, so the bits of a result do not depend on the number of threads; ``pool.py`` has the threads.
+
+A call has to be short where arrays are small: each function here looks up what the calls of its
+shape and dtype have in common, allocates, and calls a kernel. Nothing is allocated after the first
+value is written.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...arrays import parameter_dtype
+from ...statistics import BackwardSums, Moments, Transform
+from .. import numpy as reference
+from ..numpy import Data, PerChannel
+from .plain import call_plainly, copy_back, plain
+from .plan import SHORT, mask_items, plan_for
+from .pool import spread
+
+DIRECTIONS = ("local forward", "local backward", "forward", "backward")
+
+_SEEN_AS = {"float16": np.int16, "bfloat16": np.uint16}
+_FORMS = {"local": 0, "pooled": 1, "recentred": 2}
+_MOMENTS, _NORMALIZE = _SUMS, _INPUT = 1, 2  # the stages of the kernels
+_WHOLE = 3
+_INT64, _UINT8 = np.dtype(np.int64), np.dtype(np.uint8)
+_NO_NUMBERS, _NO_STATE, _NO_BITS = (np.empty(0, t) for t in (np.float64, np.float32, np.uint8))
+_log = logging.getLogger("cupybn")
+
+given_statistics = reference.given_statistics
+recentre_moments = reference.recentre_moments
+update_running = reference.update_running
+
+
+@lru_cache(maxsize=1)
+def load() -> ModuleType:
+    """The kernels; imports Numba.
+
+    Raises:
+        ImportError: Numba cannot be imported.
+    """
+    from . import kernels
+
+    return kernels
+
+
+class _Bound(NamedTuple):
+    """What calls on arrays of one shape and dtype have in common.
+
+    Attributes:
+        seen: the dtype that the kernels see in place of a 16-bit one, or None.
+        counts: values per channel of each segment.
+        whole: whether each work item has all values of its channels.
+        no_data, no_parameter: what stands for an absent array.
+    """
+
+    forward: Any
+    backward: Any
+    channels: int
+    count: int
+    items: Data
+    counts: Data
+    threads: int
+    seen: np.dtype[Any] | None
+    whole: bool
+    no_data: Data
+    no_parameter: Data
+
+
+@lru_cache(maxsize=1024)
+def _bound(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Bound:
+    n, channels, length = shape
+    plan, kernels = plan_for(n, channels, length), load()
+    seen = np.dtype(_SEEN_AS[dtype.name]) if dtype.name in _SEEN_AS else None
+    return _Bound(
+        forward=kernels.column_forward if plan.columns else kernels.row_forward,
+        backward=kernels.column_backward if plan.columns else kernels.row_backward,
+        channels=channels,
+        count=n * length,
+        items=plan.items,
+        counts=plan.counts,
+        threads=plan.threads,
+        seen=seen,
+        whole=len(plan.counts) == 1,
+        no_data=np.empty((0, 0, 0), seen or dtype),
+        no_parameter=np.empty(0, parameter_dtype(dtype)),
+    )
+
+
+# ---- the primitives ------------------------------------------------------------------------------
+
+
+def batch_moments(x3: Data, *, payload: PerChannel | None = None) -> Moments:
+    """Count, mean and m2 of each channel of an (N, C, L) array.
+
+    `payload` takes this rank's part of the first message: (2C,) for ``count * mean`` and
+    ``m2 + count * mean**2``, or (C,) for the first of them alone.
+    """
+    if not (x3.flags.carray and (payload is None or payload.flags.carray)):
+        return call_plainly(batch_moments, ("payload",), x3=x3, payload=payload)
+    bound = _bound(x3.shape, x3.dtype)
+    c, segments, none = bound.channels, max(1, len(bound.counts)), bound.no_parameter
+    mean, m2 = np.zeros(c * segments), np.zeros(c * segments)
+    x3 = x3 if bound.seen is None else x3.view(bound.seen)
+    arguments = (
+        _MOMENTS, x3, x3, bound.no_data, False, mean, m2, none, none, none, none, 0.0, 0.0,
+        bound.items, np.zeros(1, _INT64),
+    )
+    if bound.threads > 1:
+        spread(bound.forward, arguments, bound.threads)
+    else:
+        bound.forward(*arguments)
+    if segments > 1 or payload is not None:
+        message = _NO_NUMBERS if payload is None else payload
+        load().merge_moments(mean, m2, c, bound.counts, float(bound.count), message)
+    return Moments(bound.count, mean[:c], m2[:c])
+
+
+def finalize_moments(
+    moments: Moments,
+    eps: float,
+    *,
+    running: tuple[Data, Data] | None = None,
+    factor: float = 0.0,
+    form: str = "local",
+) -> tuple[PerChannel, PerChannel, PerChannel]:
+    """(mean, biased variance, invstd), (C,) float64 each; updates `running` in place.
+
+    `form` says what `moments.mean` and `moments.m2` hold; see ``backends/numpy.py``.
+    """
+    first, second, states = plain(moments.mean), plain(moments.m2), plain(running)
+    running_mean, running_var = states or (_NO_STATE, _NO_STATE)
+    mean, var, invstd = np.empty(first.size), np.empty(first.size), np.empty(first.size)
+    load().finalize_moments(
+        first, second, float(moments.count), float(eps), _FORMS[form], mean, var, invstd,
+        running_mean, running_var, float(factor),
+    )
+    copy_back(running, states)
+    return mean, var, invstd
+
+
+def normalize(
+    x3: Data,
+    transform: Transform,
+    *,
+    relu: bool = False,
+    residual3: Data | None = None,
+    out3: Data | None = None,
+    mask: Data | None = None,
+) -> Data:
+    """``relu((x - mean) * invstd * weight + bias + residual)``, (N, C, L).
+
+    `mask`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
+    """
+    out3 = np.empty(x3.shape, x3.dtype) if out3 is None else out3
+    bound = _bound(x3.shape, x3.dtype)
+    none, seen = bound.no_parameter, bound.no_data.dtype
+    given = out3, mask
+    x3, residual3, out, mask = plain((x3, residual3, out3, mask))
+    mean, invstd, weight, bias = plain(transform)
+    residual = bound.no_data if residual3 is None else residual3.view(seen)
+    weight, bias = none if weight is None else weight, none if bias is None else bias
+    arguments = (
+        _NORMALIZE, out.view(seen), x3.view(seen), residual, relu, mean, invstd, weight, bias,
+        none, none, 0.0, 0.0, bound.items, np.zeros(1, _INT64),
+    )
+    spread(bound.forward, arguments, bound.threads)
+    if mask is not None:
+        _pack_mask(out.view(seen), mask)
+    copy_back(given, (out, mask))
+    return out3
+
+
+def backward_reduce(
+    dy3: Data,
+    x3: Data,
+    transform: Transform,
+    *,
+    relu: bool = False,
+    mask: Data | None = None,
+    payload: PerChannel | None = None,
+) -> BackwardSums:
+    """The sums of dy and of dy * (x - mean), after the ReLU's backward, per channel.
+
+    Where y passed a ReLU is read from `mask` if given, else computed again from x. `payload`,
+    (2C,), takes a copy of both for the message.
+    """
+    bound = _bound(x3.shape, x3.dtype)
+    none, nothing, numbers = bound.no_parameter, bound.no_data, _NO_NUMBERS
+    mean, invstd, weight, bias = transform
+    weight, bias = none if weight is None else weight, none if bias is None else bias
+    bits = _NO_BITS if mask is None else mask
+    if not (
+        x3.flags.carray and dy3.flags.carray and bits.flags.carray and mean.flags.carray
+        and invstd.flags.carray and weight.flags.carray and bias.flags.carray
+    ):
+        return call_plainly(
+            backward_reduce, (), dy3=dy3, x3=x3, transform=transform, relu=relu, mask=mask,
+            payload=payload,
+        )
+    if bound.seen is not None:
+        dy3, x3 = dy3.view(bound.seen), x3.view(bound.seen)
+    c, segments = bound.channels, len(bound.counts)
+    sums = np.zeros((2, max(1, segments) * c))
+    sum_dy, sum_dy_xmu = sums[0], sums[1]
+    arguments = (
+        _SUMS, nothing, nothing, dy3, x3, bits, relu, mean, invstd, weight, bias,
+        sum_dy, sum_dy_xmu, 0.0, none, none, bound.items, np.zeros(1, _INT64),
+    )
+    if bound.threads > 1:
+        spread(bound.backward, arguments, bound.threads)
+    else:
+        bound.backward(*arguments)
+    load().merge_sums(sum_dy, sum_dy_xmu, mean, none)
+    if payload is not None:
+        payload[:c], payload[c:] = sum_dy[:c], sum_dy_xmu[:c]
+    return BackwardSums(sum_dy[:c], sum_dy_xmu[:c])
+
+
+def backward_input(
+    dy3: Data,
+    x3: Data,
+    transform: Transform,
+    *,
+    sums: BackwardSums | None = None,
+    count: int = 0,
+    relu: bool = False,
+    mask: Data | None = None,
+    out3: Data | None = None,
+    dresidual3: Data | None = None,
+    local: BackwardSums | None = None,
+    dweight: Data | None = None,
+    dbias: Data | None = None,
+) -> Data:
+    """The gradient of x, (N, C, L); see ``backends/numpy.py``."""
+    dx3 = np.empty(x3.shape, x3.dtype) if out3 is None else out3
+    bound = _bound(x3.shape, x3.dtype)
+    none = bound.no_parameter
+    mean, invstd, weight, bias = transform
+    weight, bias = none if weight is None else weight, none if bias is None else bias
+    dresidual = bound.no_data if dresidual3 is None else dresidual3
+    bits = _NO_BITS if mask is None else mask
+    sum_dy, sum_dy_xmu = (mean, mean) if sums is None else sums
+    into_weight, into_bias = none if dweight is None else dweight, none if dbias is None else dbias
+    if not (
+        x3.flags.carray and dy3.flags.carray and dx3.flags.carray and dresidual.flags.carray
+        and bits.flags.carray and mean.flags.carray and invstd.flags.carray
+        and weight.flags.carray and bias.flags.carray and sum_dy.flags.carray
+        and sum_dy_xmu.flags.carray and into_weight.flags.carray and into_bias.flags.carray
+    ):
+        call_plainly(
+            backward_input, ("dweight", "dbias", "dresidual3", "out3"), dy3=dy3, x3=x3,
+            transform=transform, sums=sums, count=count, relu=relu, mask=mask, out3=dx3,
+            dresidual3=dresidual3, local=local, dweight=dweight, dbias=dbias,
+        )
+        return dx3
+    if local is not None:
+        load().add_gradients(into_weight, into_bias, local[0], local[1], invstd)
+    dx = dx3
+    if bound.seen is not None:
+        dy3, x3, dx = dy3.view(bound.seen), x3.view(bound.seen), dx3.view(bound.seen)
+        dresidual = dresidual.view(bound.seen)
+    arguments = (
+        _INPUT, dx, dresidual, dy3, x3, bits, relu, mean, invstd, weight, bias, sum_dy,
+        sum_dy_xmu, 0.0 if sums is None else float(max(count, 1)), none, none, bound.items,
+        np.zeros(1, _INT64),
+    )
+    if bound.threads > 1:
+        spread(bound.backward, arguments, bound.threads)
+    else:
+        bound.backward(*arguments)
+    return dx3
+
+
+# ---- what a layer calls --------------------------------------------------------------------------
+
+
+def finish_forward(
+    moments: Moments,
+    form: str,
+    x3: Data,
+    y3: Data,
+    weight: Data | None,
+    bias: Data | None,
+    eps: float,
+    *,
+    relu: bool = False,
+    residual3: Data | None = None,
+    mask: Data | None = None,
+    running: tuple[Data, Data] | None = None,
+    factor: float = 0.0,
+) -> tuple[PerChannel, PerChannel]:
+    """``finalize_moments`` and ``normalize`` into y3: (mean, invstd)."""
+    bound = _bound(x3.shape, x3.dtype)
+    none = bound.no_parameter
+    weight, bias = none if weight is None else weight, none if bias is None else bias
+    residual = bound.no_data if residual3 is None else residual3
+    running_mean, running_var = (none, none) if running is None else running
+    if not (
+        x3.flags.carray and y3.flags.carray and residual.flags.carray and weight.flags.carray
+        and bias.flags.carray and running_mean.flags.carray and running_var.flags.carray
+        and moments.mean.flags.carray and moments.m2.flags.carray
+        and (mask is None or mask.flags.carray)
+    ):
+        moments = Moments(moments.count, plain(moments.mean), plain(moments.m2))
+        return call_plainly(
+            finish_forward, ("y3", "mask", "running"), moments=moments, form=form, x3=x3, y3=y3,
+            weight=weight, bias=bias, eps=eps, relu=relu, residual3=residual3, mask=mask,
+            running=running, factor=factor,
+        )
+    c = bound.channels
+    mean, var, invstd = np.empty(c), np.empty(c), np.empty(c)
+    if bound.seen is not None:
+        x3, y3, residual = x3.view(bound.seen), y3.view(bound.seen), residual.view(bound.seen)
+    arguments = (
+        _NORMALIZE, y3, x3, residual, relu, mean, invstd, weight, bias, none, none, 0.0, 0.0,
+        bound.items, np.zeros(1, _INT64),
+    )
+    load().finalize_moments(
+        moments.mean, moments.m2, float(moments.count), float(eps), _FORMS[form], mean, var,
+        invstd, running_mean, running_var, float(factor),
+    )
+    if bound.threads > 1:
+        spread(bound.forward, arguments, bound.threads)
+    else:
+        bound.forward(*arguments)
+    if mask is not None:
+        _pack_mask(y3, mask)
+    return mean, invstd
+
+
+def local_forward(
+    x3: Data,
+    y3: Data,
+    weight: Data | None,
+    bias: Data | None,
+    eps: float,
+    *,
+    relu: bool = False,
+    residual3: Data | None = None,
+    mask: Data | None = None,
+    running: tuple[Data, Data] | None = None,
+    factor: float = 0.0,
+) -> tuple[PerChannel, PerChannel]:
+    """``batch_moments`` and ``finish_forward`` of one rank: (mean, invstd).
+
+    In one go where a thread has all values of a channel: it reads them again from its cache.
+    """
+    bound = _bound(x3.shape, x3.dtype)
+    none = bound.no_parameter
+    weight, bias = none if weight is None else weight, none if bias is None else bias
+    residual = bound.no_data if residual3 is None else residual3
+    running_mean, running_var = (none, none) if running is None else running
+    if not (
+        bound.whole and x3.flags.carray and y3.flags.carray and residual.flags.carray
+        and weight.flags.carray and bias.flags.carray and running_mean.flags.carray
+        and running_var.flags.carray and (mask is None or mask.flags.carray)
+    ):
+        return finish_forward(
+            batch_moments(x3), "local", x3, y3, weight, bias, eps, relu=relu, residual3=residual3,
+            mask=mask, running=running, factor=factor,
+        )
+    mean, invstd = np.empty(bound.channels), np.empty(bound.channels)
+    if bound.seen is not None:
+        x3, y3, residual = x3.view(bound.seen), y3.view(bound.seen), residual.view(bound.seen)
+    arguments = (
+        _WHOLE, y3, x3, residual, relu, mean, invstd, weight, bias, running_mean, running_var,
+        float(eps), float(factor), bound.items, np.zeros(1, _INT64),
+    )
+    if bound.threads > 1:
+        spread(bound.forward, arguments, bound.threads)
+    else:
+        bound.forward(*arguments)
+    if mask is not None:
+        _pack_mask(y3, mask)
+    return mean, invstd
+
+
+def local_backward(
+    dy3: Data,
+    x3: Data,
+    dx3: Data,
+    transform: Transform,
+    *,
+    count: int,
+    relu: bool = False,
+    mask: Data | None = None,
+    dresidual3: Data | None = None,
+    dweight: Data | None = None,
+    dbias: Data | None = None,
+) -> None:
+    """``backward_reduce`` and ``backward_input`` of one rank.
+
+    A count of 0: the statistics are constants.
+    """
+    bound = _bound(x3.shape, x3.dtype)
+    none = bound.no_parameter
+    mean, invstd, weight, bias = transform
+    weight, bias = none if weight is None else weight, none if bias is None else bias
+    dresidual = bound.no_data if dresidual3 is None else dresidual3
+    bits = _NO_BITS if mask is None else mask
+    into_weight, into_bias = none if dweight is None else dweight, none if dbias is None else dbias
+    if not (
+        bound.whole and x3.flags.carray and dy3.flags.carray and dx3.flags.carray
+        and dresidual.flags.carray and bits.flags.carray and mean.flags.carray
+        and invstd.flags.carray and weight.flags.carray and bias.flags.carray
+        and into_weight.flags.carray and into_bias.flags.carray
+    ):
+        sums = backward_reduce(dy3, x3, transform, relu=relu, mask=mask)
+        backward_input(
+            dy3, x3, transform, sums=sums if count else None, count=count, relu=relu, mask=mask,
+            out3=dx3, dresidual3=dresidual3, local=sums, dweight=dweight, dbias=dbias,
+        )
+        return
+    sum_dy, sum_dy_xmu = np.empty(bound.channels), np.empty(bound.channels)
+    if bound.seen is not None:
+        dy3, x3, dx3 = dy3.view(bound.seen), x3.view(bound.seen), dx3.view(bound.seen)
+        dresidual = dresidual.view(bound.seen)
+    arguments = (
+        _WHOLE, dx3, dresidual, dy3, x3, bits, relu, mean, invstd, weight, bias, sum_dy,
+        sum_dy_xmu, float(count), into_weight, into_bias, bound.items, np.zeros(1, _INT64),
+    )
+    if bound.threads > 1:
+        spread(bound.backward, arguments, bound.threads)
+    else:
+        bound.backward(*arguments)
+
+
+def _pack_mask(y: Data, mask: Data) -> None:
+    items = mask_items(mask.size)
+    spread(load().pack_mask, (y, mask, items, np.zeros(1, _INT64)), len(items))
+
+
+# ---- compiling in time ---------------------------------------------------------------------------
+
+
+def prepare_forward(
+    x3: Data,
+    y3: Data,
+    *,
+    residual3: Data | None = None,
+    mask: Data | None = None,
+    relu: bool = False,
+    running_dtype: str | None = None,
+    ranks: int = 1,
+) -> None:
+    """Compiles the kernels of a forward, or reads them from disk: before its first message.
+
+    Once for a dtype, for rows and for columns; what happened goes to the log ``cupybn``.
+    """
+    _prepare("forward", x3, ranks, mask is not None)
+
+
+def prepare_backward(
+    dy3: Data,
+    x3: Data,
+    dx3: Data,
+    *,
+    dresidual3: Data | None = None,
+    mask: Data | None = None,
+    relu: bool = False,
+    constant: bool = False,
+    ranks: int = 1,
+) -> None:
+    """As :func:`prepare_forward`, for a backward."""
+    _prepare("backward", x3, ranks, False)
+
+
+def _prepare(direction: str, x3: Data, ranks: int, mask: bool) -> None:
+    local = "local " if ranks == 1 and _bound(x3.shape, x3.dtype).whole else ""
+    rehearse(local + direction, x3.dtype, x3.shape[2] < SHORT, mask)
+
+
+@lru_cache(maxsize=1024)  # what is compiled stays so
+def rehearse(
+    direction: str, dtype: np.dtype[Any], columns: bool, mask: bool = True
+) -> tuple[int, float]:
+    """A call on next to nothing, after which its kernels are compiled.
+
+    Returns:
+        How many were not on disk, and the seconds it took.
+    """
+    began, before = time.perf_counter(), load().compiled()
+    x3 = np.zeros((2, 1, 1 if columns else SHORT), dtype)
+    y3, one, numbers = x3.copy(), np.ones(1, parameter_dtype(dtype)), np.zeros(2)
+    transform = Transform(np.zeros(1), np.zeros(1), one, one)
+    bits = np.zeros((x3.size + 7) // 8, np.uint8) if mask else None
+    if direction == "local forward":
+        local_forward(x3, y3, one, one, 1.0, mask=bits)
+    elif direction == "local backward":
+        local_backward(x3, x3, y3, transform, count=2)
+    elif direction == "forward":
+        moments = batch_moments(x3, payload=numbers)
+        finish_forward(moments, "local", x3, y3, one, one, 1.0, mask=bits)
+    else:
+        sums = backward_reduce(x3, x3, transform, payload=numbers)
+        backward_input(x3, x3, transform, sums=sums, out3=y3, local=sums, dweight=one, dbias=one)
+    compiled, seconds = load().compiled() - before, time.perf_counter() - began
+    _log.log(
+        logging.INFO if compiled else logging.DEBUG,
+        "%s of %s %s: %d kernels compiled, the others read from disk, in %.1f s",
+        direction, dtype, "columns" if columns else "rows", compiled, seconds,
+    )
+    return compiled, seconds

@@ -1,0 +1,129 @@
+"""What is computed once a channel: merging, finalizing, and the coefficients of the long loops."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .compiler import inside, kernel, shared
+from .intrinsics import buffer
+
+
+@inside
+def merge_one(mean, m2, c, count, other_count, other_mean, other_m2):
+    """Chan's formula, into mean[c] and m2[c]."""
+    delta = other_mean - mean[c]
+    total = count + other_count
+    mean[c] += delta * (other_count / total)
+    m2[c] += other_m2 + delta * delta * (count * other_count / total)
+
+
+@kernel
+def merge_moments(mean, m2, channels, counts, count, payload):
+    """All segments into the first, in their order; then what goes into the message.
+
+    `payload` takes ``count * mean`` and, where it is long enough, ``m2 + count * mean**2``.
+    """
+    merged = 0.0
+    for s in range(len(counts)):
+        for c in range(channels if s > 0 else 0):
+            other = s * channels + c
+            merge_one(mean, m2, c, merged, counts[s], mean[other], m2[other])
+        merged += counts[s]
+    for c in range(min(channels, payload.size)):
+        payload[c] = mean[c] * count
+    for c in range(channels if payload.size > channels else 0):
+        payload[channels + c] = m2[c] + payload[c] * mean[c]
+
+
+@shared
+def finalize(
+    first, second, count, eps, form, mean, var, invstd, running_mean, running_var, factor, c0, c1
+):
+    """`form`: 0 local, 1 pooled, 2 recentred; see ``backends/numpy.py``."""
+    n = max(count, 1.0)
+    for c in range(c0, c1):
+        m2 = second[c]
+        mean[c] = first[c] if form == 0 else first[c] / n
+        if form == 1:
+            m2 -= first[c] * mean[c]
+        var[c] = (0.0 if m2 < 0.0 else m2) / n
+        invstd[c] = 1.0 / np.sqrt(var[c] + eps)
+    if count > 0 and running_mean.size:
+        unbiased = count / max(count - 1.0, 1.0)
+        for c in range(c0, c1):
+            running_mean[c] = (1.0 - factor) * running_mean[c] + factor * mean[c]
+            running_var[c] = (1.0 - factor) * running_var[c] + factor * (var[c] * unbiased)
+
+
+@kernel
+def finalize_moments(
+    first, second, count, eps, form, mean, var, invstd, running_mean, running_var, factor
+):
+    finalize(
+        first, second, count, eps, form, mean, var, invstd, running_mean, running_var, factor,
+        0, mean.size,
+    )
+
+
+@inside
+def fill_affine(high, scale, shift, size, step, mean, invstd, weight, bias, c0, c1):
+    """High, scale and shift, as ``_Affine`` of ``backends/numpy.py``, of `size` columns.
+
+    A channel has `step` columns side by side, and all channels are repeated to the end.
+    """
+    j = 0
+    while j < size:
+        for c in range(c0, c1):
+            high[j] = mean[c]
+            scaled = invstd[c] * weight[c] if weight.size else invstd[c]
+            scale[j] = scaled
+            shift[j] = (bias[c] if bias.size else 0.0) - (mean[c] - high[j]) * scaled
+            for k in range(j + 1, j + step):
+                high[k] = high[j]
+                scale[k] = scale[j]
+                shift[k] = shift[j]
+            j += step
+
+
+@inside
+def fill_slope(high, slope, offset, size, step, mean, invstd, sum_dy, sum_dy_xmu, count, c0, c1):
+    """Slope and offset of ``dx = ((x - high) * slope + dy + offset) * scale``, in the same way."""
+    j = 0
+    while j < size:
+        for c in range(c0, c1):
+            steep = sum_dy_xmu[c] * invstd[c] * invstd[c] / count
+            slope[j] = -steep
+            offset[j] = (mean[c] - high[j]) * steep - sum_dy[c] / count
+            for k in range(j + 1, j + step):
+                slope[k] = slope[j]
+                offset[k] = offset[j]
+            j += step
+
+
+@kernel
+def merge_sums(sum_dy, sum_dy_xmu, mean, parameter):
+    """All segments into the first, in their order; then about the mean, not its high part.
+
+    `parameter` is an array of the dtype of the arithmetic.
+    """
+    rounded = buffer(parameter)
+    for c in range(mean.size):
+        for other in range(mean.size + c, sum_dy.size, mean.size):
+            sum_dy[c] += sum_dy[other]
+            sum_dy_xmu[c] += sum_dy_xmu[other]
+        rounded[0] = mean[c]
+        sum_dy_xmu[c] -= (mean[c] - rounded[0]) * sum_dy[c]
+
+
+@inside
+def add_one(dweight, dbias, sum_dy, sum_dy_xmu, invstd, c):
+    if dweight.size:
+        dweight[c] += sum_dy_xmu[c] * invstd[c]
+    if dbias.size:
+        dbias[c] += sum_dy[c]
+
+
+@kernel
+def add_gradients(dweight, dbias, sum_dy, sum_dy_xmu, invstd):
+    for c in range(invstd.size):
+        add_one(dweight, dbias, sum_dy, sum_dy_xmu, invstd, c)

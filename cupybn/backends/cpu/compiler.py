@@ -1,0 +1,97 @@
+"""How the loops are compiled: Numba's options, and the cache on disk that outlives a process.
+
+Numba compiles a kernel for a dtype when it is first called, and keeps the result beside this
+package, or where ``NUMBA_CACHE_DIR`` says. It takes what it kept for out of date when the one file
+changes that the kernel is in. A kernel here is made of functions from several files, so the stamp
+in the index is a digest of every file of the package.
+"""
+
+from __future__ import annotations
+
+import sys
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba import types
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+
+from ...launcher import local_rank
+
+if numba.config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set")
+
+# Only adding up may be reassociated, to make it a vector loop (`plus` of ``intrinsics.py``).
+# Differences from a pivot or mean are taken as written; nothing may assume that no value is NaN or
+# Inf.
+_options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+_SEEN_AS = {"int16": "float16", "uint16": "bfloat16"}
+_kernels: list[Any] = []
+_announced: set[str] = set()
+
+inside = numba.njit(inline="always", **_options)
+"""For functions of kernels: their statements become the kernel's, which is compiled as one."""
+
+
+shared = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_options)
+"""For functions that kernels call in several places: compiled once, as a function."""
+
+summed = numba.njit(
+    forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_options
+)
+
+
+def kernel(function):
+    """A loop that Python calls. Compiled for the types of its arguments, once, and kept on disk."""
+    made = numba.njit(**_options)(function)
+    try:
+        made._cache = _Cache(function)
+    except RuntimeError:  # there is nowhere to keep it
+        made._cache = _Nowhere()
+    _kernels.append(made)
+    return made
+
+
+def compiled() -> int:
+    """How many kernels this process has compiled, as opposed to read from disk."""
+    return sum(sum(made.stats.cache_misses.values()) for made in _kernels)
+
+
+def _digest() -> bytes:
+    found = sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        found.update(path.read_bytes())
+    return found.digest()
+
+
+class _Cache(FunctionCache):
+    def __init__(self, function):
+        super().__init__(function)
+        self._cache_file = IndexDataCacheFile(
+            cache_path=self.cache_path,
+            filename_base=self._impl.filename_base,
+            source_stamp=_digest(),
+        )
+
+    def load_overload(self, sig, target_context):
+        kept = super().load_overload(sig, target_context)
+        if kept is None:
+            _announce(sig, f"once; kept in {self.cache_path}")
+        return kept
+
+
+class _Nowhere(numba.core.caching.NullCache):
+    def load_overload(self, sig, target_context):
+        _announce(sig, "in this process alone: there is no folder to keep it in (NUMBA_CACHE_DIR)")
+
+
+def _announce(sig: Any, kept: str) -> None:
+    """One line on stderr for each dtype, from one rank of a machine, before the long kernels."""
+    data = [kind.dtype.name for kind in sig if isinstance(kind, types.Array) and kind.ndim == 3]
+    if not data or data[0] in _announced:
+        return
+    _announced.add(data[0])
+    if local_rank() == 0:
+        name = _SEEN_AS.get(data[0], data[0])
+        print(f"cupybn: compiling for {name}, {kept}", file=sys.stderr, flush=True)

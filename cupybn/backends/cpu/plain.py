@@ -1,0 +1,50 @@
+"""Arrays as the kernels take them: C-contiguous, aligned and writeable, which is ``flags.carray``.
+
+Any other array is another type to Numba, which would compile for seconds. Arrays of the layers are
+all right; the public primitives may pass on others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import numpy as np
+
+_Result = TypeVar("_Result")
+
+
+def plain(value: Any) -> Any:
+    """The array, or the arrays of a tuple: themselves, over the same memory, or copies."""
+    if isinstance(value, tuple):
+        arrays = [plain(array) for array in value]
+        return type(value)(*arrays) if hasattr(value, "_fields") else tuple(arrays)
+    if not isinstance(value, np.ndarray) or value.flags.carray:
+        return value
+    if not (value.flags.c_contiguous and value.flags.aligned):
+        return value.copy(order="C")
+    interface = value.__array_interface__  # of a read-only array; the kernels do not write to it
+    interface["data"] = interface["data"][0], False
+    alias = np.asarray(SimpleNamespace(__array_interface__=interface, owner=value))
+    return alias.view(value.dtype)  # the interface knows no bfloat16
+
+
+def copy_back(given: Any, taken: Any) -> None:
+    """Writes what a kernel left in the arrays that `plain` gave out to the arrays it was given."""
+    if isinstance(given, tuple):
+        for target, values in zip(given, taken, strict=True):
+            copy_back(target, values)
+    elif taken is not given:
+        given[...] = taken
+
+
+def call_plainly(
+    function: Callable[..., _Result], written: tuple[str, ...], /, **arguments: Any
+) -> _Result:
+    """``function(**arguments)`` with plain arrays; the arguments named `written` take the results."""
+    taken = {name: plain(value) for name, value in arguments.items()}
+    result = function(**taken)
+    for name in written:
+        copy_back(arguments[name], taken[name])
+    return result

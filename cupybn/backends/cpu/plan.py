@@ -1,0 +1,134 @@
+"""How the work on an (N, C, L) array is cut: pure integers, from the shape alone.
+
+So that sums have the same bits for any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SHORT = 96  # runs below this are done by columns
+WIDE = 1024  # columns or channels at a time, at most: what is known of each stays in L1
+_NARROW = 1024  # columns below this are done several rows at a time
+_LITTLE = 1 << 12  # values that are not worth the trouble
+_CACHED = 1 << 17  # values of x, of dy and of dx that fit in a 2 MB cache together
+_ITEM = 1 << 18  # values of a work item, about
+_LEAST = 1 << 16  # values per channel that are worth a segment
+_SHARE = 1 << 17  # values that are worth waking a thread: about 100 us of forward
+_UNITS = 256  # channels times segments that keep any number of threads busy
+_MASK = 1 << 15  # bytes of a mask in an item
+
+
+class WorkItem(NamedTuple):
+    """A block of the array that one thread does at a time.
+
+    Of rows (long runs of one channel) it is ``x3[n0:n1, c0:c1, l0:l1]``. Of columns it is
+    ``[n0:n1, l0:l1]`` of a matrix that begins at value `start`, with `length` columns; each channel
+    has `step` of them side by side, and all channels may be repeated.
+
+    Attributes:
+        segment: where the sums of its segment begin: the number of the segment times C.
+        step: of rows, so many channels that their values stay in the cache together.
+    """
+
+    segment: int
+    start: int
+    channels: int
+    length: int
+    c0: int
+    c1: int
+    n0: int
+    n1: int
+    l0: int
+    l1: int
+    step: int
+
+
+class Plan(NamedTuple):
+    """The work on a shape.
+
+    Attributes:
+        columns: which loops.
+        items: one a row, (items, 11), in the order of ``WorkItem``.
+        counts: values per channel of each segment. Sums over a segment are merged in this order.
+        threads: at most, that are of use.
+    """
+
+    columns: bool
+    items: np.ndarray[Any, np.dtype[np.int64]]
+    counts: np.ndarray[Any, np.dtype[np.float64]]
+    threads: int
+
+
+@lru_cache(maxsize=1024)
+def plan_for(n: int, channels: int, length: int) -> Plan:
+    """The plan for an (n, channels, length) array; one without items where it is empty."""
+    columns = length < SHORT
+    items: list[WorkItem] = []
+    counts: list[float] = []
+    if n * channels * length > 0:
+        items, counts = (_columns if columns else _rows)(n, channels, length)
+    threads = max(1, min(len(items), n * channels * length // _SHARE))
+    table = np.array(items, np.int64).reshape(-1, len(WorkItem._fields))
+    return Plan(columns, table, np.array(counts), threads)
+
+
+@lru_cache(maxsize=1024)
+def mask_items(size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The bounds of each item of a mask of `size` bytes, (items, 2)."""
+    bounds = [(begin, min(begin + _MASK, size)) for begin in range(0, size, _MASK)]
+    return np.array(bounds, np.int64).reshape(-1, 2)
+
+
+def _rows(n: int, channels: int, length: int) -> tuple[list[WorkItem], list[float]]:
+    segments = max(1, min(_UNITS // channels, n * length // _LEAST))
+    items: list[WorkItem] = []
+    counts: list[float] = []
+    parts = min(n, segments)
+    group = max(1, min(WIDE, _CACHED // (n * length)))
+    for n0, n1 in _cut(n, parts):
+        for l0, l1 in _cut(length, -(-segments // parts)):
+            count = (n1 - n0) * (l1 - l0)
+            step = max(1, _ITEM // count)
+            segment = len(counts) * channels
+            for c in range(0, channels, step):
+                c1 = min(c + step, channels)
+                items.append(
+                    WorkItem(segment, 0, channels, length, c, c1, n0, n1, l0, l1, group)
+                )
+            counts.append(float(count))
+    return items, counts
+
+
+def _columns(n: int, channels: int, length: int) -> tuple[list[WorkItem], list[float]]:
+    width = channels * length
+    together = 1 if n * width <= _LITTLE else max(1, min(n, _NARROW // width))
+    whole = n // together
+    tile = width * together if width <= WIDE else WIDE // length * length
+    step = max(1, _ITEM // tile)
+    items: list[WorkItem] = []
+    counts: list[float] = []
+    for start, rows, wide in (
+        (0, whole, width * together),
+        (whole * together * width, n - whole * together, width),
+    ):
+        for m0 in range(0, rows, step):
+            m1 = min(m0 + step, rows)
+            segment = len(counts) * channels
+            for j in range(0, wide, tile):
+                j1 = min(j + tile, wide)
+                c0, c1 = j // length, min(j1 // length, channels)
+                items.append(
+                    WorkItem(segment, start, channels, wide, c0, c1, m0, m1, j, j1, length)
+                )
+            counts.append(float((m1 - m0) * wide // channels))
+    return items, counts
+
+
+def _cut(size: int, parts: int) -> Iterator[tuple[int, int]]:
+    for i in range(parts):
+        yield size * i // parts, size * (i + 1) // parts
