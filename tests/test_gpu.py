@@ -24,6 +24,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import DTYPES, ROOT, TOLERANCE
+from cuda_variants import variants
 from kernel_cases import (
     CS,
     LARGE,
@@ -382,11 +383,11 @@ def free_blocks():
 @pytest.fixture(scope="module")
 def compiled():
     """Every module there is, compiled into CuPy's cache on disk by several threads."""
-    variants = [variant for dtype in DTYPES for variant in source.variants(dtype.name)]
+    every = [variant for dtype in DTYPES for variant in variants(dtype.name)]
     began = time.perf_counter()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda v: source.compile_module(v.source, v.kernels), variants))
-    return len(variants), time.perf_counter() - began
+        list(pool.map(lambda v: source.compile_module(v.source, v.kernels), every))
+    return len(every), time.perf_counter() - began
 
 
 # ---- every shape ---------------------------------------------------------------------------------

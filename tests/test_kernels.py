@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import DTYPES, TOLERANCE
 from cuda_tools import need
+from cuda_variants import variants
 from hostcuda.build import host_module, missing
 from kernel_cases import (
     CS,
@@ -142,8 +143,8 @@ def test_every_variant_runs(compiled):
     """But for the one between two messages, see test_cuda_backend.py; and one tensor alone is never
     read by the element for the sake of others.
     """
-    variants = [v for d in DTYPES for v in source.variants(d.name)]
-    kernels = {(v.source, kernel): v for v in variants for kernel in v.kernels}
+    every = [v for d in DTYPES for v in variants(d.name)]
+    kernels = {(v.source, kernel): v for v in every for kernel in v.kernels}
     assert compiled <= set(kernels)
     left = {
         (name, v.defines) for (text, name), v in kernels.items() if (text, name) not in compiled

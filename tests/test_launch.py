@@ -6,6 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from cuda_variants import geometries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,6 @@ from cupybn.backends.cuda.plan import (
     MAX_TILE_CHANNELS,
     MAX_TILES,
     THREADS,
-    geometries,
     plan_launch,
 )
 

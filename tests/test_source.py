@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cuda_tools import need
+from cuda_variants import variants
 from hostcuda.build import host_module, missing
 from hostcuda.toolchain import CompileError
 
@@ -56,7 +57,7 @@ def test_compiler_messages_name_the_true_line(copied):
     header = copied / "reduce.cuh"
     text = header.read_text()
     header.write_text(text + "\nint broken = no_such_name;\n")
-    variant = next(v for v in source.variants("float32") if "batch_moments" in v.kernels)
+    variant = next(v for v in variants("float32") if "batch_moments" in v.kernels)
     with pytest.raises(CompileError, match=rf"cuda/reduce.cuh:{text.count(chr(10)) + 2}\b"):
         host_module(variant.source, variant.kernels)
 
@@ -127,7 +128,7 @@ def test_importing_the_backend_imports_no_cupy():
 
 
 def test_variants_are_distinct_and_named_after_their_kernel():
-    everything = [v for dtype in source.SCALARS for v in source.variants(dtype)]
+    everything = [v for dtype in source.SCALARS for v in variants(dtype)]
     assert len({v.label for v in everything}) == len(everything)
     assert len({v.source for v in everything}) == len(everything)
     assert {kernel for v in everything for kernel in v.kernels} > set(KERNELS)

@@ -7,7 +7,6 @@ share of one block in them: so many vectors of a channel, or so many lines of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd
 
@@ -18,7 +17,7 @@ MAX_TILES = 2**31 - 1  # and of grid.x
 WARP = 32
 BYTE = 8
 
-_VECTOR_BYTES = 16
+VECTOR_BYTES = 16
 _SHORT_ROW_BYTES = 512  # shorter rows leave a warp's access in several places of memory
 _RUN_BYTES = 256  # what a run should at least be, for the same reason
 _SLICE_BYTES = 32 << 10  # a smaller share of a channel is not worth a block
@@ -54,19 +53,6 @@ class LaunchPlan:
     @property
     def slices(self) -> int:
         return self.grid[1]
-
-
-def geometries(itemsize: int) -> Iterator[tuple[bool, int, bool]]:
-    """What `rows`, `vector` and `ragged` of a plan can be: a kernel is compiled for each.
-
-    Ragged vectors are wide; rows that cannot be read in wide ones are read by the element.
-    """
-    wide = _VECTOR_BYTES // itemsize
-    yield from ((rows, wide, ragged) for rows in (True, False) for ragged in (False, True))
-    yield True, 1, False
-    while wide > 1:
-        wide //= 2
-        yield False, wide, False
 
 
 def plan_launch(
@@ -107,9 +93,9 @@ def _plan_rows(
     whole_bytes: bool,
 ) -> LaunchPlan:
     n, c, length = shape
-    vector = _VECTOR_BYTES // itemsize
+    vector = VECTOR_BYTES // itemsize
     # those of ragged rows do not begin with a byte of a mask
-    if length < vector or (alignment if whole_bytes else congruence) < _VECTOR_BYTES:
+    if length < vector or (alignment if whole_bytes else congruence) < VECTOR_BYTES:
         vector = 1
     ragged = length % vector != 0 or alignment < vector * itemsize
     total = n * (length // vector)
@@ -132,7 +118,7 @@ def _plan_runs(
 ) -> LaunchPlan | None:
     """Runs in the widest vectors there are, where single rows are short, ragged or narrower."""
     length = shape[2]
-    vector = max(1, min(alignment, _VECTOR_BYTES) // itemsize)
+    vector = max(1, min(alignment, VECTOR_BYTES) // itemsize)
     while vector:
         unit = max(vector, BYTE) if whole_bytes else vector
         if length > 1:
@@ -159,7 +145,7 @@ def _fit_run(
     ragged = n % samples != 0
     if slots > THREADS or channels > MAX_TILE_CHANNELS:
         return None
-    if ragged and vector * itemsize < _VECTOR_BYTES:
+    if ragged and vector * itemsize < VECTOR_BYTES:
         return None
     lines = _ceil(n, samples)
     while channels < c and 2 * slots <= THREADS and 2 * channels <= MAX_TILE_CHANNELS:

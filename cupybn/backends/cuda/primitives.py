@@ -301,9 +301,8 @@ def local_forward(
 ) -> tuple[Array, Array]:
     """The forward of one rank into y3: (mean, invstd)."""
     if x3.size == 0:
-        moments = batch_moments(x3)
-        mean, _, invstd = finalize_moments(moments, eps, running=running, factor=factor)
-        return mean, invstd
+        state: dict[str, Any] = {"running": running, "factor": factor}
+        return finish_forward(batch_moments(x3), "local", x3, y3, weight, bias, eps, **state)
     x, y, device = x3.data.ptr, y3.data.ptr, x3.data.device_id
     residual, r = (NULL, y) if residual3 is None else (residual3, residual3.data.ptr)
     where = device, x & 15, (x | y | r) & 15, x & y & r & 15
