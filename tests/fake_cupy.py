@@ -393,7 +393,9 @@ def _plain(x):
         return x.memory
     if isinstance(x, np.ndarray) and x.ndim:
         raise TypeError(f"Unsupported type {type(x)}")
-    return type(x)(map(_plain, x)) if type(x) in (list, tuple) else x
+    if isinstance(x, list | tuple):
+        return (list if isinstance(x, list) else tuple)(map(_plain, x))
+    return x
 
 
 def _run(function, args, options):
@@ -412,7 +414,7 @@ def _arrays_in(args):
     for x in args:
         if isinstance(x, ndarray):
             yield x
-        elif type(x) in (list, tuple):
+        elif isinstance(x, list | tuple):
             yield from _arrays_in(x)
 
 

@@ -265,13 +265,25 @@ def test_the_primitives_agree_with_numpy():
         assert reference.error(mine.get(), exact) < 1e-6
 
 
+QUICK = "empty or running or message or pooled or without or outputs or public or planned"
+
+
 @pytest.mark.timeout(600)
-def test_the_tests_for_a_gpu_run_on_the_stand_in():
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["test_gpu_layers.py"],
+        ["test_gpu_transports.py"],
+        ["test_gpu.py", "-k", f"({QUICK}) and not small and not one_launch"],
+    ],
+    ids=lambda given: given[0],
+)
+def test_the_tests_for_a_gpu_run_on_the_stand_in(given):
     """Streams that put off all work, CUDA graphs, allocators, two devices, ranks as threads."""
     tests = ROOT / "tests"
     path = os.pathsep.join(map(str, (tests / "stand_in", tests, ROOT)))
-    files = [str(tests / f"test_gpu_{name}.py") for name in ("layers", "transports")]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
+    pytest_ = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    command = [*pytest_, str(tests / given[0]), *given[1:]]
     process = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True
     )

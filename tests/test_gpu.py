@@ -731,8 +731,8 @@ def test_without_weight_and_bias():
     for dtype, activation in product(DTYPES, (None, "relu")):
         x = stored(np.random.default_rng(1).standard_normal((3, 32, 49)), dtype)
         mean, invstd = np.full(32, 0.5), np.full(32, 2.0)
-        on_device = [cp.asarray(a) for a in (x, mean, invstd)]
-        y = cuda.normalize(*on_device, relu=activation is not None)
+        transform = Transform(cp.asarray(mean), cp.asarray(invstd))
+        y = cuda.normalize(cp.asarray(x), transform, relu=activation is not None)
         expected = numpy_backend.normalize(x, Transform(mean, invstd), relu=activation is not None)
         assert close(y, expected.astype(np.float64), 2 * TOLERANCE[dtype.name]), dtype
 
