@@ -35,7 +35,7 @@ test-openmpi:
 
 # What needs PyTorch, JAX or Numba; then what looks different with Numba computing.
 FRAMEWORKS = any_array docs double_backward memory names numba primitives pytorch torch torch_ranks
-NUMBA = check_finite coalesce double_backward functional joint layers sync
+NUMBA = binding check_finite collective double_backward functional layers sync
 test-frameworks:
 	$(MAKE) VENV=.venv-frameworks .venv-frameworks/frameworks.stamp
 	.venv-frameworks/bin/python -m pytest $(FRAMEWORKS:%=tests/test_%.py)
@@ -43,8 +43,8 @@ test-frameworks:
 		$(NUMBA:%=tests/test_%.py)
 
 # A quick choice of tests with the oldest supported Python and NumPy, and with the newest Python.
-QUICK = any_array architecture check_finite checkpoint cli coalesce distributed double_backward \
-	failures functional joint layers names primitives recalibrate state statistics
+QUICK = any_array architecture binding check_finite checkpoint cli collective distributed double_backward \
+	failures functional layers names primitives recalibrate state statistics
 test-pythons:
 	.ci/pythons $(QUICK:%=tests/test_%.py)
 

@@ -40,6 +40,7 @@ from .backends import backend_for, by_type
 from .checks import (
     check_eps,
     check_like,
+    check_momentum,
     check_out,
     check_overlap,
     check_parameter,
@@ -61,6 +62,26 @@ _GIVEN = partial(is_not, None)
 def call_name(direction: str, name: str | None) -> str:
     """What messages and errors call a call, e.g. ``"forward of 'features.bn1'"``."""
     return f"{direction} of {name!r}" if name else f"{direction} of a batch norm"
+
+
+def momentum_settings(momentum: float | None, batches: Array | None) -> dict[str, object]:
+    """What a fingerprint says of a momentum; `batches` is how many there were, if any count."""
+    batch = ""
+    if momentum is None and batches is not None:
+        batch = f" (batch {int(batches) + 1})"
+    return {"momentum": f"{momentum!r}{batch}"}
+
+
+def running_factor(momentum: float | None, batches: Array) -> float:
+    """The weight of the next batch in the running statistics.
+
+    Raises:
+        ValueError: momentum is neither None nor in [0, 1].
+    """
+    if momentum is None:
+        return 1.0 / (int(batches) + 1)
+    check_momentum(momentum)
+    return momentum
 
 
 class Running(NamedTuple):

@@ -409,6 +409,6 @@ def test_an_activation_that_no_backend_handles_cannot_pass():
     layer.activation = "gelu"
     with pytest.raises(ValueError, match="got 'gelu'"):
         layer(X)
-    for backend in (numpy_backend, backends.numba_backend, backends.cuda_backend):
+    for backend in (numpy_backend, backends.compiled_backend, backends.cuda_backend):
         with pytest.raises(TypeError, match="activation"):
             backend.normalize(X[..., None], None, activation="gelu")

@@ -53,7 +53,7 @@ def test_each_program_of_embedding_runs_by_itself(number, n, mpirun, tmp_path):
 def test_links_and_paths_exist(path):
     text = path.read_text()
     links = re.findall(r"\]\(([^)#:]+)\)", text)
-    files = re.findall(r"`((?:tests|examples|docs|cupybn|cuda)/[\w./]+)`", text)
+    files = re.findall(r"`((?:tests|examples|docs|cupybn|cuda|benchmarks|\.ci)/[\w./]+)`", text)
     for name in links:
         assert (path.parent / name).exists(), name
     for name in files:

@@ -23,6 +23,8 @@ from ..forward_backward import (
     Saved,
     bind,
     call_name,
+    momentum_settings,
+    running_factor,
 )
 from ..layout import check_channel_axis
 from ..statistics import Moments, message_length
@@ -270,11 +272,8 @@ class BatchNorm(Layer):
         return CollectiveCall(comm, what, message_length(self.num_features))
 
     def _settings(self) -> dict[str, object]:
-        batch = ""
-        if self.momentum is None and self._tracks():
-            batch = f" (batch {int(self.num_batches_tracked) + 1})"
-        return {
-            "momentum": f"{self.momentum!r}{batch}",
+        batches = self.num_batches_tracked if self._tracks() else None
+        return momentum_settings(self.momentum, batches) | {
             "track_running_stats": self.track_running_stats,
             "check_finite": self.check_finite,
         }
@@ -285,15 +284,12 @@ class BatchNorm(Layer):
 
     def _factor(self) -> float:
         """The weight of the next batch in the running statistics."""
-        if self.momentum is not None:
-            check_momentum(self.momentum)
-            return self.momentum
-        if is_capturing(self.running_mean):
+        if self.momentum is None and is_capturing(self.running_mean):
             raise RuntimeError(
                 f"{self.label}: momentum=None cannot go into a CUDA graph: each replay would "
                 "average with the factor of the capture"
             )
-        return 1.0 / (int(self.num_batches_tracked) + 1)
+        return running_factor(self.momentum, self.num_batches_tracked)
 
     def compute_backward(self, dy: Array, context: Any, *, out: Array | None = None) -> Any:
         if type(context) is not Saved or context.bound.channels != self.num_features:

@@ -10,7 +10,6 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from ...arrays import Array
-from ...checks import check_momentum
 from ...collective import CollectiveCall
 from ...communicators import Communicator, check_comm
 from ...errors import DeviceError, DTypeError, ShapeError
@@ -23,6 +22,8 @@ from ...forward_backward import (
     Saved,
     bind,
     call_name,
+    momentum_settings,
+    running_factor,
 )
 from ...layers.sync import CommReference
 from ...statistics import message_length
@@ -104,8 +105,9 @@ class BatchNorm(TorchBatchNorm):
                 self.eps,
                 affine=(weight is not None, bias is not None),
                 save=backward,
-                factor=self._factor() if tracks else None,
-                settings=self._settings(backward),
+                factor=running_factor(self.momentum, self.num_batches_tracked) if tracks else None,
+                settings=momentum_settings(self.momentum, self.num_batches_tracked)
+                | {"track_running_stats": self.track_running_stats, "backward": backward},
             )
             bound = bind(array, 1, options, comm, label)
             if key is not None and self.momentum is not None:
@@ -166,22 +168,6 @@ class BatchNorm(TorchBatchNorm):
                 raise DTypeError(f"{name} is {tensor.dtype}, but {x.dtype} input goes with {wide}")
             if tensor is not None and tensor.device != x.device:
                 raise DeviceError(f"{name} is on {tensor.device}, but the input is on {x.device}")
-
-    def _settings(self, backward: bool) -> dict[str, object]:
-        batch = ""
-        if self.momentum is None and self.num_batches_tracked is not None:
-            batch = f" (batch {int(self.num_batches_tracked) + 1})"
-        return {
-            "momentum": f"{self.momentum!r}{batch}",
-            "track_running_stats": self.track_running_stats,
-            "backward": backward,
-        }
-
-    def _factor(self) -> float:
-        if self.momentum is None:
-            return 1.0 / (int(self.num_batches_tracked) + 1)
-        check_momentum(self.momentum)
-        return float(self.momentum)
 
 
 class BatchNorm1d(BatchNorm, torch.nn.BatchNorm1d):
