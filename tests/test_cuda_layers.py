@@ -20,7 +20,7 @@ import reference
 from conftest import DTYPES, ROOT, TOLERANCE
 from cuda_tools import need
 from hostcuda.build import host_module, missing
-from kernel_cases import host_kernels, numpy_through_cuda
+from kernel_cases import host_kernels, numpy_through_cuda, placed
 from rank_checks import CHECKS, Spy
 from test_layers import layer_for, layouts, normal
 
@@ -124,6 +124,21 @@ def test_ranks_get_what_numpy_gives(dtype, relu, n):
         for (name, a), (_, b) in zip(ours[1], exact[1], strict=True):
             assert reference.error(a, b.astype(np.float64)) < 1e-5, name
         assert ours[2] == exact[2] == 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bound_call_takes_arrays_at_any_address(dtype):
+    """Other addresses are other launches, though the signature is the same."""
+    x, r, dy = (normal((3, 5, 9, 9), dtype, seed) for seed in range(3))
+    layer = layer_for(dtype, c=5, activation="relu").to("cuda")
+    layer(put(x), put(r))
+    expected = [a.get() for a in (layer(put(x), put(r)), *layer.backward(put(dy)))]
+    for offsets in ((1, 1, 1), (0, 1, 3), (2, 0, 0), (0, 0, 0)):
+        arrays = (placed(a, dtype, offset) for a, offset in zip((x, r, dy), offsets, strict=True))
+        there_x, there_r, there_dy = map(fake_cupy.over, arrays)
+        got = [a.get() for a in (layer(there_x, there_r), *layer.backward(there_dy))]
+        for ours, exact in zip(got, expected, strict=True):
+            assert reference.error(ours, exact.astype(np.float64)) < TOLERANCE[dtype.name]
 
 
 def test_one_rank_and_a_plain_layer_give_the_same_bits():
