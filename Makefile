@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: demo test check lint types test-openmpi test-frameworks test-pythons test-nvrtc
-.PHONY: test-hostcuda environments traffic bench clean
+.PHONY: test-hostcuda environments traffic bench bench-quick clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/mpiexec -n 4 $(BIN)/python -m mpi4py examples/train_digits.py
@@ -34,7 +34,8 @@ test-openmpi:
 	.venv-openmpi/bin/python -m pytest -m mpi
 
 # What needs PyTorch, JAX or Numba; then what looks different with Numba computing.
-FRAMEWORKS = any_array docs double_backward memory names numba primitives pytorch torch torch_ranks
+FRAMEWORKS = any_array bench binding docs double_backward memory names numba primitives pytorch \
+	torch torch_ranks
 NUMBA = binding check_finite collective double_backward functional layers sync
 test-frameworks:
 	$(MAKE) VENV=.venv-frameworks .venv-frameworks/frameworks.stamp
@@ -43,8 +44,8 @@ test-frameworks:
 		$(NUMBA:%=tests/test_%.py)
 
 # A quick choice of tests with the oldest supported Python and NumPy, and with the newest Python.
-QUICK = any_array architecture binding check_finite checkpoint cli collective distributed double_backward \
-	failures functional layers names primitives recalibrate state statistics
+QUICK = any_array architecture binding check_finite checkpoint cli collective distributed \
+	double_backward failures functional layers names primitives recalibrate state statistics
 test-pythons:
 	.ci/pythons $(QUICK:%=tests/test_%.py)
 
@@ -69,11 +70,16 @@ environments:
 traffic: $(VENV)/test.stamp
 	$(BIN)/python tests/traffic.py --json traffic.json
 
-# Where the library stands here: some minutes; docs/performance.md has a run. PyTorch is compared
-# with where it is installed: $(BIN)/pip install torch
+# Where the library stands here: some minutes; docs/performance.md has a run. PyTorch, JAX and Numba
+# are measured where they are installed, as in `make VENV=.venv-frameworks bench`. The quick form is
+# part of the tests.
 bench: $(VENV)/test.stamp
-	$(BIN)/python -m cupybn bench --json bench.json --plot bench.png
-	$(BIN)/python -m cupybn bench --comm --ranks 1,2,4 --json bench-comm.json --plot bench-comm.png
+	$(BIN)/python -m benchmarks --json bench.json --plot bench.png
+	$(BIN)/mpiexec -n 2 $(BIN)/python -m mpi4py -m benchmarks comm --json bench-comm.json
+
+bench-quick: $(VENV)/test.stamp
+	$(BIN)/python -m benchmarks --quick
+	$(BIN)/mpiexec -n 2 $(BIN)/python -m mpi4py -m benchmarks comm --quick
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -48,7 +48,7 @@ correct() {
   SHOWN=25 part info 60 "$PYTHON" -m cupybn info
   SHOWN=40 tests layers 240 tests/test_gpu_layers.py
   tests transports 60 tests/test_gpu_transports.py
-  part "bench, quickly" 60 "$PYTHON" -m cupybn bench --gpu --overhead --memory --quick \
+  part "bench, quickly" 60 "$PYTHON" -m benchmarks gpu overhead memory --quick \
     --json "$out/quick.json"
   SHOWN=40 tests kernels 300 tests/test_gpu.py --durations=15 \
     -k "not every_shape and not 2_31 and not first_step and not large_shapes and not small_shapes"
@@ -96,8 +96,8 @@ sanitize() {
 }
 
 bench() {
-  part overhead 100 "$PYTHON" -m cupybn bench --overhead --memory --quick --json "$out/quick.json"
-  SHOWN=90 part bench 550 "$PYTHON" -m cupybn bench --gpu --json "$out/bench.json"
+  part overhead 100 "$PYTHON" -m benchmarks overhead memory --quick --json "$out/quick.json"
+  SHOWN=90 part bench 550 "$PYTHON" -m benchmarks gpu --json "$out/bench.json"
 }
 
 profile() { # DTYPE LAYOUT SHAPES...
@@ -105,8 +105,8 @@ profile() { # DTYPE LAYOUT SHAPES...
     part "profile $shape" 150 ncu --clock-control none --set full --import-source no \
       --kernel-name "regex:batch_moments|finalize_moments|normalize|backward_reduce|backward_input" \
       --launch-skip 15 --launch-count 10 --export "$out/ncu-$shape" --force-overwrite \
-      "$PYTHON" -m cupybn bench --gpu --shapes "$shape" --dtypes "$1" --layouts "$2" \
-      --paths cupybn --repeat 3 --no-torch
+      "$PYTHON" -m benchmarks gpu --shapes "$shape" --dtypes "$1" --layouts "$2" \
+      --paths cupybn --repeat 3
     SHOWN=200 part "report $shape" 60 ncu --import "$out/ncu-$shape.ncu-rep" --page details
   done
 }

@@ -14,13 +14,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = """
-import cupybn, pathlib
+import cupybn, importlib.util, pathlib
 from cupybn.backends.cuda import source
 names = sorted(path.name for path in source.source_directory().iterdir() if ".cu" in path.suffix)
 print(pathlib.Path(cupybn.__file__).parent)
 print(*names)
 print((pathlib.Path(cupybn.__file__).parent / "py.typed").is_file())
 print("batch_moments" in source.paste("batch_moments.cu"))
+print(importlib.util.find_spec("benchmarks") is not None)
 """
 
 
@@ -37,7 +38,7 @@ def run(*command, cwd):
 def checkout(tmp_path):
     """A copy of what git knows, so that a build leaves nothing in the repository."""
     copy = tmp_path / "checkout"
-    for name in ("cupybn", "cuda"):
+    for name in ("cupybn", "cuda", "benchmarks"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -71,8 +72,9 @@ def test_every_way_to_install(mode, checkout, python, tmp_path):
         run(sys.executable, "-m", "build", "--no-isolation", f"--{mode}", cwd=checkout)
         (archive,) = (checkout / "dist").iterdir()
         pip(python, "install", archive, cwd=tmp_path)
-    location, names, typed, pasted = run(python, "-c", PROBE, cwd=where).splitlines()
+    location, names, typed, pasted, bench = run(python, "-c", PROBE, cwd=where).splitlines()
     expected = checkout if mode in ("checkout", "editable") else tmp_path / "env"
     assert location.startswith(str(expected))
     assert names.split() == sorted(p.name for p in (ROOT / "cuda").glob("*.cu*"))
     assert (typed, pasted) == ("True", "True")
+    assert bench == str(mode == "checkout")  # it is run there, and not installed

@@ -12,7 +12,6 @@ from importlib import import_module
 from .. import __version__
 
 COMMANDS = {
-    "bench": "how fast it is here, beside PyTorch, a copy and a bare Allreduce",
     "compile": "compiles the CPU loops of the extra 'cpu' to disk, before they are needed",
     "info": "what this installation consists of: versions, GPUs, the MPI library",
     "selftest": "whether synchronised layers work here; start it with mpiexec -n 4",
@@ -24,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="python -m cupybn")
     parser.add_argument("--version", action="version", version=f"cupybn {__version__}")
+    if given[:1] == ["bench"]:
+        parser.error("the bench is in the checkout: run python -m benchmarks there")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)

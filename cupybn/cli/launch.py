@@ -15,12 +15,6 @@ def local_rank_variables() -> dict[str, str]:
     return {name: os.environ[name] for name in LOCAL_RANK_VARIABLES if name in os.environ}
 
 
-def launched_processes() -> int:
-    """How many processes the launcher says it started; 1 where it does not say."""
-    texts = (os.environ.get(name, "") for name in _SIZE_VARIABLES)
-    return max((int(text) for text in texts if text.isdecimal()), default=1)
-
-
 def library_version(mpi: Any) -> str:
     """The first line of what the MPI library says of itself."""
     return " ".join(str(mpi.Get_library_version()).splitlines()[0].split()).rstrip("\0, ")
