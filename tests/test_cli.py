@@ -16,7 +16,7 @@ from hostcuda.build import missing
 
 import cupybn
 from cupybn.cli import COMMANDS, main
-from cupybn.cli.launch import strangers
+from cupybn.launcher import strangers
 
 
 def cli(*arguments, check=True, env=None):

@@ -109,7 +109,7 @@ def test_a_library_that_is_not_running_is_not_asked(monkeypatch):
 @pytest.fixture
 def cupy(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)  # so that it is put back
-    monkeypatch.setattr(staging, "_kept", staging._Kept())
+    staging._staging.cache_clear()
     fake_cupy.install()
     fake_cupy.guard_memory()
     yield fake_cupy
@@ -186,7 +186,7 @@ def test_without_pinned_memory_to_be_had_the_message_still_goes(cupy, monkeypatc
     (told,) = caught  # once
     assert "cuda:0: no pinned memory to be had (none left)" in str(told.message)
     # A rank whose warnings are errors goes on too: the others have their sum.
-    monkeypatch.setattr(staging, "_kept", staging._Kept())
+    staging._staging.cache_clear()
     message = written_late(cupy, np.arange(4.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
