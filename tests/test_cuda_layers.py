@@ -22,6 +22,7 @@ from cuda_tools import need
 from hostcuda.build import host_module, missing
 from kernel_cases import host_kernels, numpy_through_cuda, placed
 from rank_checks import CHECKS, Spy
+from test_binding import functions_entered
 from test_layers import layer_for, layouts, normal
 
 from cupybn import BatchNorm2d, PeerError, SyncBatchNorm, backends
@@ -124,6 +125,23 @@ def test_ranks_get_what_numpy_gives(dtype, relu, n):
         for (name, a), (_, b) in zip(ours[1], exact[1], strict=True):
             assert reference.error(a, b.astype(np.float64)) < 1e-5, name
         assert ours[2] == exact[2] == 3
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_bound_step_of_a_layer_enters_few_functions(cupy, residual):
+    cupy.do_nothing()
+    layer = BatchNorm2d(16, activation="relu" if residual else None, device="cuda")
+    x = put(normal((8, 16, 7, 7)))
+    more = (put(normal((8, 16, 7, 7))),) if residual else ()
+
+    def step():
+        layer(x, *more)
+        layer.backward(x)
+
+    for _ in range(3):
+        step()
+    entered = functions_entered(step)
+    assert len(entered) <= (18 if residual else 16), entered
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
