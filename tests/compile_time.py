@@ -17,6 +17,7 @@ from kernel_cases import host_kernels
 from test_compile import compile_text
 
 from cupybn import BatchNorm1d, BatchNorm2d
+from cupybn.arrays import DATA_TYPES
 from cupybn.backends.cuda import source
 
 SHAPES = {
@@ -62,7 +63,7 @@ def main() -> None:
         print(*measure(*args.one, args.arch))
         return
     print(f"| type | {' | '.join(SHAPES)} |\n|---|{'---|' * len(SHAPES)}")
-    for dtype in source.SCALARS:
+    for dtype in DATA_TYPES:
         cells = []
         for kind in SHAPES:
             command = [sys.executable, __file__, "--arch", args.arch, "--one", dtype, kind]

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cupybn.backends.cuda.plan import VECTOR_BYTES
-from cupybn.backends.cuda.source import SCALARS, TOGETHER, module_text
+from cupybn.arrays import DATA_TYPES
+from cupybn.backends.cuda.source import TOGETHER, module_text
 
 
 class Variant(NamedTuple):
@@ -42,7 +43,7 @@ def geometries(itemsize: int) -> Iterator[tuple[bool, int, bool]]:
 
 def variants(dtype: str) -> Iterator[Variant]:
     """Every module that there is for data of a dtype, or for parameters of it."""
-    scalar = ("SCALAR", SCALARS[dtype])
+    scalar = ("SCALAR", DATA_TYPES[dtype].cuda)
     itemsize = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
     for rows, vector, ragged in geometries(itemsize):
         shape = ("RAGGED_VECTORS", int(ragged)), ("ROWS", int(rows)), scalar, ("VECTOR", vector)

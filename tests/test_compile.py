@@ -23,6 +23,7 @@ from cuda_tools import need
 from cuda_variants import Variant
 from cuda_variants import variants as variants_of
 
+from cupybn.arrays import DATA_TYPES
 from cupybn.backends.cuda import source
 
 pytestmark = pytest.mark.timeout(900)
@@ -187,7 +188,7 @@ def _of(compiled: Results, dtype: str, arch: str = LOOKED_AT) -> list[Compiled]:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", sorted(source.SCALARS))
+@pytest.mark.parametrize("dtype", sorted(DATA_TYPES))
 def test_every_variant_compiles(compiled, dtype, arch):
     results = _of(compiled, dtype, arch)
     assert len(results) == sum(len(variant.kernels) for variant in variants_of(dtype))
@@ -195,14 +196,14 @@ def test_every_variant_compiles(compiled, dtype, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", sorted(source.SCALARS))
+@pytest.mark.parametrize("dtype", sorted(DATA_TYPES))
 def test_nothing_spills(compiled, dtype, arch):
     clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
     results = _of(compiled, dtype, arch)
     assert not [(one.label, one.kernel, one.spills) for one in results if one.spills != clean]
 
 
-@pytest.mark.parametrize("dtype", sorted(source.SCALARS))
+@pytest.mark.parametrize("dtype", sorted(DATA_TYPES))
 def test_wide_variants_load_and_store_128_bits(compiled, dtype):
     need(None if _nvdisasm() else "no nvdisasm: pip install nvidia-cuda-nvdisasm")
     wide = {v.label for v in variants_of(dtype) if _is_wide(v, dtype)}
@@ -213,7 +214,7 @@ def test_wide_variants_load_and_store_128_bits(compiled, dtype):
     assert not [(one.label, one.kernel) for one in stores if not one.wide_stores]
 
 
-MODULES = {v.kernels: v for dtype in source.SCALARS for v in variants_of(dtype)}
+MODULES = {v.kernels: v for dtype in DATA_TYPES for v in variants_of(dtype)}
 
 
 @pytest.mark.parametrize("kernels", sorted(MODULES), ids="+".join)

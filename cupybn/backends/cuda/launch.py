@@ -68,7 +68,7 @@ def tensor_launch(
         _multiprocessors(device),
         whole_bytes,
     )
-    scalar = source.SCALARS[dtype.name]
+    scalar = DATA_TYPES[dtype.name].cuda
     sizes: tuple[int, ...] = shape
     if plan.flat:
         compiled = source.get_kernel(f"{kernel}_flat", SCALAR=scalar)
@@ -95,7 +95,7 @@ def tensor_launch(
 @lru_cache(maxsize=4096)
 def channel_launch(kernel: str, channels: int, dtype: np.dtype[Any] | None = None) -> Launch:
     """The launch of a kernel of one thread a channel; `dtype`: of its parameters, if it has any."""
-    scalar = {} if dtype is None else {"SCALAR": source.SCALARS[dtype.name]}
+    scalar = {} if dtype is None else {"SCALAR": DATA_TYPES[dtype.name].cuda}
     threads = _THREADS_PER_CHANNEL_BLOCK
     grid = (-(-channels // threads),)
     run = partial(source.get_kernel(kernel, **scalar), grid, (threads,))

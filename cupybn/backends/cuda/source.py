@@ -14,12 +14,6 @@ from pathlib import Path
 from typing import Any
 
 OPTIONS = ("-std=c++17",)
-SCALARS = {
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-    "float32": "float",
-    "float64": "double",
-}
 # Kernels that one pass needs are compiled together: some of a module's time is our headers, and
 # whatever else the compiler does before it comes to the kernel.
 TOGETHER = (("batch_moments", "normalize"), ("backward_reduce", "backward_input"))
