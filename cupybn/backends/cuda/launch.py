@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...arrays import Array
+from ...arrays import DATA_TYPES, Array
 from . import source
 from .plan import plan_launch
 
