@@ -11,10 +11,11 @@ import time
 from importlib.util import find_spec
 from types import SimpleNamespace
 
+import fake_cupy
 import numpy as np
-import numpy_as_cupy
 import pytest
 from conftest import ROOT, rank_environment
+from kernel_cases import host_kernels
 
 import cupybn
 from benchmarks import DTYPES, cases, cpu, gpu, machine, memory, overhead, picture, timing
@@ -149,12 +150,11 @@ def test_what_cannot_be_measured(given, env, says):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """A GPU that NumPy plays; layers stay on the CPU."""
-    module = numpy_as_cupy.make()
-    monkeypatch.setitem(sys.modules, "cupy", module)
-    monkeypatch.setattr(gpu, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu, "_COPIED", 1 << 16)
-    return module
+    """The stand-in for CuPy, with kernels that do nothing; PyTorch's tensors stay on the CPU."""
+    with host_kernels():
+        fake_cupy.do_nothing()
+        monkeypatch.setattr(gpu, "_COPIED", 1 << 16)
+        yield fake_cupy
 
 
 def test_gpu_with_numpy_in_its_place(fake, capsys, monkeypatch):
@@ -171,7 +171,7 @@ def test_gpu_with_numpy_in_its_place(fake, capsys, monkeypatch):
     monkeypatch.setattr(cases, "RESNET50", {(4, 7, 7): 11, (8, 3, 3): 42})
     args, report = report_of("gpu", "--quick")
     gpu.measure(args, report)
-    assert report.environment["device"] == "a device that is none"
+    assert report.environment["device"] == "Stand-in"
     [without, *records] = sorted(report.sections["gpu"]["cases"], key=lambda r: len(r["shape"]))
     assert (without["us"], without["failed"]) == ({}, {"all": "MemoryError: "})
     assert len(records) == 2 * 3
@@ -184,9 +184,19 @@ def test_gpu_with_numpy_in_its_place(fake, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", cases.available(["float32", "bfloat16"]))
-def test_gpu_beside_pytorch_with_numpy_in_its_place(fake, dtype):
+def test_gpu_beside_pytorch_with_numpy_in_its_place(fake, monkeypatch, dtype):
     device = gpu.Device()
     device.torch = pytest.importorskip("torch")
+    monkeypatch.setattr(fake_cupy.ndarray, "__dlpack_device__", lambda self: (1, 0))
+    own = gpu.own
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+
+    def of_the_stand_in(case):
+        with monkeypatch.context() as patched:
+            patched.setattr(gpu, "DEVICE", "cuda")
+            return own(case)
+
+    monkeypatch.setattr(gpu, "own", of_the_stand_in)
     found = device.record(cases.Case((8, 6, 5, 5), dtype, "columns"), list(gpu.PATHS), 3)
     assert found["us"]["native"]["both"] > 0
     assert found["ratio"]["cupybn / native"] > 0
@@ -217,11 +227,10 @@ def test_memory_is_what_is_allocated(fake):
     assert memory.on_host(call) == pytest.approx((12 << 20, 8 << 20), rel=1e-3)
 
     def call_of_device():
-        fake.empty(3)
+        kept["x"] = fake.empty(3)
         fake.empty(4)
-        fake.get_default_memory_pool().bytes -= 100
 
-    assert memory.on_device(call_of_device) == (200, 100)
+    assert memory.on_device(call_of_device) == (56, 24)
 
 
 def test_functions_are_counted():

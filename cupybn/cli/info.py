@@ -16,7 +16,7 @@ import numpy as np
 
 from .. import __version__, backends
 from ..backends.cpu.pool import thread_count
-from ..backends.source import source_directory
+from ..backends.cuda.source import source_directory
 from ..communicators import MpiCommunicator
 from ..communicators.mpi import library_version, load_mpi
 from ..distributed import local_device
