@@ -13,7 +13,7 @@ from ..errors import CollectiveMismatchError, CollectiveTimeoutError, PeerError
 from .base import OfOneProcess, seconds_to_wait, sum_on_host
 
 
-@dataclass
+@dataclass(eq=False)
 class _Meeting:
     """Where the ranks of a group meet: one sum at a time, added up in the order of the ranks."""
 
@@ -39,7 +39,8 @@ class _Meeting:
             if self.generation == generation:
                 missing = sorted(set(range(self.size)) - set(self.messages))
                 del self.messages[rank]
-                for peer, how in self.left.items():
+                if self.left:
+                    peer, how = next(iter(self.left.items()))
                     raise PeerError(f"{label}: rank {peer} {how} while this rank waited for it")
                 raise CollectiveTimeoutError(
                     f"{label}: waited {timeout:g} s for the ranks {missing}"
