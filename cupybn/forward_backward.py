@@ -443,8 +443,8 @@ class Bound:
         if type(dy) is not self.kind:
             dy = as_array(dy, "dy")
         with _HOST if self.on_host else x3.device:
-            plain = self.in_order and type(dy) is np.ndarray and dy.flags.c_contiguous
-            if plain and dy.shape == self.shape and dy.dtype == self.dtype:
+            plain = self.on_host and type(dy) is self.kind and dy.flags.c_contiguous
+            if plain and self.in_order and dy.shape == self.shape and dy.dtype == self.dtype:
                 dy3 = dy.reshape(self.shape3)
             else:
                 dy3 = self._view("dy", dy, x3)
