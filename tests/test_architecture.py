@@ -30,7 +30,7 @@ LAYERS = [
 ]
 """The modules and packages of cupybn; each imports from earlier lines, and from itself."""
 
-STATEMENTS = 5925  # to become 5200
+STATEMENTS = 5923  # to become 5200
 IN_WORK = {  # files that other branches bring into shape; to become empty, and to go
     "forward_backward.py",
     "layers/batchnorm.py",
