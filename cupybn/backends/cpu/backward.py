@@ -67,9 +67,7 @@ def _apply_relu_grad(kept, dy, x, mask, begin, size, relu, high, scale, shift, b
 
 
 @inside
-def _input_run(
-    dx, dresidual, dy, x, size, streaming, fused, constant, high, scale, slope, offset
-):
+def _input_run(dx, dresidual, dy, x, size, streaming, fused, constant, high, scale, slope, offset):
     head, last = whole_lines(dx, size, streaming)
     for i in range(head, last, lanes(dx)):
         d = line(dx, dy, i)
@@ -119,13 +117,29 @@ def _kept_sums(kept, x, begin, size, high):
 
 @kernel
 def row_backward(
-    stages, dx, dresidual, dy, x, mask, relu, mean, invstd, weight, bias, sum_dy, sum_dy_xmu,
-    count, dweight, dbias, items, taken,
+    dx,
+    dresidual,
+    dy,
+    x,
+    mask,
+    mean,
+    invstd,
+    weight,
+    bias,
+    dweight,
+    dbias,
+    sum_dy,
+    sum_dy_xmu,
+    items,
+    taken,
+    stages,
+    relu,
+    count,
 ):
     """A `count` of 0: the statistics are constants. Gradients are added where both stages are."""
     high, scale, shift, slope, offset = buffer(x), buffer(x), buffer(x), buffer(x), buffer(x)
     kept, bits = buffer(x), buffer(x)
-    marks, relu = pointer(mask, 0), _relu_kind(relu, mask)
+    marks, relu, dys, xs = pointer(mask, 0), _relu_kind(relu, mask), pointer(dy, 0), pointer(x, 0)
     at = take(taken)
     while at < len(items):
         segment, _, channels, length, c0, c1, n0, n1, l0, l1, group = items[at]
@@ -153,21 +167,39 @@ def row_backward(
                             g, v = pointer(dy, begin), pointer(x, begin)
                             if staged:
                                 _apply_relu_grad(
-                                    kept, g, v, marks, begin, size, relu,
-                                    about, scale[c - a], shift[c - a], bits,
+                                    kept,
+                                    g,
+                                    v,
+                                    marks,
+                                    begin,
+                                    size,
+                                    relu,
+                                    about,
+                                    scale[c - a],
+                                    shift[c - a],
+                                    bits,
                                 )
                             if stage == FIRST:
                                 if relu == 0:
-                                    total, products = _sums(pointer(dy, 0), pointer(x, 0), begin, size, about)
+                                    total, products = _sums(dys, xs, begin, size, about)
                                 else:
-                                    total, products = _kept_sums(kept, pointer(x, 0), begin, size, about)
+                                    total, products = _kept_sums(kept, xs, begin, size, about)
                                 sum_dy[segment + c] += total
                                 sum_dy_xmu[segment + c] += products
                             else:
                                 _input_run(
-                                    pointer(dx, begin), pointer(dresidual, begin),
-                                    either(staged, kept, g), v, size, streaming, fused, count == 0,
-                                    about, scale[c - a], slope[c - a], offset[c - a],
+                                    pointer(dx, begin),
+                                    pointer(dresidual, begin),
+                                    either(staged, kept, g),
+                                    v,
+                                    size,
+                                    streaming,
+                                    fused,
+                                    count == 0,
+                                    about,
+                                    scale[c - a],
+                                    slope[c - a],
+                                    offset[c - a],
                                 )
                 if stage == FIRST and stages & SECOND:
                     for c in range(a, b):
@@ -179,12 +211,33 @@ def row_backward(
 
 @inside
 def _column_sums(
-    sum_dy, sum_dy_xmu, dy, x, mask, relu, start, segment, c0, c1, width, m0, m1, size, step,
-    high, scale, shift, kept, bits,
+    sum_dy,
+    sum_dy_xmu,
+    dy,
+    x,
+    mask,
+    relu,
+    start,
+    segment,
+    c0,
+    c1,
+    width,
+    m0,
+    m1,
+    size,
+    step,
+    high,
+    scale,
+    shift,
+    kept,
+    bits,
 ):
     """Into sum_dy and sum_dy_xmu, at segment + c, about the high part of the mean."""
     sums, products, partial, partial_products = (
-        double_buffer(x), double_buffer(x), buffer(x), buffer(x),
+        double_buffer(x),
+        double_buffer(x),
+        buffer(x),
+        buffer(x),
     )
     for j in range(size):
         sums[j] = 0.0
@@ -227,8 +280,24 @@ def _column_sums(
 
 @kernel
 def column_backward(
-    stages, dx, dresidual, dy, x, mask, relu, mean, invstd, weight, bias, sum_dy, sum_dy_xmu,
-    count, dweight, dbias, items, taken,
+    dx,
+    dresidual,
+    dy,
+    x,
+    mask,
+    mean,
+    invstd,
+    weight,
+    bias,
+    dweight,
+    dbias,
+    sum_dy,
+    sum_dy_xmu,
+    items,
+    taken,
+    stages,
+    relu,
+    count,
 ):
     """As :func:`row_backward`."""
     high, scale, shift, slope, offset = buffer(x), buffer(x), buffer(x), buffer(x), buffer(x)
@@ -243,8 +312,26 @@ def column_backward(
         fill_affine(high, scale, shift, size, step, mean, invstd, weight, bias, c0, c1)
         if stages & FIRST:
             _column_sums(
-                sum_dy, sum_dy_xmu, pointer(dy, 0), pointer(x, 0), marks, relu, start + j0,
-                segment, c0, c1, width, m0, m1, size, step, high, scale, shift, kept, bits,
+                sum_dy,
+                sum_dy_xmu,
+                pointer(dy, 0),
+                pointer(x, 0),
+                marks,
+                relu,
+                start + j0,
+                segment,
+                c0,
+                c1,
+                width,
+                m0,
+                m1,
+                size,
+                step,
+                high,
+                scale,
+                shift,
+                kept,
+                bits,
             )
         if stages & FIRST and stages & SECOND:
             for c in range(c0, c1):
@@ -258,12 +345,20 @@ def column_backward(
                 begin = start + m * width + j0
                 g, v = pointer(dy, begin), pointer(x, begin)
                 if staged:
-                    _apply_relu_grad(
-                        kept, g, v, marks, begin, size, relu, high, scale, shift, bits
-                    )
+                    _apply_relu_grad(kept, g, v, marks, begin, size, relu, high, scale, shift, bits)
                 _input_run(
-                    pointer(dx, begin), pointer(dresidual, begin), either(staged, kept, g), v,
-                    size, streaming, fused, count == 0, high, scale, slope, offset,
+                    pointer(dx, begin),
+                    pointer(dresidual, begin),
+                    either(staged, kept, g),
+                    v,
+                    size,
+                    streaming,
+                    fused,
+                    count == 0,
+                    high,
+                    scale,
+                    slope,
+                    offset,
                 )
         at = take(taken)
     fence()

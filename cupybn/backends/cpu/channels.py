@@ -60,8 +60,19 @@ def finalize_moments(
     first, second, count, eps, form, mean, var, invstd, running_mean, running_var, factor
 ):
     finalize(
-        first, second, count, eps, form, mean, var, invstd, running_mean, running_var, factor,
-        0, mean.size,
+        first,
+        second,
+        count,
+        eps,
+        form,
+        mean,
+        var,
+        invstd,
+        running_mean,
+        running_var,
+        factor,
+        0,
+        mean.size,
     )
 
 

@@ -67,8 +67,21 @@ def _normalize_run(y, x, residual, size, streaming, fused, relu, high, scale, sh
 
 @kernel
 def row_forward(
-    stages, y, x, residual, relu, mean, second, weight, bias, running_mean, running_var, eps,
-    factor, items, taken,
+    y,
+    x,
+    residual,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    mean,
+    second,
+    items,
+    taken,
+    stages,
+    relu,
+    eps,
+    factor,
 ):
     """`second` takes m2, and invstd in its place where both stages are done."""
     high, scale, shift, var = buffer(x), buffer(x), buffer(x), double_buffer(x)
@@ -85,8 +98,19 @@ def row_forward(
                 )
             if stages & FIRST and stages & SECOND:
                 finalize(
-                    mean, second, count, eps, 0, mean, moved(var, -a), second, running_mean,
-                    running_var, factor, a, b,
+                    mean,
+                    second,
+                    count,
+                    eps,
+                    0,
+                    mean,
+                    moved(var, -a),
+                    second,
+                    running_mean,
+                    running_var,
+                    factor,
+                    a,
+                    b,
                 )
             if stages & SECOND:
                 fill_affine(high, scale, shift, b - a, 1, mean, second, weight, bias, a, b)
@@ -95,9 +119,16 @@ def row_forward(
                         for i in range(l0, l1, WIDE):
                             begin = (n * channels + c) * length + i
                             _normalize_run(
-                                pointer(y, begin), pointer(x, begin), pointer(residual, begin),
-                                min(WIDE, l1 - i), streaming, fused, relu,
-                                high[c - a], scale[c - a], shift[c - a],
+                                pointer(y, begin),
+                                pointer(x, begin),
+                                pointer(residual, begin),
+                                min(WIDE, l1 - i),
+                                streaming,
+                                fused,
+                                relu,
+                                high[c - a],
+                                scale[c - a],
+                                shift[c - a],
                             )
         at = take(taken)
     fence()
@@ -105,8 +136,21 @@ def row_forward(
 
 @kernel
 def column_forward(
-    stages, y, x, residual, relu, mean, second, weight, bias, running_mean, running_var, eps,
-    factor, items, taken,
+    y,
+    x,
+    residual,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    mean,
+    second,
+    items,
+    taken,
+    stages,
+    relu,
+    eps,
+    factor,
 ):
     """As :func:`row_forward`."""
     high, scale, shift, var = buffer(x), buffer(x), buffer(x), double_buffer(x)
@@ -122,16 +166,35 @@ def column_forward(
             )
         if stages & FIRST and stages & SECOND:
             finalize(
-                mean, second, count, eps, 0, mean, moved(var, -c0), second, running_mean,
-                running_var, factor, c0, c1,
+                mean,
+                second,
+                count,
+                eps,
+                0,
+                mean,
+                moved(var, -c0),
+                second,
+                running_mean,
+                running_var,
+                factor,
+                c0,
+                c1,
             )
         if stages & SECOND:
             fill_affine(high, scale, shift, size, step, mean, second, weight, bias, c0, c1)
             for m in range(m0, m1):
                 begin = start + m * width + j0
                 _normalize_run(
-                    pointer(y, begin), pointer(x, begin), pointer(residual, begin),
-                    size, streaming, fused, relu, high, scale, shift,
+                    pointer(y, begin),
+                    pointer(x, begin),
+                    pointer(residual, begin),
+                    size,
+                    streaming,
+                    fused,
+                    relu,
+                    high,
+                    scale,
+                    shift,
                 )
         at = take(taken)
     fence()

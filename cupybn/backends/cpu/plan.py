@@ -97,9 +97,7 @@ def _rows(n: int, channels: int, length: int) -> tuple[list[WorkItem], list[floa
             segment = len(counts) * channels
             for c in range(0, channels, step):
                 c1 = min(c + step, channels)
-                items.append(
-                    WorkItem(segment, 0, channels, length, c, c1, n0, n1, l0, l1, group)
-                )
+                items.append(WorkItem(segment, 0, channels, length, c, c1, n0, n1, l0, l1, group))
             counts.append(float(count))
     return items, counts
 
