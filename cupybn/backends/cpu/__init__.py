@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import logging
 import time
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -58,43 +59,34 @@ class _Bound(NamedTuple):
     """What calls on arrays of one shape and dtype have in common.
 
     Attributes:
-        seen: the dtype that the kernels see in place of a 16-bit one, or None.
+        forward, backward: the kernels, with their items; on several threads where that pays.
         counts: values per channel of each segment.
-        whole: whether each work item has all values of its channels.
+        seen: the dtype that the kernels see in place of a 16-bit one, or None.
         no_data, no_parameter: what stands for an absent array.
     """
 
-    forward: Any
-    backward: Any
-    channels: int
-    values: int
-    items: Data
+    forward: Callable[..., None]
+    backward: Callable[..., None]
     counts: Data
-    threads: int
     seen: np.dtype[Any] | None
-    whole: bool
     no_data: Data
     no_parameter: Data
 
 
 @lru_cache(maxsize=1024)
 def _bound(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Bound:
-    n, channels, length = shape
-    plan, kernels = plan_for(n, channels, length), load()
+    plan, kernels = plan_for(*shape), load()
+    constant = True if plan.columns else None, plan.items
     seen = np.dtype(_SEEN_AS[dtype.name]) if dtype.name in _SEEN_AS else None
-    return _Bound(
-        forward=kernels.column_forward if plan.columns else kernels.row_forward,
-        backward=kernels.column_backward if plan.columns else kernels.row_backward,
-        channels=channels,
-        values=n * length,
-        items=plan.items,
-        counts=plan.counts,
-        threads=plan.threads,
-        seen=seen,
-        whole=len(plan.counts) == 1,
-        no_data=np.empty((0, 0, 0), seen or dtype),
-        no_parameter=np.empty(0, parameter_dtype(dtype)),
-    )
+
+    def on_threads(kernel: Callable[..., None]) -> Callable[..., None]:
+        if plan.threads > 1:
+            return partial(spread, kernel, plan.threads, *constant)
+        return partial(kernel, *constant)
+
+    no_data, no_parameter = np.empty((0, 0, 0), seen or dtype), np.empty(0, parameter_dtype(dtype))
+    forward, backward = on_threads(kernels.forward), on_threads(kernels.backward)
+    return _Bound(forward, backward, plan.counts, seen, no_data, no_parameter)
 
 
 # ---- the primitives ------------------------------------------------------------------------------
@@ -110,18 +102,15 @@ def batch_moments(x3: Data, *, payload: PerChannel | None = None) -> Moments:
     if not all(map(is_plain, (x3, message))):
         return call_plainly(batch_moments, ("payload",), x3=x3, payload=payload)
     bound = _bound(x3.shape, x3.dtype)
-    c, segments, none = bound.channels, max(1, len(bound.counts)), bound.no_parameter
+    n, c, length = x3.shape
+    segments, none = max(1, len(bound.counts)), bound.no_parameter
     mean, m2 = np.zeros(c * segments), np.zeros(c * segments)
     x3 = x3 if bound.seen is None else x3.view(bound.seen)
-    arrays = x3, x3, bound.no_data, none, none, none, none, mean, m2, bound.items
-    arguments = (*arrays, np.zeros(1, _INT64), _MOMENTS, False, 0.0, 0.0)
-    if bound.threads > 1:
-        spread(bound.forward, arguments, bound.threads)
-    else:
-        bound.forward(*arguments)
+    arrays = x3, x3, bound.no_data, none, none, none, none, mean, m2, np.zeros(1, _INT64)
+    bound.forward(*arrays, _MOMENTS, False, 0.0, 0.0, 0.0)
     if segments > 1 or payload is not None:
-        load().merge_moments(mean, m2, c, bound.counts, float(bound.values), message)
-    return Moments(bound.values, mean[:c], m2[:c])
+        load().merge_moments(mean, m2, c, bound.counts, message)
+    return Moments(n * length, mean[:c], m2[:c])
 
 
 def finalize_moments(
@@ -136,22 +125,11 @@ def finalize_moments(
 
     `form` says what `moments.mean` and `moments.m2` hold; see ``backends/numpy.py``.
     """
-    first, second, states = plain(moments.mean), plain(moments.m2), plain(running)
-    running_mean, running_var = states or (_NO_STATE, _NO_STATE)
+    first, second, states = plain((moments.mean, moments.m2, running))
     mean, var, invstd = np.empty(first.size), np.empty(first.size), np.empty(first.size)
-    load().finalize_moments(
-        first,
-        second,
-        float(moments.count),
-        float(eps),
-        _FORMS[form],
-        mean,
-        var,
-        invstd,
-        running_mean,
-        running_var,
-        float(factor),
-    )
+    given = first, second, float(moments.count), float(eps), _FORMS[form]
+    written = mean, var, invstd, *(states or (_NO_STATE, _NO_STATE))
+    load().finalize_moments(*given, *written, float(factor), 0, first.size)
     copy_back(running, states)
     return mean, var, invstd
 
@@ -178,8 +156,7 @@ def normalize(
     residual = bound.no_data if residual3 is None else residual3.view(seen)
     weight, bias = none if weight is None else weight, none if bias is None else bias
     arrays = out.view(seen), x3.view(seen), residual, weight, bias, none, none, mean, invstd
-    arguments = (*arrays, bound.items, np.zeros(1, _INT64), _NORMALIZE, relu, 0.0, 0.0)
-    spread(bound.forward, arguments, bound.threads)
+    bound.forward(*arrays, np.zeros(1, _INT64), _NORMALIZE, relu, 0.0, 0.0, 0.0)
     if mask is not None:
         _pack_mask(out.view(seen), mask)
     copy_back(given, (out, mask))
@@ -210,16 +187,11 @@ def backward_reduce(
         return call_plainly(backward_reduce, ("payload",), **given, payload=payload)
     if bound.seen is not None:
         arrays = dy3.view(bound.seen), x3.view(bound.seen), *arrays[2:]
-    c, segments = bound.channels, max(1, len(bound.counts))
+    c, segments = mean.size, max(1, len(bound.counts))
     sum_dy, sum_dy_xmu = np.zeros(c * segments), np.zeros(c * segments)
-    sums = none, none, sum_dy, sum_dy_xmu
-    taken = np.zeros(1, _INT64)
-    arguments = (nothing, nothing, *arrays, *sums, bound.items, taken, _SUMS, relu, 0.0)
-    if bound.threads > 1:
-        spread(bound.backward, arguments, bound.threads)
-    else:
-        bound.backward(*arguments)
-    load().merge_sums(sum_dy, sum_dy_xmu, mean, none)
+    sums = none, none, sum_dy, sum_dy_xmu, np.zeros(1, _INT64)
+    bound.backward(nothing, nothing, *arrays, *sums, _SUMS, relu, 0.0)
+    load().merge_sums(sum_dy, sum_dy_xmu, mean, none, 0, c)
     if payload is not None:
         payload[:c], payload[c:] = sum_dy[:c], sum_dy_xmu[:c]
     return BackwardSums(sum_dy[:c], sum_dy_xmu[:c])
@@ -271,14 +243,10 @@ def backward_input(
     if (seen := bound.seen) is not None:
         data = dx3.view(seen), dresidual.view(seen), dy3.view(seen), x3.view(seen)
         arrays = *data, *arrays[4:]
-    divisor = 0.0 if sums is None else float(max(count, 1))
-    arguments = (*arrays, bound.items, np.zeros(1, _INT64), _INPUT, relu, divisor)
+    taken, divisor = np.zeros(1, _INT64), 0.0 if sums is None else float(max(count, 1))
     if local is not None:
-        load().add_gradients(*gradients, local[0], local[1], invstd)
-    if bound.threads > 1:
-        spread(bound.backward, arguments, bound.threads)
-    else:
-        bound.backward(*arguments)
+        load().add_gradients(*gradients, local[0], local[1], invstd, 0, invstd.size)
+    bound.backward(*arrays, taken, _INPUT, relu, divisor)
     return dx3
 
 
@@ -302,7 +270,7 @@ def finish_forward(
 ) -> tuple[PerChannel, PerChannel]:
     """``finalize_moments`` and ``normalize`` into y3: (mean, invstd)."""
     bound = _bound(x3.shape, x3.dtype)
-    none, c = bound.no_parameter, bound.channels
+    none, c = bound.no_parameter, x3.shape[1]
     weight, bias = none if weight is None else weight, none if bias is None else bias
     residual = bound.no_data if residual3 is None else residual3
     running_mean, running_var = (none, none) if running is None else running
@@ -330,25 +298,10 @@ def finish_forward(
     if (seen := bound.seen) is not None:
         arrays = y3.view(seen), x3.view(seen), residual.view(seen), weight, bias
     mean, var, invstd, taken = np.empty(c), np.empty(c), np.empty(c), np.zeros(1, _INT64)
-    numbers = none, none, mean, invstd, bound.items, taken
-    arguments = (*arrays, *numbers, _NORMALIZE, relu, 0.0, 0.0)
-    load().finalize_moments(
-        moments.mean,
-        moments.m2,
-        float(moments.count),
-        float(eps),
-        _FORMS[form],
-        mean,
-        var,
-        invstd,
-        running_mean,
-        running_var,
-        float(factor),
-    )
-    if bound.threads > 1:
-        spread(bound.forward, arguments, bound.threads)
-    else:
-        bound.forward(*arguments)
+    given = moments.mean, moments.m2, float(moments.count), float(eps), _FORMS[form]
+    written = mean, var, invstd, running_mean, running_var
+    load().finalize_moments(*given, *written, float(factor), 0, c)
+    bound.forward(*arrays, none, none, mean, invstd, taken, _NORMALIZE, relu, 0.0, 0.0, 0.0)
     if mask is not None:
         _pack_mask(arrays[0], mask)
     return mean, invstd
@@ -372,13 +325,13 @@ def local_forward(
     In one go where a thread has all values of a channel: it reads them again from its cache.
     """
     bound = _bound(x3.shape, x3.dtype)
-    none, c = bound.no_parameter, bound.channels
+    none, (n, c, length) = bound.no_parameter, x3.shape
     weight, bias = none if weight is None else weight, none if bias is None else bias
     residual = bound.no_data if residual3 is None else residual3
     running_mean, running_var = (none, none) if running is None else running
     arrays = y3, x3, residual, weight, bias, running_mean, running_var
     bits = _NO_BITS if mask is None else mask
-    if not (bound.whole and bits.flags.carray and all(map(is_plain, arrays))):
+    if len(bound.counts) != 1 or not (bits.flags.carray and all(map(is_plain, arrays))):
         return finish_forward(
             batch_moments(x3),
             "local",
@@ -396,12 +349,8 @@ def local_forward(
     if (seen := bound.seen) is not None:
         arrays = y3.view(seen), x3.view(seen), residual.view(seen), *arrays[3:]
     mean, invstd, taken = np.empty(c), np.empty(c), np.zeros(1, _INT64)
-    options = _WHOLE, relu, float(eps), float(factor)
-    arguments = (*arrays, mean, invstd, bound.items, taken, *options)
-    if bound.threads > 1:
-        spread(bound.forward, arguments, bound.threads)
-    else:
-        bound.forward(*arguments)
+    numbers = float(eps), float(n * length), float(factor)
+    bound.forward(*arrays, mean, invstd, taken, _WHOLE, relu, *numbers)
     if mask is not None:
         _pack_mask(arrays[0], mask)
     return mean, invstd
@@ -425,26 +374,26 @@ def local_backward(
     A count of 0: the statistics are constants.
     """
     bound = _bound(x3.shape, x3.dtype)
-    none, c = bound.no_parameter, bound.channels
+    none, c = bound.no_parameter, x3.shape[1]
     mean, invstd, weight, bias = transform
     weight, bias = none if weight is None else weight, none if bias is None else bias
     gradients = none if dweight is None else dweight, none if dbias is None else dbias
     dresidual = bound.no_data if dresidual3 is None else dresidual3
     bits = _NO_BITS if mask is None else mask
     arrays = dx3, dresidual, dy3, x3, bits, mean, invstd, weight, bias, *gradients
-    if not (bound.whole and all(map(is_plain, arrays))):
-        sums = backward_reduce(dy3, x3, transform, relu=relu, mask=mask)
+    if len(bound.counts) != 1 or not all(map(is_plain, arrays)):
+        local = backward_reduce(dy3, x3, transform, relu=relu, mask=mask)
         backward_input(
             dy3,
             x3,
             transform,
-            sums=sums if count else None,
+            sums=local if count else None,
             count=count,
             relu=relu,
             mask=mask,
             out3=dx3,
             dresidual3=dresidual3,
-            local=sums,
+            local=local,
             dweight=dweight,
             dbias=dbias,
         )
@@ -452,19 +401,15 @@ def local_backward(
     if (seen := bound.seen) is not None:
         data = dx3.view(seen), dresidual.view(seen), dy3.view(seen), x3.view(seen)
         arrays = *data, *arrays[4:]
-    numbers = np.empty(c), np.empty(c), bound.items, np.zeros(1, _INT64)
-    arguments = (*arrays, *numbers, _WHOLE, relu, float(count))
-    if bound.threads > 1:
-        spread(bound.backward, arguments, bound.threads)
-    else:
-        bound.backward(*arguments)
+    sums = np.empty(c), np.empty(c), np.zeros(1, _INT64)
+    bound.backward(*arrays, *sums, _WHOLE, relu, float(count))
 
 
 def _pack_mask(y: Data, mask: Data) -> None:
     items = mask_items(mask.size)
     arguments = y, mask, items, np.zeros(1, _INT64)
     if len(items) > 1:
-        spread(load().pack_mask, arguments, len(items))
+        spread(load().pack_mask, len(items), *arguments)
     else:
         load().pack_mask(*arguments)
 
@@ -505,7 +450,7 @@ def prepare_backward(
 
 
 def _prepare(direction: str, x3: Data, ranks: int, mask: bool) -> None:
-    local = "local " if ranks == 1 and _bound(x3.shape, x3.dtype).whole else ""
+    local = "local " if ranks == 1 and len(_bound(x3.shape, x3.dtype).counts) == 1 else ""
     rehearse(local + direction, x3.dtype, x3.shape[2] < SHORT, mask)
 
 
