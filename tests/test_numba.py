@@ -160,8 +160,7 @@ def in_python(work):
 
 def spread(kernel, arguments, number, at_most=None):
     """`kernel` over the items 0 to `number`."""
-    arguments = (*arguments, np.arange(number), np.zeros(1, np.int64))
-    pool.spread(kernel, arguments, at_most or number)
+    pool.spread(kernel, at_most or number, *arguments, np.arange(number), np.zeros(1, np.int64))
 
 
 def test_every_item_is_done_once_whoever_calls():

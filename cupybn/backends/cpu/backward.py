@@ -226,10 +226,11 @@ def backward(
             b = min(a + group, c1)
             size = b - a if columns is None else l1 - l0
             fill_affine(high, scale, shift, size, step, mean, invstd, weight, bias, a, b)
-            if stages & FIRST and columns is None:
-                _row_sums(sums, dys, xs, bits, item, a, b, kind, coefficients, kept)
-            elif stages & FIRST:
-                _column_sums(sums, dys, xs, bits, item, kind, coefficients, kept)
+            if stages & FIRST:
+                if columns is None:
+                    _row_sums(sums, dys, xs, bits, item, a, b, kind, coefficients, kept)
+                else:
+                    _column_sums(sums, dys, xs, bits, item, kind, coefficients, kept)
             if stages == FIRST | SECOND:
                 merge_sums(sum_dy, sum_dy_xmu, mean, weight, a, b)
                 add_gradients(dweight, dbias, sum_dy, sum_dy_xmu, invstd, a, b)

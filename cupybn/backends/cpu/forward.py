@@ -89,17 +89,15 @@ def forward(
     high, scale, shift, var = buffer(x), buffer(x), buffer(x), double_buffer(x)
     at = take(taken)
     while at < len(items):
-        segment, start, channels, length, c0, c1, n0, n1, l0, l1, step, group = items[at]
+        _, start, channels, length, c0, c1, n0, n1, l0, l1, step, group = item = items[at]
         streaming, fused = streams(y, l1 - l0), residual.size > 0
         for a in range(c0, c1, group):
             b = min(a + group, c1)
-            if stages & FIRST and columns is None:
-                row_moments(
-                    pointer(x, 0), mean, second, segment, channels, length, a, b, n0, n1, l0, l1
-                )
-            elif stages & FIRST:
-                values, size = pointer(x, start + l0), l1 - l0
-                column_moments(values, mean, second, segment, a, b, length, n0, n1, size, step)
+            if stages & FIRST:
+                if columns is None:
+                    row_moments(pointer(x, 0), mean, second, item, a, b)
+                else:
+                    column_moments(pointer(x, start + l0), mean, second, item)
             if stages == FIRST | SECOND:
                 finalize_moments(
                     mean,

@@ -68,7 +68,9 @@ def of_channel(_, columns, coefficients, c):
 
 def _on_the_stack(dtype, x):
     def code(context, builder, signature, arguments):
-        return cgutils.alloca_once(builder, context.get_data_type(dtype), size=WIDE + 16)
+        made = cgutils.alloca_once(builder, context.get_data_type(dtype), size=WIDE + 16)
+        made.align = LINE
+        return made
 
     return types.CPointer(dtype)(x), code
 
