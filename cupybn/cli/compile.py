@@ -12,15 +12,12 @@ from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
-import numpy as np
-
+from ..arrays import DATA_TYPES, dtype_named
 from ..backends import cpu as backend
-
-_DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtypes", nargs="+", choices=_DTYPES, help="of the data; all")
+    parser.add_argument("--dtypes", nargs="+", choices=DATA_TYPES, help="of the data; all")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         print(f"Numba cannot be used ({error}): pip install 'cupybn[cpu]'")
         return 1
-    names = list(args.dtypes or _DTYPES)
+    names = list(args.dtypes or DATA_TYPES)
     if "bfloat16" in names and find_spec("ml_dtypes") is None:
         print("bfloat16 needs ml_dtypes: pip install 'cupybn[bfloat16]'")
         names.remove("bfloat16")
@@ -43,8 +40,7 @@ def run(args: argparse.Namespace) -> int:
         what = f"{name} {'columns' if columns else 'rows'} {direction}"
         if bar is not None:
             bar.set_description(what)
-        dtype = np.dtype(import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name)
-        compiled, seconds = backend.rehearse(direction, dtype, columns)
+        compiled, seconds = backend.rehearse(direction, dtype_named(name, "it"), columns)
         total += compiled
         if bar is None:
             print(f"{what}: {compiled} compiled in {seconds:.1f} s")

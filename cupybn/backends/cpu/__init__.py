@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...arrays import parameter_dtype
+from ...arrays import DATA_TYPES, parameter_dtype
 from ...statistics import BackwardSums, Moments, Transform
 from .. import numpy as reference
 from ..numpy import Data, PerChannel
@@ -30,7 +30,6 @@ from .pool import spread
 
 DIRECTIONS = ("local forward", "local backward", "forward", "backward")
 
-_SEEN_AS = {"float16": np.int16, "bfloat16": np.uint16}
 _FORMS = {"local": 0, "pooled": 1, "recentred": 2}
 _MOMENTS, _NORMALIZE = _SUMS, _INPUT = 1, 2  # the stages of the kernels
 _WHOLE = 3
@@ -77,7 +76,8 @@ class _Bound(NamedTuple):
 def _bound(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Bound:
     plan, kernels = plan_for(*shape), load()
     constant = True if plan.columns else None, plan.items
-    seen = np.dtype(_SEEN_AS[dtype.name]) if dtype.name in _SEEN_AS else None
+    bits = DATA_TYPES[dtype.name].bits
+    seen = np.dtype(bits) if bits else None
 
     def on_threads(kernel: Callable[..., None]) -> Callable[..., None]:
         if plan.threads > 1:

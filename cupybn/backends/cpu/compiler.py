@@ -17,6 +17,7 @@ import numba
 from numba import types
 from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 
+from ...arrays import DATA_TYPES
 from ...launcher import local_rank
 
 if numba.config.DISABLE_JIT:
@@ -26,7 +27,7 @@ if numba.config.DISABLE_JIT:
 # Differences from a pivot or mean are taken as written; nothing may assume that no value is NaN or
 # Inf.
 _options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
-_SEEN_AS = {"int16": "float16", "uint16": "bfloat16"}
+_NAMES = {dtype.bits: name for name, dtype in DATA_TYPES.items()}  # where Numba sees the bits
 _kernels: list[Any] = []
 announced: set[str] = set()
 """Names of the dtypes whose compiling the user was told of."""
@@ -95,7 +96,7 @@ def _announce(sig: Any, kept: str) -> None:
     for kind in sig:
         if not isinstance(kind, types.Array) or kind.ndim != 3:
             continue
-        name = _SEEN_AS.get(kind.dtype.name, kind.dtype.name)
+        name = _NAMES.get(kind.dtype.name, kind.dtype.name)
         if name not in announced and local_rank() == 0:
             print(f"cupybn: compiling for {name}, {kept}", file=sys.stderr, flush=True)
         announced.add(name)
