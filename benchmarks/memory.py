@@ -20,7 +20,7 @@ import numpy as np
 
 import cupybn
 
-from .cases import Case, Tensors, available
+from .cases import Case, Tensors, products
 from .overhead import devices
 from .report import Report
 
@@ -28,18 +28,18 @@ from .report import Report
 def cases(quick: bool) -> list[tuple[Case, str]]:
     """Each with what the layer is told, in words."""
     n = 4 if quick else 32
-    rows, columns = (Case((n, 64, 112, 112), "float32", layout) for layout in ("rows", "columns"))
-    others = [Case(rows.shape, name) for name in available(["float16", "bfloat16", "float64"])]
-    found = [(case, "") for case in (rows, columns, Case((n * 512, 1024)), *others)]
-    found += [(rows, "out=dy"), (columns, "out=dy"), (rows, "relu"), (rows, "relu residual")]
-    return found
+    rows, columns = products([f"{n}x64x112x112"], layouts=["rows", "columns"])
+    others = products([f"{n}x64x112x112"], ["float16", "bfloat16", "float64"])
+    plain = [rows, columns, Case((n * 512, 1024)), *others]
+    told = [(rows, "out=dy"), (columns, "out=dy"), (rows, "relu"), (rows, "relu residual")]
+    return [*((case, "") for case in plain), *told]
 
 
 def measure(args: argparse.Namespace, report: Report) -> None:
     section = report.begin("memory", "memory above x + y and x + dy + dx, MB of 10^6 bytes")
     for device in devices():
         section[device] = records = []
-        for case, words in report.progress(cases(args.quick)):
+        for case, words in cases(args.quick):
             name, found = f"{case} {words}".strip(), record(case, words, device)
             records.append({"case": name} | found)
             report.flush()
@@ -49,33 +49,22 @@ def measure(args: argparse.Namespace, report: Report) -> None:
 
 def record(case: Case, words: str, device: str) -> dict[str, int]:
     """Bytes of a forward and a backward."""
-    relu, in_place = "relu" in words, "out=dy" in words
-    used = on_host if device == "cpu" else on_device
-    t = Tensors(np if device == "cpu" else import_module("cupy"), None, case)
+    used, xp = (on_host, np) if device == "cpu" else (on_device, import_module("cupy"))
+    t = Tensors(xp, None, case)
     residual = t.x.copy(order="K") if "residual" in words else None
     kind = cupybn.BatchNorm2d if len(case.shape) == 4 else cupybn.BatchNorm1d
-    options: dict[str, Any] = {"dtype": case.parameters, "device": device}
-    layer = kind(case.shape[1], activation="relu" if relu else None, **options)
-    results: dict[str, Any] = {}
-
-    def forward() -> None:
-        results["y"] = layer.forward(t.x, residual)
-
-    def backward() -> None:
-        results["dx"] = layer.backward(t.dy, out=t.dy if in_place else None)
-
+    options: dict[str, Any] = {"activation": "relu"} if "relu" in words else {}
+    layer = kind(case.shape[1], dtype=case.parameters, device=device, **options)
+    out = t.dy if "out=dy" in words else None
     for _ in range(2):  # what is made once: caches, bindings, kernels, threads
         layer.forward(t.x, residual)
         layer.backward(t.dy.copy(order="K"))
-    peak, kept = used(forward)
-    peak_back, _ = used(backward)
-    made = (not in_place) + (residual is not None)  # dx, and dresidual, which is as large
-    return {
-        "x": case.bytes,
-        "forward": peak - case.bytes,
-        "kept": kept - case.bytes,
-        "backward": peak_back - made * case.bytes,
-    }
+    results: list[Any] = []
+    peak, kept = used(lambda: results.append(layer.forward(t.x, residual)))
+    peak_back, _ = used(lambda: results.append(layer.backward(t.dy, out=out)))
+    made = (out is None) + (residual is not None)  # dx, and dresidual, which is as large
+    above = {"forward": peak - case.bytes, "kept": kept - case.bytes}
+    return {"x": case.bytes, **above, "backward": peak_back - made * case.bytes}
 
 
 def on_host(call: Callable[[], object]) -> tuple[int, int]:
