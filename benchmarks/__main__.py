@@ -36,7 +36,8 @@ def main() -> None:
 
     report = Report(args)
     for name in args.sections:
-        import_module(f".{name}", __package__).measure(args, report)
+        module, _, function = SECTIONS[name].partition(".")
+        getattr(import_module(f".{module}", __package__), function)(args, report)
         report.flush()
     report.draw(args.plot)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterable, Sequence
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -20,7 +19,8 @@ RESNET50 = (
 )
 """Its 53 batch norms: how many times C x H x W."""
 EPS, MOMENTUM = 1e-5, 0.1
-_PERIOD = 1 << 20
+if find_spec("ml_dtypes"):
+    import_module("ml_dtypes")  # with it NumPy knows bfloat16
 
 
 class Case(NamedTuple):
@@ -38,8 +38,8 @@ class Case(NamedTuple):
         return "float64" if self.dtype == "float64" else "float32"
 
     def __str__(self) -> str:
-        shape = "x".join(map(str, self.shape))
-        return f"{shape} {self.dtype}{' columns' if self.layout == 'columns' else ''}"
+        words = ["x".join(map(str, self.shape)), self.dtype, self.layout.replace("rows", "")]
+        return " ".join(filter(None, words))
 
 
 def of_resnet50(batches: Iterable[int]) -> list[str]:
@@ -83,28 +83,14 @@ class Tensors:
         self.memory = [_normal(xp, shape, case.dtype, seed + i) for i in range(2)]
         self.x, self.dy = (memory.transpose(back) for memory in self.memory)
         if torch is not None:
-            self.tx, self.tdy = (_as_torch(torch, a).permute(back) for a in self.memory)
+            bits = [torch.from_dlpack(a.view(f"i{a.itemsize}")) for a in self.memory]
+            self.tx, self.tdy = (a.view(getattr(torch, case.dtype)).permute(back) for a in bits)
 
 
 def _normal(xp: Any, shape: list[int], dtype: str, seed: int) -> Any:
-    """Standard normal values, the same ones every Mi elements."""
-    begin = seed * 12289 % _PERIOD
-    values = _values(dtype)[begin : begin + min(_PERIOD, math.prod(shape))]
-    return xp.asarray(np.resize(values, shape)).view(_dtype(dtype))
-
-
-@cache
-def _values(dtype: str) -> np.ndarray[Any, Any]:
-    values = np.random.default_rng(0).standard_normal(2 * _PERIOD).astype(_dtype(dtype))
-    return values.view(np.uint16) if dtype == "bfloat16" else values  # not every CuPy copies it
-
-
-def _dtype(name: str) -> Any:
-    return np.dtype(import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name)
-
-
-def _as_torch(torch: Any, array: Any) -> Any:
-    """A tensor over the memory of an array; through int16, as nobody exports bfloat16."""
-    if array.dtype.name != "bfloat16":
-        return torch.from_dlpack(array)
-    return torch.from_dlpack(array.view("int16")).view(torch.bfloat16)
+    """Standard normal values, the same ones every Mi elements; travelling as integers, since not
+    everybody copies or exports bfloat16.
+    """
+    values = np.random.default_rng(seed).standard_normal(min(1 << 20, math.prod(shape)))
+    bits = np.resize((found := values.astype(dtype)).view(f"i{found.itemsize}"), shape)
+    return xp.asarray(bits).view(found.dtype)

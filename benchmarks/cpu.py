@@ -18,8 +18,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from math import prod
@@ -33,7 +33,7 @@ from cupybn.backends import use_cpu_backend
 from . import LAYOUTS
 from .cases import EPS, MOMENTUM, Case, Tensors, chosen, products
 from .report import ROOT, Report
-from .timing import Turn, Worker, figures, interleave, turn_of, without_failing
+from .timing import Parts, Turn, Worker, figures, interleave, turn_of, without_failing
 
 BACKENDS = ("numba", "numpy")
 _SHAPES = (
@@ -45,8 +45,12 @@ _WARM = 0.02  # seconds of calls before each turn
 _REST = 0.02  # seconds in which OpenMP's threads stop to spin for more work
 _CHECKED = 1 << 22  # values whose errors are taken
 _MOVED = (
-    10  # turns, after which a worker's arrays are made anew: where they lie makes some per cent
+    10  # turns, after which a worker's arrays are made anew: their addresses make some per cent
 )
+
+
+Made = tuple[Parts, Callable[[], Iterable[Any]]]
+"""What to call, and what finds the last y and dx."""
 
 
 class Path(NamedTuple):
@@ -68,13 +72,9 @@ def default_cases(quick: bool) -> list[Case]:
 
 def measure(args: argparse.Namespace, report: Report) -> None:
     section = report.begin("cpu", f"CPU: forward + backward, us, {args.threads} thread(s)")
-    # What compiles for long is no part of the quick form.
-    here = [
-        name for name in MAKERS if name == "numpy" or find_spec(name.replace("compiled", "torch"))
-    ]
-    names = args.paths or [
-        name for name in here if not (args.quick and name in ("compiled", "jax"))
-    ]
+    here = [name for name, (module, _) in MAKERS.items() if module == "numpy" or find_spec(module)]
+    slow = {"compiled", "jax"} if args.quick else set()  # to compile
+    names = args.paths or [name for name in here if name not in slow]
     if unknown := sorted({*names} - {*MAKERS}):
         raise SystemExit(f"--paths: must be of {', '.join(MAKERS)}, got {', '.join(unknown)}")
     workers = {}
@@ -105,44 +105,47 @@ def measure(args: argparse.Namespace, report: Report) -> None:
 
 def paths_of(case: Case, names: list[str], workers: dict[str, Worker]) -> dict[str, Path]:
     """Those of this process, and of the workers."""
-    peers = {"torch", "compiled"} & {*names}
-    tensors = Tensors(np, import_module("torch") if peers else None, case)
-    here = [name for name in names if not (workers and name in BACKENDS)]
-    found = {name: MAKERS[name](name, tensors, case) for name in here}
-    backends = [name for name in names if name in BACKENDS]
+    backends = tuple(name for name in names if name in BACKENDS)
+    found = {**paths_here(tuple(n for n in names if not workers or n not in backends), case)}
     for suffix, worker in workers.items():
-        worker.ask(serve, backends, case)
         for name in backends:
-            turn = partial(worker.ask, served_turn, backends, case, name)
-            found[name + suffix] = Path(turn, partial(worker.ask, served_error, name))
+            ask = partial(worker.ask, served, name, backends, case)
+            found[name + suffix] = Path(ask, partial(ask, 0))
     return found
 
 
-_served: dict[str, Path] = {}
-_turns = itertools.count(1)
+@lru_cache(1)
+def paths_here(names: tuple[str, ...], case: Case, made: int = 0) -> dict[str, Path]:
+    """The paths in this process, made so many times before."""
+    torch = import_module("torch") if {"torch", "compiled"} & {*names} else None
+    tensors = Tensors(np, torch, case)
+    return {name: path(name, tensors, case) for name in names}
 
 
-def serve(names: list[str], case: Case) -> None:
-    """Makes the paths of a case, in a worker."""
-    _served.clear()  # the memory of the last ones
-    tensors = Tensors(np, None, case)
-    _served.update({name: MAKERS[name](name, tensors, case) for name in names})
+def path(name: str, tensors: Tensors, case: Case) -> Path:
+    parts, results = MAKERS[name][1](name, tensors, case)
+    timed = turn_of(parts, warm=_WARM)
+
+    def turn(calls: int) -> dict[str, float]:
+        if name in BACKENDS:
+            use_cpu_backend(name)
+        return timed(calls)
+
+    return Path(turn, lambda: error(tensors, *results()))
 
 
-def served_turn(names: list[str], case: Case, name: str, calls: int) -> Any:
-    if next(_turns) % _MOVED == 0:
-        serve(names, case)
-    return _served[name].turn(calls)
+_turns = itertools.count()
 
 
-def served_error(name: str) -> float:
-    _served[name].turn(1)  # the last turn may have been before the arrays were made
-    return _served[name].error()
+def served(name: str, names: tuple[str, ...], case: Case, calls: int) -> Any:
+    """In a worker, a turn of some calls; of none, the error."""
+    path = paths_here(names, case, next(_turns) // _MOVED)[name]
+    times = path.turn(calls or 1)
+    return times if calls else path.error()
 
 
-def of_layer(backend: str, t: Tensors, case: Case) -> Path:
-    kinds = {4: cupybn.BatchNorm2d, 5: cupybn.BatchNorm3d}
-    kind = kinds.get(len(case.shape), cupybn.BatchNorm1d)
+def of_layer(_: str, t: Tensors, case: Case) -> Made:
+    kind = getattr(cupybn, f"BatchNorm{max(1, len(case.shape) - 2)}d")
     layer = kind(case.shape[1], EPS, MOMENTUM, dtype=case.parameters)
     results = {}
 
@@ -152,16 +155,10 @@ def of_layer(backend: str, t: Tensors, case: Case) -> Path:
     def backward() -> None:
         results["dx"] = layer.backward(t.dy)
 
-    timed = turn_of({"forward": forward, "backward": backward}, warm=_WARM)
-
-    def turn(calls: int) -> dict[str, float]:
-        use_cpu_backend(backend)
-        return timed(calls)
-
-    return Path(turn, lambda: error(t, **results))
+    return {"forward": forward, "backward": backward}, results.values
 
 
-def of_torch(name: str, t: Tensors, case: Case) -> Path:
+def of_torch(name: str, t: Tensors, case: Case) -> Made:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no processes beside this one
     torch = import_module("torch")
     x = t.tx.detach().requires_grad_()
@@ -179,20 +176,16 @@ def of_torch(name: str, t: Tensors, case: Case) -> Path:
     def backward() -> None:
         results["y"].backward(t.tdy)
 
-    def found() -> float:
-        y, dx = (a.detach().double().numpy() for a in (results["y"], x.grad))
-        return error(t, y, dx)
-
-    return Path(turn_of({"forward": forward, "backward": backward}, warm=_WARM), found)
+    parts = {"forward": forward, "backward": backward}
+    return parts, lambda: (a.detach().double().numpy() for a in (results["y"], x.grad))
 
 
-def of_jax(_: str, t: Tensors, case: Case) -> Path:
+def of_jax(_: str, t: Tensors, case: Case) -> Made:
     jax = import_module("jax")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", True)
     axis = len(case.shape) - 1 if case.layout == "columns" else 1
     axes = [i for i in range(len(case.shape)) if i != axis]
-    shape = [case.shape[1] if i == axis else 1 for i in range(len(case.shape))]
 
     def normalized(x: Any, weight: Any, bias: Any) -> Any:
         wide = x.astype(case.parameters)
@@ -206,25 +199,22 @@ def of_jax(_: str, t: Tensors, case: Case) -> Path:
         return y, *pull(dy), *kept
 
     x, dy = (jax.device_put(memory) for memory in t.memory)
-    zeros, ones = (make(shape, case.parameters) for make in (jax.numpy.zeros, jax.numpy.ones))
-    compiled, results = jax.jit(step), dict[str, Any]()
+    zero = x.astype(case.parameters).mean(axes, keepdims=True) * 0
+    parameters = (zero + 1, zero, zero, zero + 1)
+    compiled, results = jax.jit(step), [x, dy]
 
     def both() -> None:
-        y, dx, *_ = jax.block_until_ready(compiled(x, dy, ones, zeros, zeros, ones))
-        results.update(y=y, dx=dx)
+        results[:] = jax.block_until_ready(compiled(x, dy, *parameters))
 
-    def found() -> float:
-        return error(t, **{n: np.moveaxis(np.asarray(a), axis, 1) for n, a in results.items()})
-
-    return Path(turn_of({"both": both}, warm=_WARM), found)
+    return {"both": both}, lambda: (np.moveaxis(np.asarray(a), axis, 1) for a in results[:2])
 
 
-MAKERS: dict[str, Callable[[str, Tensors, Case], Path]] = {
-    "numba": of_layer,
-    "numpy": of_layer,
-    "torch": of_torch,
-    "compiled": of_torch,
-    "jax": of_jax,
+MAKERS: dict[str, tuple[str, Callable[[str, Tensors, Case], Made]]] = {
+    "numba": ("numba", of_layer),
+    "numpy": ("numpy", of_layer),
+    "torch": ("torch", of_torch),
+    "compiled": ("torch", of_torch),
+    "jax": ("jax", of_jax),
 }
 
 

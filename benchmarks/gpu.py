@@ -3,16 +3,15 @@ tensors; and beside the copy rate.
 
 Device time, us, is between CUDA events around one forward, and one backward. A short delay kernel
 goes first, so that everything is in the stream when it starts: no waiting for Python is in these
-figures. The paths take turns, repetition by repetition. Each case has several sets of tensors,
-together at least four times the second-level cache, and every repetition takes the next set: what
-is read comes from memory, as if another layer had run in between. The last results are kept, so
-that outputs move through memory as well.
+figures. Each case has several sets of tensors, together as large as the second-level cache four
+times over, and every repetition takes the next set, so that what is read comes from memory. The
+last results are kept: outputs move through memory as well.
 
 Percentages are of the device's copy rate (bytes read and written by a copy of 1 GiB, before all
 cases and after them), for 3 B bytes forward and 5 B backward, B being the bytes of x: the least a
 streaming batch norm moves. Where x fits into the cache they can come out above 100 %. A ratio is
-cupybn's time over PyTorch's, forward + backward: below 1, cupybn is faster. `issued` is the same
-step as a loop of Python calls runs it, wall-clock time, so that the cost of a call shows.
+cupybn's time over PyTorch's, forward + backward. `issued` is the same step as a loop of Python
+calls runs it, wall-clock time, so that the cost of a call shows.
 """
 
 from __future__ import annotations
@@ -162,21 +161,19 @@ def of_torch(case: Case) -> dict[str, Both]:
         for make in (torch.ones, torch.zeros, torch.zeros, torch.ones)
     ]
 
-    def native(t: Tensors) -> Any:
-        return aten.native_batch_norm(t.tx, *parameters, True, MOMENTUM, EPS)
-
     def native_backward(t: Tensors, kept: Any) -> Any:
         given = (weight, mean, var, kept[1], kept[2], True, EPS, [True, True, True])
         return aten.native_batch_norm_backward(t.tdy, t.tx, *given)
-
-    def cudnn(t: Tensors) -> Any:
-        return aten.cudnn_batch_norm(t.tx, *parameters, True, MOMENTUM, EPS)
 
     def cudnn_backward(t: Tensors, kept: Any) -> Any:
         given = (weight, mean, var, kept[1], kept[2], EPS, kept[3])
         return aten.cudnn_batch_norm_backward(t.tx, t.tdy, *given)
 
-    return {"native": (native, native_backward), "cudnn": (cudnn, cudnn_backward)}
+    given = (*parameters, True, MOMENTUM, EPS)
+    return {
+        "native": (lambda t: aten.native_batch_norm(t.tx, *given), native_backward),
+        "cudnn": (lambda t: aten.cudnn_batch_norm(t.tx, *given), cudnn_backward),
+    }
 
 
 def columns(case: Case, found: dict[str, Any], rate: float) -> dict[str, Any]:

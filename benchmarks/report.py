@@ -71,19 +71,13 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
 
 def _commit(checkout: Path) -> str:
     """What git calls a checkout."""
-    if shutil.which("git") is None:
-        return ""
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    found = subprocess.run(command, capture_output=True, text=True) if shutil.which("git") else None
+    return found.stdout.strip() if found else ""
 
 
 class Report:
-    """One run; only the first rank prints and writes.
-
-    Attributes:
-        environment: versions, device and the command, by name.
-        sections: the figures of each section.
-    """
+    """The figures of each section, and what they depend on. The first rank prints and writes."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.speaks = not launched() or import_module("mpi4py.MPI").COMM_WORLD.rank == 0
@@ -105,9 +99,7 @@ class Report:
         return self.sections.setdefault(name, {})  # type: ignore[no-any-return]
 
     def row(self, name: str, values: dict[str, Any], failed: dict[str, str] | None = None) -> None:
-        """Prints figures under their titles, which are printed where they change, and why paths
-        have none.
-        """
+        """Prints figures, under their titles where those change, and why paths have none."""
         if list(values) != self.titles:
             self.titles = list(values)
             self.say(" " * 34 + "".join(f"  {title:>8}" for title in values))
@@ -139,18 +131,19 @@ class Report:
             return
         import_module("matplotlib").use("Agg")
         pyplot = import_module("matplotlib.pyplot")
-        figure, axes = pyplot.subplots(figsize=(7.5, 1.5 + 0.13 * len(bars)), layout="constrained")
-        for name in dict.fromkeys(name for _, name, _ in bars):
-            places, ratios = zip(*((y, x) for y, (_, n, x) in enumerate(bars) if n == name))
-            drawn = axes.barh(places, [min(x, _LONGEST) for x in ratios], 0.85, label=name)
-            texts = [f"{x:.2f}" for x in ratios]
+        figure, axes = pyplot.subplots(figsize=(7.5, 1.5 + 0.15 * len(bars)), layout="constrained")
+        cases, names = ([*dict.fromkeys(column)] for column in list(zip(*bars, strict=True))[:2])
+        places = [i + 0.7 * cases.index(case) for i, (case, _, _) in enumerate(bars)]
+        for name in names:
+            own = [(place, x) for place, (_, n, x) in zip(places, bars, strict=True) if n == name]
+            lengths = [min(x, _LONGEST) for _, x in own]
+            drawn = axes.barh([place for place, _ in own], lengths, 0.9, label=name)
+            texts = [f"{x:.2f}" for _, x in own]
             axes.bar_label(drawn, texts, padding=2, fontsize=6, bbox=_WHITE, zorder=4)
         axes.axvline(1, color="black", linewidth=1, zorder=3)
-        cases = [case for case, _, _ in bars]
-        axes.set_yticks(
-            *zip(*((cases.index(case), case) for case in dict.fromkeys(cases))), fontsize=8
-        )
-        axes.set(xlim=(0, _LONGEST + 0.25), ylim=(len(bars) - 0.4, -0.6))
+        first = [places[[case for case, _, _ in bars].index(case)] for case in cases]
+        axes.set_yticks(first, cases, fontsize=8)
+        axes.set(xlim=(0, _LONGEST + 0.25), ylim=(places[-1] + 0.8, -0.8))
         axes.set_xlabel("time as a multiple of PyTorch's: left of the line is faster", fontsize=9)
         axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
         shown = [f"{name} {x}" for name, x in self.environment.items() if name in _SHOWN and x]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -17,19 +18,17 @@ import pytest
 from conftest import ROOT, rank_environment
 
 import cupybn
-from benchmarks import DTYPES, cases, cpu, gpu, machine, memory, overhead, picture, timing
+from benchmarks import DTYPES, cases, costs, cpu, timing
 from benchmarks.__main__ import argument_parser
-from benchmarks.report import Report, written
-from benchmarks.worker import Worker
+from benchmarks.report import Report, bars_of, no_gpu, written
 
-NEEDS_NO_GPU = pytest.mark.skipif(not machine.no_gpu(), reason="this machine has a CUDA device")
+NEEDS_NO_GPU = pytest.mark.skipif(not no_gpu(), reason="this machine has a CUDA device")
+OPTIONS = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 100}
 
 
 def run(*arguments, code=0, **env):
-    process = subprocess.run(
-        [sys.executable, "-m", "benchmarks", *map(str, arguments)],
-        env=rank_environment(**env), cwd=ROOT, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks", *map(str, arguments)]
+    process = subprocess.run(command, env=rank_environment(**env), **OPTIONS)
     assert process.returncode == code, process.stdout + process.stderr
     return process
 
@@ -47,7 +46,7 @@ def test_without_a_section_it_does_what_this_machine_can(tmp_path):
     found = json.loads(path.read_text())
     assert list(found) == ["environment", "cpu", "overhead", "memory"]
     assert found["environment"]["cupybn"].startswith(cupybn.__version__)
-    assert len(found["cpu"]["cases"]) == len(cpu.quick_cases())
+    assert len(found["cpu"]["cases"]) == len(cpu.default_cases(quick=True))
     for record in found["cpu"]["cases"]:
         us = record["us"]["numpy"]
         assert us["fastest"] <= us["both"] <= us["slowest"]
@@ -66,7 +65,8 @@ def test_without_a_section_it_does_what_this_machine_can(tmp_path):
 
 
 def test_beside_other_frameworks(tmp_path):
-    paths = [name for name, module in cpu.PEERS.items() if find_spec(module)]
+    peers = {"torch": "torch", "compiled": "torch", "jax": "jax"}
+    paths = [name for name, module in peers.items() if find_spec(module)]
     if not paths:
         pytest.skip("neither PyTorch nor JAX is installed")
     path = tmp_path / "out.json"
@@ -93,26 +93,26 @@ def test_beside_another_checkout(tmp_path):
 def test_the_backend_is_the_one_that_is_named(monkeypatch):
     seen = []
     monkeypatch.setattr(cpu, "use_cpu_backend", seen.append)
-    cpu.measure(*report_of("--shapes", "8x16", "--paths", "numpy", "--repeat", 3, "--seconds", 0))
+    cpu.measure(*report_of("--shapes", "8x16", "--paths", "numpy", "--repeat", 3))
     *during, after = seen
     assert set(during) == {"numpy"}
     assert after == os.environ["CUPYBN_CPU_BACKEND"]
 
 
 def test_a_worker_answers_and_says_what_went_wrong():
-    worker = Worker(ROOT)
-    worker.ask("begin", ["numpy"], [8, 16])
-    assert worker.ask("error", "numpy") < 1e-6
+    worker = timing.Worker(ROOT)
+    given = ("numpy",), cases.Case((8, 16))
     for _ in range(12):  # meanwhile it makes its arrays anew
-        assert set(worker.ask("turn", "numpy", 2, 0)) == {"forward", "backward"}
-    with pytest.raises(RuntimeError, match="KeyError: 'cupy'"):
-        worker.ask("turn", "cupy", 1, 0)
-    worker.close()
+        assert set(worker.ask(cpu.served, "numpy", *given, 2)) == {"forward", "backward"}
+    assert worker.ask(cpu.served, "numpy", *given, 0) < 1e-6
+    with pytest.raises(KeyError, match="cupy"):
+        worker.ask(cpu.served, "cupy", *given, 1)
+    worker.pool.shutdown()
 
 
 def test_another_cupybn_than_the_one_that_was_meant(tmp_path):
     with pytest.raises(RuntimeError, match=r"nothing was meant, but cupybn was found in"):
-        Worker(tmp_path / "nothing")
+        timing.Worker(tmp_path / "nothing")
 
 
 @pytest.mark.mpi
@@ -136,7 +136,8 @@ def test_comm_under_mpiexec_speaks_once(mpirun, tmp_path):
     [
         (["gpu"], {}, "error: gpu: device"),
         (["cpu"], {"PMI_SIZE": "2"}, "under mpiexec only comm"),
-        (["gpus"], {}, "must be of cpu, gpu, comm, overhead, memory, got 'gpus'"),
+        (["gpus"], {}, "no section gpus: there are cpu, gpu, comm, overhead, memory"),
+        (["cpu", "--repeat", "0"], {}, "must be at least 1"),
         (["--shapes", "32"], {}, "must look like 32x64x56x56, got '32'"),
         (["cpu", "--json", "nowhere/x.json"], {}, "nowhere/x.json cannot be written"),
         (["cpu", "--against", "docs"], {}, "--against: docs is no checkout of cupybn"),
@@ -149,15 +150,24 @@ def test_what_cannot_be_measured(given, env, says):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """A GPU that NumPy plays; layers stay on the CPU."""
+    """A GPU that NumPy plays."""
     module = numpy_as_cupy.make()
     monkeypatch.setitem(sys.modules, "cupy", module)
-    monkeypatch.setattr(gpu, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu, "_COPIED", 1 << 16)
     return module
 
 
-def test_gpu_with_numpy_in_its_place(fake, capsys, monkeypatch):
+@pytest.fixture
+def gpu(fake, monkeypatch):
+    """Its section; layers stay on the CPU."""
+    monkeypatch.delitem(sys.modules, "benchmarks.gpu", raising=False)
+    module = importlib.import_module("benchmarks.gpu")
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "_COPIED", 1 << 16)
+    monkeypatch.delitem(sys.modules, "benchmarks.gpu")
+    return module
+
+
+def test_gpu_with_numpy_in_its_place(gpu, capsys, monkeypatch):
     """It goes on after a case for which there is no memory."""
 
     class Tensors(gpu.Tensors):
@@ -167,8 +177,8 @@ def test_gpu_with_numpy_in_its_place(fake, capsys, monkeypatch):
             super().__init__(xp, torch, case, seed)
 
     monkeypatch.setattr(gpu, "Tensors", Tensors)
-    monkeypatch.setattr(gpu, "_ODD", [(8, 16), (2, 4, 3, 3, 3)])
-    monkeypatch.setattr(cases, "RESNET50", {(4, 7, 7): 11, (8, 3, 3): 42})
+    monkeypatch.setattr(gpu, "_ODD", "8x16 2x4x3x3x3")
+    monkeypatch.setattr(cases, "RESNET50", "11*4x7x7 42*8x3x3")
     args, report = report_of("gpu", "--quick")
     gpu.measure(args, report)
     assert report.environment["device"] == "a device that is none"
@@ -183,27 +193,27 @@ def test_gpu_with_numpy_in_its_place(fake, capsys, monkeypatch):
     assert "MemoryError" in printed
 
 
-@pytest.mark.parametrize("dtype", cases.available(["float32", "bfloat16"]))
-def test_gpu_beside_pytorch_with_numpy_in_its_place(fake, dtype):
-    device = gpu.Device()
-    device.torch = pytest.importorskip("torch")
-    found = device.record(cases.Case((8, 6, 5, 5), dtype, "columns"), list(gpu.PATHS), 3)
-    assert found["us"]["native"]["both"] > 0
-    assert found["ratio"]["cupybn / native"] > 0
-    assert set(found["failed"]) == {"cudnn"}  # of a CPU tensor
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gpu_beside_pytorch_with_numpy_in_its_place(gpu, dtype, monkeypatch):
+    monkeypatch.setattr(gpu, "torch", pytest.importorskip("torch"))
+    for case in cases.products(["8x6x5x5"], [dtype], ["columns"]):
+        found = gpu.record(case, [*gpu.PATHS], 3)
+        assert found["us"]["native"]["both"] > 0
+        assert found["ratio"]["cupybn / native"] > 0
+        assert set(found["failed"]) == {"cudnn"}  # of a CPU tensor
 
 
-def test_resnet50():
-    assert (len(cases.RESNET50), sum(cases.RESNET50.values())) == (12, 53)
-    kinds = {"shape": (32, 4), "dtype": "float16", "layout": "rows"}
+def test_resnet50(gpu):
+    assert len(cases.of_resnet50([1])) == 12
+    kinds = {"dtype": "float16", "layout": "rows"}
+    ratios = {"1024x14x14": (0.25, 0.2), "64x56x56": (0.5, 2.0), "9x9x9": (9.0, 9.0)}
     records = [
-        {**kinds, "layers": 1, "ratio": {"cupybn / native": 0.25, "cupybn / cudnn": 0.2}},
-        {**kinds, "layers": 3, "ratio": {"cupybn / native": 0.5, "cupybn / cudnn": 2.0}},
-        {**kinds, "layers": 0, "ratio": {"cupybn / native": 9.0}},
+        {"shape": [32, *map(int, shape.split("x"))], "ratio": {"a": a, "b": b}, **kinds}
+        for shape, (a, b) in ratios.items()
     ]
     [(group, found)] = gpu.resnet50(records).items()
     assert group == "N=32 float16 rows"
-    assert found["mean speedup"] == pytest.approx((4 * 0.5**3) ** 0.25)
+    assert found["mean speedup"] == pytest.approx((4**7 * 0.5**6) ** (1 / 13))
     assert found["lowest"] == 0.5
 
 
@@ -214,32 +224,32 @@ def test_memory_is_what_is_allocated(fake):
         kept["y"] = np.ones(1 << 20)
         np.ones(1 << 19)
 
-    assert memory.on_host(call) == pytest.approx((12 << 20, 8 << 20), rel=1e-3)
+    assert costs.on_host(call) == pytest.approx((12 << 20, 8 << 20), rel=1e-3)
 
     def call_of_device():
         fake.empty(3)
         fake.empty(4)
         fake.get_default_memory_pool().bytes -= 100
 
-    assert memory.on_device(call_of_device) == (200, 100)
+    assert costs.on_device(call_of_device) == (200, 100)
 
 
 def test_functions_are_counted():
     layer, x = cupybn.BatchNorm1d(4), np.ones((3, 4))
-    assert overhead.entered(layer.zero_grad).total() >= 1
-    assert dict(overhead.entered(lambda: x.sum())) == {"_core/_methods.py": 1}
-    assert overhead.entered(lambda: [time.time(), sorted([2, 1])]).total() == 0
+    assert costs.entered(layer.zero_grad).total() >= 1
+    assert dict(costs.entered(lambda: x.sum())) == {"_core/_methods.py": 1}
+    assert costs.entered(lambda: [time.time(), sorted([2, 1])]).total() == 0
 
 
-@pytest.mark.parametrize("dtype", cases.available(DTYPES))
-def test_tensors(dtype):
-    t = cases.Tensors(np, None, cases.Case((3, 4, 5, 6), dtype, "columns"))
-    assert t.x.shape == t.dy.shape == (3, 4, 5, 6)
-    assert np.moveaxis(t.x, 1, -1).flags.c_contiguous
-    assert t.x.dtype.name == dtype
-    x, dy = t.x.astype(np.float64), t.dy.astype(np.float64)
-    assert 0.7 < x.std() < 1.3
-    assert abs(np.corrcoef(x.ravel(), dy.ravel())[0, 1]) < 0.2
+def test_tensors():
+    for case in cases.products(["3x4x5x6"], DTYPES, ["columns"]):
+        t = cases.Tensors(np, None, case)
+        assert t.x.shape == t.dy.shape == (3, 4, 5, 6)
+        assert np.moveaxis(t.x, 1, -1).flags.c_contiguous
+        assert t.x.dtype.name == case.dtype
+        x, dy = t.x.astype(np.float64), t.dy.astype(np.float64)
+        assert 0.7 < x.std() < 1.3
+        assert abs(np.corrcoef(x.ravel(), dy.ravel())[0, 1]) < 0.2
 
 
 @pytest.mark.skipif(
@@ -281,19 +291,20 @@ def test_each_turn_begins_with_calls_that_are_not_timed():
     order = []
     call = {"call": lambda: (order.append("call"), time.sleep(0.002))}
     ready, finish = (lambda: order.append("ready")), (lambda: time.sleep(0.01))
-    assert 0.012 <= timing.turn_of(call, ready=ready, finish=finish)(1, 0.05)["call"] < 0.05
+    assert 0.012 <= timing.turn_of(call, ready, finish, warm=0.05)(1)["call"] < 0.05
     assert re.fullmatch("(call ){5,}ready call", " ".join(order))
 
 
 def test_the_picture_has_the_ratios_to_pytorch():
     ratio = {"numba / torch": 0.5, "numba / numba before": 0.9}
     record = cases.Case((8, 16))._asdict() | {"ratio": ratio}
-    assert picture.bars_of({"cases": [record]}) == {"8x16 float32": {"numba": 0.5}}
-    assert picture.bars_of(None) == {}
+    assert bars_of({"cpu": {"cases": [record]}}) == [("8x16 float32", "numba", 0.5)]
+    assert bars_of({}) == []
 
 
 def test_figures_are_printed_under_their_titles(capsys):
     _, report = report_of()
+    report.begin("cpu", "title")
     capsys.readouterr()
     report.row("a", {"us": 1234.5, "a long title": None})
     report.row("b", {"us": 12.345, "a long title": 1.5e-5})
