@@ -34,10 +34,13 @@ def main() -> None:
         parser.error(problem)
     from .report import Report
 
+    try:
+        modules = [import_module(f".{SECTIONS[name]}", __package__) for name in args.sections]
+    except (ImportError, RuntimeError) as error:  # of mpi4py, without an MPI library
+        parser.error(str(error))
     report = Report(args)
-    for name in args.sections:
-        module, _, function = SECTIONS[name].partition(".")
-        getattr(import_module(f".{module}", __package__), function)(args, report)
+    for name, module in zip(args.sections, modules, strict=True):
+        getattr(module, f"measure_{name}")(args, report)
         report.flush()
     report.draw(args.plot)
 
@@ -65,7 +68,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def problem_with(args: argparse.Namespace) -> str | None:
     """Why this cannot be measured, in words for the user; chooses the sections if none is given."""
-    from .report import launched, no_gpu, no_mpi
+    from .report import launched, no_gpu
 
     if not args.sections and launched():
         args.sections = ["comm"]
@@ -87,10 +90,7 @@ def problem_with(args: argparse.Namespace) -> str | None:
         return "--plot needs matplotlib: pip install 'cupybn[bench]'"
     if args.against is not None and not (args.against / "cupybn" / "__init__.py").is_file():
         return f"--against: {args.against} is no checkout of cupybn"
-    for name, reason in (("gpu", no_gpu), ("comm", no_mpi)):
-        if name in args.sections and (text := reason()):
-            return f"{name}: {text}"
-    return None
+    return f"gpu: {text}" if "gpu" in args.sections and (text := no_gpu()) else None
 
 
 if __name__ == "__main__":

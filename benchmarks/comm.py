@@ -32,7 +32,7 @@ WORLD = MPI.COMM_WORLD
 _SAMPLES = 8
 
 
-def measure(args: argparse.Namespace, report: Report) -> None:
+def measure_comm(args: argparse.Namespace, report: Report) -> None:
     section = report.begin("comm", "messages between ranks, us")
     if launched() and WORLD.size == 1:
         raise SystemExit("mpiexec belongs to another MPI than the library that mpi4py loaded")

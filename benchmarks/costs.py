@@ -45,7 +45,7 @@ _FOLDERS = tuple(f"{Path(module.__file__ or '').parent}/" for module in (cupybn,
 _FIRST = 20  # layers whose first call is timed
 
 
-def overhead(args: argparse.Namespace, report: Report) -> None:
+def measure_overhead(args: argparse.Namespace, report: Report) -> None:
     section = report.begin("overhead", f"overhead of a call on {_SHAPE}, float32")
     for device in devices():
         xp: Any = np if device == "cpu" else import_module("cupy")
@@ -163,7 +163,7 @@ def devices() -> list[str]:
     return ["cpu"] if no_gpu() else ["cpu", "cuda"]
 
 
-def memory(args: argparse.Namespace, report: Report) -> None:
+def measure_memory(args: argparse.Namespace, report: Report) -> None:
     section = report.begin("memory", "memory above x + y and x + dy + dx, MB of 10^6 bytes")
     for device in devices():
         section[device] = records = []

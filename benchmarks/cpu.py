@@ -54,8 +54,6 @@ Made = tuple[Parts, Callable[[], Iterable[Any]]]
 
 
 class Path(NamedTuple):
-    """One way to compute a case."""
-
     turn: Turn
     error: Callable[[], float]
 
@@ -70,7 +68,7 @@ def default_cases(quick: bool) -> list[Case]:
     return [*products(_SHAPES.split()), *columns, *others]
 
 
-def measure(args: argparse.Namespace, report: Report) -> None:
+def measure_cpu(args: argparse.Namespace, report: Report) -> None:
     section = report.begin("cpu", f"CPU: forward + backward, us, {args.threads} thread(s)")
     here = [name for name, (module, _) in MAKERS.items() if module == "numpy" or find_spec(module)]
     slow = {"compiled", "jax"} if args.quick else set()  # to compile

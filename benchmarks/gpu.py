@@ -3,9 +3,9 @@ tensors; and beside the copy rate.
 
 Device time, us, is between CUDA events around one forward, and one backward. A short delay kernel
 goes first, so that everything is in the stream when it starts: no waiting for Python is in these
-figures. Each case has several sets of tensors, together as large as the second-level cache four
-times over, and every repetition takes the next set, so that what is read comes from memory. The
-last results are kept: outputs move through memory as well.
+figures. Each case has several sets of tensors, together at least four times the second-level cache,
+and every repetition takes the next set, so that what is read comes from memory. The last results
+are kept: outputs move through memory as well.
 
 Percentages are of the device's copy rate (bytes read and written by a copy of 1 GiB, before all
 cases and after them), for 3 B bytes forward and 5 B backward, B being the bytes of x: the least a
@@ -55,13 +55,11 @@ Both = tuple[Callable[[Tensors], Any], Callable[[Tensors, Any], Any]]
 """``kept = forward(tensors)``, then ``backward(tensors, kept)``."""
 
 
-def measure(args: argparse.Namespace, report: Report) -> None:
+def measure_gpu(args: argparse.Namespace, report: Report) -> None:
     section = report.begin("gpu", "GPU: device time, us")
-    runtime, device = cupy.cuda.runtime, cupy.cuda.Device()
-    more = {"device": runtime.getDeviceProperties(device.id)["name"].decode()}
-    more |= {"driver": runtime.driverGetVersion(), "runtime": runtime.runtimeGetVersion()}
-    more |= {"cupy": cupy.__version__, "cuDNN": torch and torch.backends.cudnn.version()}
-    report.add(more)
+    name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
+    cudnn = torch and torch.backends.cudnn.version()
+    report.add({"device": name, "cupy": cupy.__version__, "cuDNN": cudnn})
     rate = section["copy rate before"] = copy_rate()
     shapes = _ODD.split() + of_resnet50([32] if args.quick else [32, 64, 256])
     dtypes = ["float16"] if args.quick else ["float16", "bfloat16", "float32"]
@@ -137,14 +135,10 @@ def record(case: Case, names: list[str], repeat: int) -> dict[str, Any]:
 def cycled(sets: list[Tensors], forward: Any, backward: Any) -> Parts:
     """Forward and backward of one set after the other; the last results are kept."""
     results, cycle = deque[Any](maxlen=2 * len(sets)), itertools.cycle(sets)
-    t = sets[0]
-
-    def first() -> None:
-        nonlocal t
-        t = next(cycle)
-        results.append(forward(t))
-
-    return {"forward": first, "backward": lambda: results.append(backward(t, results[-1]))}
+    return {
+        "forward": lambda: results.append((t := next(cycle), forward(t))),
+        "backward": lambda: results.append(backward(*results[-1])),
+    }
 
 
 def of_layer(case: Case) -> Both:

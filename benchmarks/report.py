@@ -34,15 +34,6 @@ def no_gpu() -> str | None:
     return None
 
 
-def no_mpi() -> str | None:
-    """Why nothing can be measured between ranks."""
-    try:
-        import_module("mpi4py.MPI")
-    except (ImportError, RuntimeError) as error:
-        return f"no MPI library could be loaded ({error})"
-    return None
-
-
 def launched() -> bool:
     """Whether mpiexec says that it started several of these processes."""
     names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH, Intel MPI

@@ -22,11 +22,7 @@ _LEAST = 3  # repetitions, however long they take
 
 
 class Worker:
-    """A process with the cupybn of a checkout, and with this bench.
-
-    Raises:
-        RuntimeError: another cupybn than the one that was meant is found there.
-    """
+    """A process with the cupybn of a checkout, and with this bench."""
 
     def __init__(self, checkout: Path) -> None:
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
@@ -56,9 +52,9 @@ def turn_of(
 ) -> Turn:
     """The turn of calls in this process.
 
-    After others' turns processor, caches and heap are not what they are in a loop of training:
-    `warm` seconds of rounds are not timed, and one where there are several. `ready` is called right
-    before the clock starts, `finish` right before it stops: its time is part of the last part's.
+    The rounds of the first `warm` seconds are not timed: after others' turns processor, caches and
+    heap are not what they are in a loop of training. `ready` is called right before the clock
+    starts, `finish` right before it stops.
     """
 
     def turn(calls: int) -> dict[str, float]:
@@ -91,13 +87,10 @@ def interleave(
 ) -> Times:
     """{path: {part: [seconds of one call, one for each repetition]}}.
 
-    In each repetition every path has its turn, in every other one in the reverse order: after
-    whom a path comes would tell.
-
-    Args:
-        seconds: after which no further repetition begins, but three there are.
-        rest: seconds of pause before a turn, in which others' threads stop to spin.
-        calls: in a turn; 0: as many as take 2 ms.
+    In each repetition every path has its turn of so many calls, or of what takes 2 ms; in every
+    other one in the reverse order: after whom a path comes would tell. After some seconds no
+    further repetition begins, but three there are. In the rest before a turn others' threads stop
+    to spin.
     """
     many = {name: calls or _calls_in_a_block(turn) for name, turn in turns.items()}
     times: Times = {name: {} for name in turns}

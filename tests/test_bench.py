@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import numpy as np
 import numpy_as_cupy
@@ -53,8 +52,7 @@ def test_without_a_section_it_does_what_this_machine_can(tmp_path):
         assert 0 < record["error"]["numpy"] < (1e-3 if record["dtype"] == "float16" else 1e-6)
         assert f"{written(us['both'])}  " in process.stdout
     step = found["overhead"]["cpu"]["forward + backward"]
-    assert step["us"] > 1
-    assert step["functions"] == sum(step["functions by file"].values())
+    assert step["functions"] == sum(step["functions by file"].values()) > 1
     for record in found["memory"]["cpu"]:
         assert 0 < record["forward"] < 0.5 * record["x"], record
         assert 0 < record["backward"] < 0.5 * record["x"], record
@@ -84,6 +82,7 @@ def test_beside_another_checkout(tmp_path):
     path = tmp_path / "out.json"
     options = ["--shapes", "8x16", "--paths", "numpy", "--repeat", 3, "--json", path]
     run("cpu", "--against", ROOT, *options)
+    assert os.listdir(tmp_path) == ["out.json"]
     [record] = json.loads(path.read_text())["cpu"]["cases"]
     assert set(record["us"]) == {"numpy", "numpy before"}
     assert 0.1 < record["ratio"]["numpy / numpy before"] < 10
@@ -93,13 +92,13 @@ def test_beside_another_checkout(tmp_path):
 def test_the_backend_is_the_one_that_is_named(monkeypatch):
     seen = []
     monkeypatch.setattr(cpu, "use_cpu_backend", seen.append)
-    cpu.measure(*report_of("--shapes", "8x16", "--paths", "numpy", "--repeat", 3))
+    cpu.measure_cpu(*report_of("--shapes", "8x16", "--paths", "numpy", "--repeat", 3))
     *during, after = seen
     assert set(during) == {"numpy"}
     assert after == os.environ["CUPYBN_CPU_BACKEND"]
 
 
-def test_a_worker_answers_and_says_what_went_wrong():
+def test_a_worker_answers_and_says_what_went_wrong(tmp_path):
     worker = timing.Worker(ROOT)
     given = ("numpy",), cases.Case((8, 16))
     for _ in range(12):  # meanwhile it makes its arrays anew
@@ -108,9 +107,6 @@ def test_a_worker_answers_and_says_what_went_wrong():
     with pytest.raises(KeyError, match="cupy"):
         worker.ask(cpu.served, "cupy", *given, 1)
     worker.pool.shutdown()
-
-
-def test_another_cupybn_than_the_one_that_was_meant(tmp_path):
     with pytest.raises(RuntimeError, match=r"nothing was meant, but cupybn was found in"):
         timing.Worker(tmp_path / "nothing")
 
@@ -141,7 +137,7 @@ def test_comm_under_mpiexec_speaks_once(mpirun, tmp_path):
         (["--shapes", "32"], {}, "must look like 32x64x56x56, got '32'"),
         (["cpu", "--json", "nowhere/x.json"], {}, "nowhere/x.json cannot be written"),
         (["cpu", "--against", "docs"], {}, "--against: docs is no checkout of cupybn"),
-        (["comm"], {"MPI4PY_LIBMPI": "/none.so"}, "comm: no MPI library could be loaded"),
+        (["comm"], {"MPI4PY_LIBMPI": "/none.so"}, "error: cannot load MPI library"),
     ],
 )
 def test_what_cannot_be_measured(given, env, says):
@@ -151,36 +147,33 @@ def test_what_cannot_be_measured(given, env, says):
 @pytest.fixture
 def fake(monkeypatch):
     """A GPU that NumPy plays."""
-    module = numpy_as_cupy.make()
-    monkeypatch.setitem(sys.modules, "cupy", module)
+    monkeypatch.setitem(sys.modules, "cupy", module := numpy_as_cupy.make())
     return module
 
 
 @pytest.fixture
 def gpu(fake, monkeypatch):
     """Its section; layers stay on the CPU."""
-    monkeypatch.delitem(sys.modules, "benchmarks.gpu", raising=False)
     module = importlib.import_module("benchmarks.gpu")
     monkeypatch.setattr(module, "DEVICE", "cpu")
     monkeypatch.setattr(module, "_COPIED", 1 << 16)
-    monkeypatch.delitem(sys.modules, "benchmarks.gpu")
-    return module
+    yield module
+    del sys.modules["benchmarks.gpu"]
 
 
 def test_gpu_with_numpy_in_its_place(gpu, capsys, monkeypatch):
     """It goes on after a case for which there is no memory."""
 
-    class Tensors(gpu.Tensors):
-        def __init__(self, xp, torch, case, seed=0):
-            if case.shape == (8, 16):
-                raise MemoryError
-            super().__init__(xp, torch, case, seed)
+    def tensors(xp, torch, case, seed):
+        if case.shape == (8, 16):
+            raise MemoryError
+        return cases.Tensors(xp, torch, case, seed)
 
-    monkeypatch.setattr(gpu, "Tensors", Tensors)
+    monkeypatch.setattr(gpu, "Tensors", tensors)
     monkeypatch.setattr(gpu, "_ODD", "8x16 2x4x3x3x3")
     monkeypatch.setattr(cases, "RESNET50", "11*4x7x7 42*8x3x3")
     args, report = report_of("gpu", "--quick")
-    gpu.measure(args, report)
+    gpu.measure_gpu(args, report)
     assert report.environment["device"] == "a device that is none"
     [without, *records] = sorted(report.sections["gpu"]["cases"], key=lambda r: len(r["shape"]))
     assert (without["us"], without["failed"]) == ({}, {"all": "MemoryError: "})
@@ -205,12 +198,9 @@ def test_gpu_beside_pytorch_with_numpy_in_its_place(gpu, dtype, monkeypatch):
 
 def test_resnet50(gpu):
     assert len(cases.of_resnet50([1])) == 12
-    kinds = {"dtype": "float16", "layout": "rows"}
-    ratios = {"1024x14x14": (0.25, 0.2), "64x56x56": (0.5, 2.0), "9x9x9": (9.0, 9.0)}
-    records = [
-        {"shape": [32, *map(int, shape.split("x"))], "ratio": {"a": a, "b": b}, **kinds}
-        for shape, (a, b) in ratios.items()
-    ]
+    found = cases.products(["32x1024x14x14", "32x64x56x56", "32x9x9x9"], ["float16"])
+    ratios = [{"a": 0.25, "b": 0.2}, {"a": 0.5, "b": 2.0}, {"a": 9.0, "b": 9.0}]
+    records = [case._asdict() | {"ratio": r} for case, r in zip(found, ratios, strict=True)]
     [(group, found)] = gpu.resnet50(records).items()
     assert group == "N=32 float16 rows"
     assert found["mean speedup"] == pytest.approx((4**7 * 0.5**6) ** (1 / 13))
@@ -252,17 +242,6 @@ def test_tensors():
         assert abs(np.corrcoef(x.ravel(), dy.ravel())[0, 1]) < 0.2
 
 
-@pytest.mark.skipif(
-    np.finfo(np.longdouble).eps > 1e-18, reason="here long double has no more digits than float64"
-)
-def test_float64_results_are_held_against_more_digits():
-    """In columns a float64 mean of many rows has an error of its own, above that of the results."""
-    x = 1e3 + np.random.default_rng(0).standard_normal((1 << 14, 4)).astype(np.longdouble)
-    t = SimpleNamespace(x=x.astype(np.float64), dy=(x[::-1] - 1e3).astype(np.float64))
-    layer = cupybn.BatchNorm1d(4, dtype="float64")
-    assert cpu.error(t, layer.forward(t.x), layer.backward(t.dy)) < 1e-12
-
-
 def test_turns_are_taken_and_times_are_of_one_call():
     order = []
 
@@ -300,21 +279,3 @@ def test_the_picture_has_the_ratios_to_pytorch():
     record = cases.Case((8, 16))._asdict() | {"ratio": ratio}
     assert bars_of({"cpu": {"cases": [record]}}) == [("8x16 float32", "numba", 0.5)]
     assert bars_of({}) == []
-
-
-def test_figures_are_printed_under_their_titles(capsys):
-    _, report = report_of()
-    report.begin("cpu", "title")
-    capsys.readouterr()
-    report.row("a", {"us": 1234.5, "a long title": None})
-    report.row("b", {"us": 12.345, "a long title": 1.5e-5})
-    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert printed == [["us", "a", "long", "title"], ["a", "1234", "-"], ["b", "12.35", "1.5e-05"]]
-
-
-def test_the_json_file_is_whole_at_any_time(tmp_path):
-    _, report = report_of("--json", tmp_path / "out.json")
-    report.begin("cpu", "title")["cases"] = [1]
-    report.flush()
-    assert json.loads((tmp_path / "out.json").read_text())["cpu"] == {"cases": [1]}
-    assert os.listdir(tmp_path) == ["out.json"]
