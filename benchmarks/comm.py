@@ -23,9 +23,10 @@ from mpi4py import MPI
 
 import cupybn
 from cupybn.communicators import MpiCommunicator
+from cupybn.launcher import strangers
 
 from .costs import entered
-from .report import Report, launched
+from .report import Report
 from .timing import Parts, interleave, turn_of
 
 WORLD = MPI.COMM_WORLD
@@ -34,8 +35,8 @@ _SAMPLES = 8
 
 def measure_comm(args: argparse.Namespace, report: Report) -> None:
     section = report.begin("comm", "messages between ranks, us")
-    if launched() and WORLD.size == 1:
-        raise SystemExit("mpiexec belongs to another MPI than the library that mpi4py loaded")
+    if problem := strangers(WORLD.size):
+        raise SystemExit(problem)
     node = WORLD.Split_type(MPI.COMM_TYPE_SHARED)
     bind(node)
     library = MPI.Get_library_version().splitlines()[0].rstrip("\0, ")

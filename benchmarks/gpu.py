@@ -36,7 +36,7 @@ from .timing import Parts, Turn, figures, interleave, turn_of, without_failing
 cupy = import_module("cupy")
 torch: Any = import_module("torch") if find_spec("torch") else None
 torch = torch if torch is not None and torch.cuda.is_available() else None
-DEVICE = "cuda"
+DEVICE = "cuda"  # of PyTorch's parameters
 PATHS = ("cupybn", "native", "cudnn")
 _ODD = "64x4x112x112 128x4x224x224 4x256x16x16 64x2048 4096x1024 2x64x32x256x256"
 _PAIRS = [("cupybn", "native"), ("cupybn", "cudnn")]
@@ -142,7 +142,7 @@ def cycled(sets: list[Tensors], forward: Any, backward: Any) -> Parts:
 
 
 def of_layer(case: Case) -> Both:
-    options: dict[str, Any] = {"device": DEVICE, "dtype": case.parameters}
+    options: dict[str, Any] = {"device": "cuda", "dtype": case.parameters}
     comm = cupybn.SelfCommunicator()
     layer = cupybn.SyncBatchNorm(case.shape[1], EPS, MOMENTUM, comm=comm, **options)
     return lambda t: layer.forward(t.x), lambda t, y: layer.backward(t.dy)

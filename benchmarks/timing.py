@@ -129,10 +129,10 @@ def figures(times: Times, pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """
     us, sums = {}, {}
     for name, parts in times.items():
-        both = sums[name] = [sum(all_) * 1e6 for all_ in zip(*parts.values(), strict=True)]
+        both = sums[name] = [sum(all_) for all_ in zip(*parts.values(), strict=True)]
         us[name] = {part: median(spent) * 1e6 for part, spent in parts.items()}
-        us[name] |= {"both": median(both), "repetitions": len(both)}
-        us[name] |= {"fastest": min(both), "slowest": max(both)}
+        us[name] |= {"both": median(both) * 1e6, "repetitions": len(both)}
+        us[name] |= {"fastest": min(both) * 1e6, "slowest": max(both) * 1e6}
     ratios = {
         f"{a} / {b}": median(x / y for x, y in zip(sums[a], sums[b], strict=True))
         for a, b in pairs

@@ -46,16 +46,16 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
                const scalar_t* dy, const scalar_t* x, const unsigned char* mask, const double* mean,
                const double* invstd, const param_t* weight, const param_t* bias,
                const double* sum_dy, const double* sum_dy_xmu, const double* local_dy,
-               const double* local_dy_xmu, double share, i64 relu, i64 n, i64 c, i64 l, i64 span,
-               i64 group, i64 fold) {
+               const double* local_dy_xmu, double share, i64 relu, i64 n, i64 c, i64 l,
+               i64 slice_length, i64 tile_channels, i64 line_samples) {
   constexpr int UNROLL = 2;
-  const Shape shape{n, c, l, span, group, fold};
+  const Shape shape{n, c, l, slice_length, tile_channels, line_samples};
   const ChannelArrays arrays{mean, invstd, {weight, bias}};
   const Sums sums{sum_dy, sum_dy_xmu}, local{local_dy, local_dy_xmu};
   const bool masked = relu && mask, again = relu && !mask, needs_x = sum_dy || again;
   // backwards: what the reduction read last may still be in the cache
-  Walk walk(shape, gridDim.x - 1 - blockIdx.x, gridDim.y - 1 - blockIdx.y, skew_of(dy));
-  __shared__ Gradient table[MAX_GROUP];
+  Walk walk(shape, gridDim.x - 1 - blockIdx.x, gridDim.y - 1 - blockIdx.y, misalignment_of(dy));
+  __shared__ Gradient table[MAX_TILE_CHANNELS];
   fill_table(table, walk, c, [&](bool active, i64 channel) {
     return gradient_of(arrays.load(active, channel), active, channel, sums, share);
   });

@@ -11,13 +11,13 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
                 double* partials, unsigned* counters, const scalar_t* dy, const scalar_t* x,
                 const unsigned char* mask, const double* mean, const double* invstd,
                 const param_t* weight, const param_t* bias, i64 relu, i64 n, i64 c, i64 l,
-                i64 span, i64 group, i64 fold) {
+                i64 slice_length, i64 tile_channels, i64 line_samples) {
   constexpr int UNROLL = 2;
-  const Shape shape{n, c, l, span, group, fold};
+  const Shape shape{n, c, l, slice_length, tile_channels, line_samples};
   const bool masked = relu && mask, again = relu && !mask;
   const Parameters parameters{again ? weight : nullptr, again ? bias : nullptr};
-  Walk walk(shape, blockIdx.x, blockIdx.y, skew_of(x));
-  __shared__ Affine table[MAX_GROUP];
+  Walk walk(shape, blockIdx.x, blockIdx.y, misalignment_of(x));
+  __shared__ Affine table[MAX_TILE_CHANNELS];
   fill_table(table, walk, c, [&](bool active, i64 channel) {
     Channel own{load_if(active, mean + channel), load_if(active && again, invstd + channel), 1, 0};
     parameters.load(active, channel, own);

@@ -10,11 +10,11 @@
 // and `about_zero`, either of which may be null.
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 batch_moments(double* mean, double* m2, double* weighted, double* about_zero, double* partials,
-              unsigned* counters, const scalar_t* x, i64 n, i64 c, i64 l, i64 span, i64 group,
-              i64 fold) {
+              unsigned* counters, const scalar_t* x, i64 n, i64 c, i64 l, i64 slice_length,
+              i64 tile_channels, i64 line_samples) {
   constexpr int UNROLL = 4;
-  const Shape shape{n, c, l, span, group, fold};
-  Walk walk(shape, blockIdx.x, blockIdx.y, skew_of(x));
+  const Shape shape{n, c, l, slice_length, tile_channels, line_samples};
+  Walk walk(shape, blockIdx.x, blockIdx.y, misalignment_of(x));
   ThreadMoments<UNROLL> moments;
   while (walk.left > 0) {
     Slot slot[UNROLL];
@@ -27,7 +27,7 @@ batch_moments(double* mean, double* m2, double* weighted, double* about_zero, do
     for (int u = 0; u < UNROLL; ++u) moments.add(pack[u], slot[u]);
   }
 
-  __shared__ double pivots[MAX_GROUP];
+  __shared__ double pivots[MAX_TILE_CHANNELS];
   fill_table(pivots, walk, c, [&](bool active, i64 channel) {
     return static_cast<double>(widen(load_if(active, x + channel * l)));
   });

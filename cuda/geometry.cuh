@@ -1,10 +1,11 @@
 // Which elements of an (N, C, L) tensor a block and a thread work on, in vectors of V elements.
 //
 // Rows: a block owns one channel and a slice of the vectors of its N rows.
-// Runs: a block owns `group` neighbouring channels, a run of group * L elements in every sample, and
-// a slice of the samples; a thread owns one vector of the run and walks down the samples, so that
-// each of its V elements stays in one channel. L == 1 is the plain case of columns. Where a sample is
-// no whole number of vectors, `fold` samples make one line, and all channels are one run.
+// Runs: a block owns a tile of neighbouring channels, a run of tile_channels * L elements in every
+// sample, and a slice of the samples; a thread owns one vector of the run and walks down the samples,
+// so that each of its V elements stays in one channel. L == 1 is the plain case of columns. Where a
+// sample is no whole number of vectors, `line_samples` samples make one line, and all channels are
+// one run.
 //
 // With RAGGED, rows or the tensor are no whole number of vectors, or begin inside of one. Their rest, in
 // front of the first whole vector and behind the last, is read by the element, after the vectors.
@@ -14,12 +15,12 @@
 #include "memory.cuh"
 
 constexpr int MAX_THREADS = 256;
-constexpr int MAX_GROUP = 256;
+constexpr int MAX_TILE_CHANNELS = 256;
 struct Shape {
   i64 n, c, l;
-  i64 span;   // vectors of a channel (rows) or lines (runs) in a slice
-  i64 group;  // channels of a block
-  i64 fold;   // samples in a line
+  i64 slice_length;   // vectors of a channel (rows) or lines (runs) in a slice
+  i64 tile_channels;  // channels of a block
+  i64 line_samples;   // samples in a line
 
   __device__ i64 size() const { return n * c * l; }
 };
@@ -43,16 +44,16 @@ template <int V_, bool RAGGED_> struct Rows {
 
   i64 base, k, slots, left, length, row_pitch, step_base, singles;
   i64 tile, slice;
-  int step_k, skew;
+  int step_k, misalignment;
 
-  // `skew`: elements from the last vector boundary in memory to the tensor, the same for all tensors
-  __device__ Rows(const Shape& shape, i64 tile, i64 slice, int skew)
+  // `misalignment`: elements from the last vector boundary in memory to the tensor, as of all tensors
+  __device__ Rows(const Shape& shape, i64 tile, i64 slice, int misalignment)
       : length(shape.l), row_pitch(shape.c * shape.l), singles(shape.n * 2 * V), tile(tile),
-        slice(slice), skew(skew) {
+        slice(slice), misalignment(misalignment) {
     slots = length / V;  // ragged: at most
-    i64 begin = slice * shape.span;
+    i64 begin = slice * shape.slice_length;
     left = shape.n * slots - begin;
-    if (left > shape.span) left = shape.span;
+    if (left > shape.slice_length) left = shape.slice_length;
     i64 index = begin + threadIdx.x;
     k = index % slots;
     base = index / slots * row_pitch + tile * length;
@@ -62,7 +63,7 @@ template <int V_, bool RAGGED_> struct Rows {
   }
 
   // elements of a row in front of its first whole vector
-  __device__ __forceinline__ int head(i64 row) const { return -(row + skew) & (V - 1); }
+  __device__ __forceinline__ int head(i64 row) const { return -(row + misalignment) & (V - 1); }
 
   __device__ __forceinline__ Slot next() {
     i64 start = k * V + (RAGGED ? head(base) : 0);
@@ -86,7 +87,7 @@ template <int V_, bool RAGGED_> struct Rows {
   }
 
   __device__ __forceinline__ i64 first_channel() const { return tile; }
-  __device__ __forceinline__ int group() const { return 1; }
+  __device__ __forceinline__ int tile_channels() const { return 1; }
   __device__ __forceinline__ void channels(int (&own)[CHANNELS]) const { own[0] = 0; }
 };
 
@@ -98,30 +99,31 @@ template <int V_, bool RAGGED_> struct Runs {
 
   i64 left, offset, step, total;
   i64 tile, slice, all_channels;
-  int slots, lanes, k, lane, length, group_, fold;
+  int slots, lanes, k, lane, length, tile_channels_, line_samples;
   bool on;
 
   __device__ Runs(const Shape& shape, i64 tile, i64 slice, int)
       : total(shape.size()), tile(tile), slice(slice), all_channels(shape.c), length(shape.l),
-        group_(shape.group), fold(shape.fold) {
-    slots = group_ * fold * length / V;
+        tile_channels_(shape.tile_channels), line_samples(shape.line_samples) {
+    slots = tile_channels_ * line_samples * length / V;
     lanes = blockDim.x / slots;
     k = threadIdx.x % slots;
     lane = threadIdx.x / slots;
-    i64 rest = all_channels - tile * group_;
-    on = lane < lanes && k * V < (rest < group_ ? rest : group_) * fold * length;
-    i64 begin = slice * shape.span;
-    left = shape.n - begin * fold;  // samples: no 64-bit division
-    if (left > shape.span * fold) left = shape.span * fold;
-    i64 pitch = fold * all_channels * length;
-    offset = (begin + lane) * pitch + tile * group_ * length + k * V;
+    i64 rest = all_channels - tile * tile_channels_;
+    i64 present = rest < tile_channels_ ? rest : tile_channels_;
+    on = lane < lanes && k * V < present * line_samples * length;
+    i64 begin = slice * shape.slice_length;
+    left = shape.n - begin * line_samples;  // samples: no 64-bit division
+    if (left > shape.slice_length * line_samples) left = shape.slice_length * line_samples;
+    i64 pitch = line_samples * all_channels * length;
+    offset = (begin + lane) * pitch + tile * tile_channels_ * length + k * V;
     step = lanes * pitch;
   }
 
   __device__ __forceinline__ Slot next() {
     bool whole = !RAGGED || offset < total - total % singles;
-    Slot slot{offset, on && lane * fold < left && whole};
-    left -= lanes * fold;
+    Slot slot{offset, on && lane * line_samples < left && whole};
+    left -= lanes * line_samples;
     offset += step;
     return slot;
   }
@@ -129,30 +131,30 @@ template <int V_, bool RAGGED_> struct Runs {
   // Of the last elements of the tensor. Counted from its end there is no division by 64 bits.
   __device__ __forceinline__ Single single(unsigned i) const {
     int rest = total % singles;
-    unsigned behind = rest - 1 - i, channels = group_;
-    int channel = group_ - 1 - behind / static_cast<unsigned>(length) % channels;
+    unsigned behind = rest - 1 - i, channels = tile_channels_;
+    int channel = tile_channels_ - 1 - behind / static_cast<unsigned>(length) % channels;
     return {{total - rest + i, i < rest}, channel};
   }
 
-  __device__ __forceinline__ i64 first_channel() const { return tile * group_; }
-  __device__ __forceinline__ int group() const { return group_; }
+  __device__ __forceinline__ i64 first_channel() const { return tile * tile_channels_; }
+  __device__ __forceinline__ int tile_channels() const { return tile_channels_; }
   // of the elements of the thread's vector, counted from first_channel()
   __device__ __forceinline__ void channels(int (&own)[CHANNELS]) const {
-    int row = k * V / length, rest = k * V % length, channel = row % group_;
+    int row = k * V / length, rest = k * V % length, channel = row % tile_channels_;
 #pragma unroll
     for (int j = 0; j < CHANNELS; ++j) {
       own[j] = channel;
       bool next = ++rest == length;
       rest = next ? 0 : rest;
       channel += next ? 1 : 0;
-      channel = channel == group_ ? 0 : channel;
+      channel = channel == tile_channels_ ? 0 : channel;
     }
   }
 
   // The elements of one channel in a line of the block, and where they lie.
-  __device__ int members() const { return fold * length; }
+  __device__ int members() const { return line_samples * length; }
   __device__ int member(int channel, int i) const {
-    return i / length * group_ * length + channel * length + i % length;
+    return i / length * tile_channels_ * length + channel * length + i % length;
   }
 };
 
@@ -167,7 +169,7 @@ constexpr int V = VECTOR;
 // else 80. Then ptxas spills none; left alone, it would.
 constexpr int MIN_BLOCKS = Walk::CHANNELS == 8 ? 2 : 3;
 
-template <typename T> __device__ __forceinline__ int skew_of(const T* tensor) {
+template <typename T> __device__ __forceinline__ int misalignment_of(const T* tensor) {
   return reinterpret_cast<size_t>(tensor) / sizeof(T) % V;
 }
 
@@ -205,9 +207,9 @@ __device__ __forceinline__ void each_channel(const Walk& walk, i64 channels, Eac
   do {
     int i = begin + threadIdx.x;
     i64 c = walk.first_channel() + i;
-    each(i < walk.group() && c < channels, c, i);
+    each(i < walk.tile_channels() && c < channels, c, i);
     begin += blockDim.x;
-  } while (Walk::CHANNELS > 1 && begin < walk.group());
+  } while (Walk::CHANNELS > 1 && begin < walk.tile_channels());
 }
 
 // What `make(active, c)` gives for every channel of the block, computed once and shared.

@@ -26,7 +26,7 @@ template <int UNROLL, typename Load>
 __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned char* mask,
                                                const scalar_t* x, const scalar_t* residual,
                                                bool relu, const Shape& shape, Load load) {
-  __shared__ Affine table[MAX_GROUP];
+  __shared__ Affine table[MAX_TILE_CHANNELS];
   fill_table(table, walk, shape.c, [&](bool active, i64 channel) {
     return Affine::of(load(active, channel));
   });

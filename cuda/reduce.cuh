@@ -113,7 +113,8 @@ __device__ __forceinline__ void add_members(Pair* channels, const Pair* elements
   int members = walk.members();
   int team = members == 1 ? 1 : 32;
 #pragma unroll 1
-  for (int channel = threadIdx.x / team; channel < walk.group(); channel += blockDim.x / team) {
+  for (int channel = threadIdx.x / team; channel < walk.tile_channels();
+       channel += blockDim.x / team) {
     Pair sum{0, 0};
 #pragma unroll 1
     for (int i = threadIdx.x % team; i < members; i += team) {
@@ -131,7 +132,7 @@ __device__ __forceinline__ void reduce_tile(const Pair (&own)[V], const Runs<V, 
                                             const Shape& shape, Scratch scratch, PairOf pair_of,
                                             Finish finish) {
   __shared__ Pair elements[MAX_THREADS * V];
-  __shared__ Pair channels[MAX_GROUP];
+  __shared__ Pair channels[MAX_TILE_CHANNELS];
   int width = walk.slots * V;
   if (walk.lane < walk.lanes) {
 #pragma unroll
@@ -151,30 +152,30 @@ __device__ __forceinline__ void reduce_tile(const Pair (&own)[V], const Runs<V, 
     __syncthreads();
   });
 
-  int group = walk.group();
+  int tile_channels = walk.tile_channels();
   int slices = gridDim.y;
   if (slices > 1) {
     each_channel(walk, shape.c, [&](bool active, i64 c, int i) {
       store_partial(active, scratch.partials, walk.slice * shape.c + c, channels[active ? i : 0]);
     });
     if (!is_last_slice(scratch.counters + walk.tile, slices)) return;
-    int height = blockDim.x < group ? 1 : blockDim.x / group;
+    int height = blockDim.x < tile_channels ? 1 : blockDim.x / tile_channels;
 #pragma unroll 1
-    for (int begin = 0; begin < group * height; begin += blockDim.x) {
+    for (int begin = 0; begin < tile_channels * height; begin += blockDim.x) {
       int item = begin + threadIdx.x;
-      i64 c = walk.first_channel() + item % group;
-      bool active = item < group * height && c < shape.c;
+      i64 c = walk.first_channel() + item % tile_channels;
+      bool active = item < tile_channels * height && c < shape.c;
       Pair sum{0, 0};
 #pragma unroll 4  // loads that do not wait for each other
       for (int step = 0; step < slices; step += height) {
-        int slice = step + item / group;
+        int slice = step + item / tile_channels;
         sum = sum + load_partial(active && slice < slices, scratch.partials, slice * shape.c + c);
       }
       if (active) elements[item] = sum;
-      else if (item < group * height) elements[item] = {0, 0};
+      else if (item < tile_channels * height) elements[item] = {0, 0};
     }
     __syncthreads();
-    add_rows(elements, group, height);
+    add_rows(elements, tile_channels, height);
   }
   const Pair* sums = slices > 1 ? elements : channels;
   each_channel(walk, shape.c, [&](bool active, i64 c, int i) {

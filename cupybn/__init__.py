@@ -3,6 +3,8 @@
 Importing this imports NumPy only; mpi4py is imported when a communicator is first needed.
 """
 
+__version__ = "0.1.0"
+
 from . import communicators, distributed, functional, testing
 from .calibration import fold, recalibrate
 from .checkpoint import StateDict, load, save
@@ -29,8 +31,6 @@ from .layers import (
     convert_sync_batchnorm,
     revert_sync_batchnorm,
 )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BatchNorm1d",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
-from itertools import repeat
+from importlib import import_module
+from itertools import accumulate, repeat
 from operator import setitem
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -103,11 +104,9 @@ def _of_tensor(x: Any, what: str, torch: Any) -> Array:
     if x.dtype != torch.bfloat16:
         return _of_memory(x, what)
     try:
-        dtype = dtype_named("bfloat16")
+        dtype = dtype_named("bfloat16", what)
     except ImportError as error:
-        raise DTypeError(
-            f"{what} is bfloat16, which needs ml_dtypes: pip install 'cupybn[bfloat16]'"
-        ) from error
+        raise DTypeError(str(error)) from error
     return _of_memory(x.view(torch.int16), what).view(dtype)  # NumPy knows no bfloat16
 
 
@@ -173,8 +172,6 @@ def cupy_for(what: str) -> Any:
 
 def device_of(x: Array) -> str:
     """``"cpu"``, or ``"cuda:<n>"`` for a CuPy array."""
-    if type(x) is np.ndarray:
-        return "cpu"
     return f"cuda:{x.device.id}" if is_cupy(x) else "cpu"
 
 
@@ -244,18 +241,21 @@ def parameter_dtype(dtype: Any) -> np.dtype[Any]:
     return np.dtype(found.arithmetic)
 
 
-def dtype_named(name: str) -> np.dtype[Any]:
+def dtype_named(name: str, what: str = "what is asked for") -> np.dtype[Any]:
     """The dtype of that name. bfloat16 is ``ml_dtypes``'s, which NumPy does not know by itself.
 
     Raises:
-        ImportError: bfloat16, and ml_dtypes is not installed.
+        ImportError: `what` is bfloat16, and ml_dtypes is not installed.
     """
-    if name == "bfloat16":
-        import ml_dtypes
-
-        name = ml_dtypes.bfloat16
-    dtype: np.dtype[Any] = np.dtype(name)
-    return dtype
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        dtype: np.dtype[Any] = np.dtype(import_module("ml_dtypes").bfloat16)
+        return dtype
+    except ImportError as error:
+        raise ImportError(
+            f"{what} is bfloat16, which needs ml_dtypes: pip install 'cupybn[bfloat16]'"
+        ) from error
 
 
 def is_floating(dtype: Any) -> bool:
@@ -266,15 +266,11 @@ def is_floating(dtype: Any) -> bool:
 
 def copy_to_host(x: Array) -> np.ndarray[Any, Any]:
     """A new NumPy array with the values of x, C-contiguous."""
-    host = x.get() if is_cupy(x) else x
-    return np.array(host, order="C", copy=True)
+    return np.array(x.get() if is_cupy(x) else x, order="C", copy=True)
 
 
 def assign(target: Array, values: Array) -> None:
     """Copies values into an array of the same shape, from any device to any, converting them."""
-    if type(target) is np.ndarray and type(values) is np.ndarray:  # on the way of every message
-        target[...] = values
-        return
     if is_cupy(values) and device_of(values) != device_of(target):
         values = copy_to_host(values)
     with on_device_of(target):
@@ -290,6 +286,12 @@ def assign_all(targets: list[Array], values: list[Array]) -> None:
             assign(target, value)
     else:
         deque(map(setitem, targets, repeat(...), values), maxlen=0)
+
+
+def cut(flat: Array, sizes: Sequence[int]) -> list[Array]:
+    """The pieces of a flat array, end to end, of these sizes: views."""
+    spans = [(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+    return [flat[begin:end] for begin, end in spans]
 
 
 def overlap(a: Array, b: Array) -> bool:

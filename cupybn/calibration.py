@@ -6,19 +6,23 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from .arrays import Array, as_array, assign, copy_to_host, dtype_named, move, on_device_of
+from .arrays import Array, as_array, assign, copy_to_host, cut, dtype_named, move, on_device_of
 from .checks import check_writeable
 from .collective import CollectiveCall
 from .communicators import Communicator, resolve
 from .layers import Layer, SyncBatchNorm
 from .layers.batchnorm import BatchNorm
-from .statistics import Moments, padded_length
+from .statistics import Moments, pack_texts, padded_length, unpack_texts
+
+Norms: TypeAlias = "list[tuple[str, BatchNorm]]"
+"""Batch norms with their paths."""
 
 _TEXT = 256  # characters that say what a batch looks like
+_HOST = np.zeros(0)
 _QUIET = partial(np.errstate, all="ignore")  # NaN and Inf are results like others, as in the layers
 
 
@@ -65,40 +69,44 @@ def recalibrate(layer: Layer, batches: Iterable[Any], comm: Any = None) -> None:
     if not norms:
         return
     with _observed(layer, [norm for _, norm in norms]):
-        reach = max((norm.communicator().size for _, norm in norms), default=1)
-        if reach > communicator.size:
-            raise ValueError(
-                f"a layer is synchronised over {reach} ranks, but comm has {communicator.size}: "
-                "pass the communicator of all of them"
-            )
-        length = padded_length(len(norms) + sum(norm.num_features for _, norm in norms))
-        # By the tree alone, which all ranks share: a rank may be the only one of its group.
-        synchronised = any(isinstance(norm, SyncBatchNorm) for _, norm in norms)
-        in_step = synchronised and communicator.size > 1
-        number = 0
-        if in_step:
-            number = _run(layer, _in_step(batches, communicator, norms[0][1].device))
-        # Without synchronised layers nothing is sent before this, and whatever fails is told here.
-        with CollectiveCall(communicator, "recalibrate", length) as call:
-            if not in_step:
-                number = _run(layer, _inputs(batches))
-            for path, norm in norms:
-                for name in ("running_mean", "running_var", "num_batches_tracked"):
-                    check_writeable(f"{path}.{name}" if path else name, norm.buffers[name])
-            call.agree({"": _outline(norms)}, messages=2)
-            local = [_on_host(norm) for _, norm in norms]
+        number, moments = _statistics(layer, norms, batches, communicator)
+    for (_, norm), (count, mean, m2) in zip(norms, moments, strict=True):
+        if count:
             with _QUIET():
-                number, pooled = _allreduce(call, number, local)
-            if number == 0:
-                raise ValueError(
-                    "there are no batches on any rank; an iterator that was used up before?"
-                )
-    for (_, norm), moments in zip(norms, pooled, strict=True):
-        if moments.count:
-            with _QUIET():
-                assign(norm.running_mean, moments.mean)
-                assign(norm.running_var, moments.m2 / max(moments.count - 1, 1))
+                assign(norm.running_mean, mean)
+                assign(norm.running_var, m2 / max(count - 1, 1))
             norm.num_batches_tracked[...] = number
+
+
+def _statistics(
+    layer: Layer, norms: Norms, batches: Iterable[Any], comm: Communicator
+) -> tuple[int, list[Moments]]:
+    """The number of batches, and what each batch norm was given, on all ranks together."""
+    reach = max(norm.communicator().size for _, norm in norms)
+    if reach > comm.size:
+        raise ValueError(
+            f"a layer is synchronised over {reach} ranks, but comm has {comm.size}: "
+            "pass the communicator of all of them"
+        )
+    number, inputs = 0, _inputs(batches)
+    # By the tree alone, which all ranks share: a rank may be the only one of its group.
+    if comm.size > 1 and any(isinstance(norm, SyncBatchNorm) for _, norm in norms):
+        number, inputs = _run(layer, _in_step(inputs, comm, norms[0][1].device)), iter(())
+    # Without synchronised layers nothing is sent before this, and whatever fails is told here.
+    length = padded_length(len(norms) + sum(norm.num_features for _, norm in norms))
+    with CollectiveCall(comm, "recalibrate", length) as call:
+        number += _run(layer, inputs)
+        for path, norm in norms:
+            for name in ("running_mean", "running_var", "num_batches_tracked"):
+                check_writeable(f"{path}.{name}" if path else name, norm.buffers[name])
+        call.agree({"": _outline(norms)}, messages=2)
+        with _QUIET():
+            number, moments = _allreduce(call, number, [norm.observed for _, norm in norms])
+        if number == 0:
+            raise ValueError(
+                "there are no batches on any rank; an iterator that was used up before?"
+            )
+    return number, moments
 
 
 def fold(layer: BatchNorm) -> tuple[Array, Array]:
@@ -131,7 +139,7 @@ def fold(layer: BatchNorm) -> tuple[Array, Array]:
         return scale.astype(mean.dtype), shift.astype(mean.dtype)
 
 
-def _outline(norms: list[tuple[str, BatchNorm]]) -> str:
+def _outline(norms: Norms) -> str:
     """A text for the other ranks, which see its beginning; equal only for equal trees."""
     names = ", ".join(f"{path!r}: {norm.num_features} channels" for path, norm in norms)
     digest = hashlib.blake2b(names.encode(), digest_size=8).hexdigest()
@@ -145,7 +153,7 @@ def _observed(layer: Layer, norms: list[BatchNorm]) -> Iterator[None]:
     try:
         layer.eval()
         for norm in norms:
-            norm.observed = Moments(0, np.zeros(0), np.zeros(0))
+            norm.observed = Moments(0, np.zeros(norm.num_features), np.zeros(norm.num_features))
             norm.training = True
         yield
     finally:
@@ -170,14 +178,13 @@ def _inputs(batches: Iterable[Any]) -> Iterator[tuple[Array, bool]]:
 
 
 def _in_step(
-    batches: Iterable[Any], comm: Communicator, device: str
+    inputs: Iterator[tuple[Array, bool]], comm: Communicator, device: str
 ) -> Iterator[tuple[Array, bool]]:
     """This rank's inputs, then empty ones like them until no rank has more.
 
     One message before each; a second where a rank has yet to see what a batch looks like.
     """
-    inputs, like = _inputs(batches), None
-    host = np.zeros(0)
+    like: Array = None
     length = padded_length(max(comm.size + 1, _TEXT))
     while True:
         with CollectiveCall(comm, "a step of recalibrate", length) as call:
@@ -185,7 +192,7 @@ def _in_step(
             if own:
                 x = as_array(x)
                 like = x[:0]
-            presence = call.payload(host, comm.size + 1)
+            presence = call.payload(_HOST, comm.size + 1)
             presence[comm.rank], presence[-1] = own, like is None
             _, total = call.allreduce()
             having = np.flatnonzero(total[:-1])
@@ -193,49 +200,30 @@ def _in_step(
                 return
             if total[-1]:
                 call.messages = 1
-                text = call.payload(host, _TEXT)
+                text = call.payload(_HOST, _TEXT)
                 if comm.rank == having[0]:
-                    text[...] = _description(like)
-                _, text = call.allreduce()
-                like = _empty(text, device) if like is None else like
+                    words = [like.dtype.name, *map(str, like.shape)]
+                    text[...] = pack_texts(" ".join(words), 0, 1, _TEXT)
+                name, *shape = unpack_texts(call.allreduce()[1], 1)[0].split()
+                if like is None:
+                    like = move(np.empty(list(map(int, shape)), dtype_named(name)), device)
         yield (x, True) if own else (like, False)
 
 
-def _description(x: Array) -> Array:
-    """Shape and dtype as the numbers of a text."""
-    text = " ".join([x.dtype.name, *map(str, x.shape)]).encode()
-    return np.frombuffer(text.ljust(_TEXT), np.uint8)
-
-
-def _empty(description: Array, device: str) -> Array:
-    name, *shape = description.astype(np.uint8).tobytes().decode().split()
-    return move(np.empty([int(size) for size in shape], dtype_named(name)), device)
-
-
-def _on_host(norm: BatchNorm) -> Moments:
-    moments = norm.observed
-    if moments is None or moments.count == 0:
-        return Moments(0, np.zeros(norm.num_features), np.zeros(norm.num_features))
-    return Moments(moments.count, copy_to_host(moments.mean), copy_to_host(moments.m2))
-
-
-def _allreduce(
-    call: CollectiveCall, number: int, local: list[Moments]
-) -> tuple[int, list[Moments]]:
+def _allreduce(call: CollectiveCall, number: int, local: list[Any]) -> tuple[int, list[Moments]]:
     """Sums of `number` and merged moments, over the ranks: the means first, then m2 about them."""
+    local = [Moments(m.count, copy_to_host(m.mean), copy_to_host(m.m2)) for m in local]
     if call.ranks == 1:
         return number, local
-    counts = np.array([float(m.count) for m in local])
-    payload = call.payload(counts, counts.size + sum(m.mean.size for m in local))
-    cuts = np.cumsum([counts.size, *(m.mean.size for m in local)])[:-1]
-    payload[...] = np.concatenate([counts, *(m.count * m.mean for m in local)])
+    sizes = [len(local), *(m.mean.size for m in local)]
+    payload = call.payload(_HOST, sum(sizes))
+    payload[...] = np.concatenate([[m.count for m in local], *(m.count * m.mean for m in local)])
     number, total = call.allreduce(number)
-    counts, *weighted = np.split(total.copy(), cuts)
+    counts, *weighted = cut(total.copy(), sizes)
     means = [w / max(n, 1.0) for w, n in zip(weighted, counts, strict=True)]
-    payload = call.payload(counts, sum(m.mean.size for m in local))
+    payload = call.payload(_HOST, sum(sizes[1:]))
     payload[...] = np.concatenate(
         [m.m2 + m.count * (m.mean - mean) ** 2 for m, mean in zip(local, means, strict=True)]
     )
-    m2s = np.split(call.allreduce()[1], cuts[1:] - cuts[0])
-    moments = zip(map(int, counts), means, m2s, strict=True)
-    return number, [Moments(*each) for each in moments]
+    m2s = cut(call.allreduce()[1], sizes[1:])
+    return number, list(map(Moments, map(int, counts), means, m2s))

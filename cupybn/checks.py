@@ -37,7 +37,7 @@ def is_relu(activation: str | None) -> bool:
 def check_parameter(what: str, parameter: Array, x: Array, layout: Layout) -> None:
     """Raises unless the per-channel array has the device, shape and dtype that go with x."""
     dtype = parameter_dtype(x.dtype)
-    if not (type(parameter) is type(x) is np.ndarray) and device_of(parameter) != device_of(x):
+    if device_of(parameter) != device_of(x):
         raise DeviceError(
             f"{what} is on {device_of(parameter)}, but the input is on {device_of(x)}"
         )
@@ -51,8 +51,7 @@ def check_parameter(what: str, parameter: Array, x: Array, layout: Layout) -> No
 
 def check_written(what: str, array: Array, x: Array, layout: Layout) -> None:
     """Raises unless the array can take what is computed for each channel of x."""
-    if type(array) is not np.ndarray or not array.flags.writeable:
-        check_writeable(what, array)
+    check_writeable(what, array)
     check_parameter(what, array, x, layout)
 
 

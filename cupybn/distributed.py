@@ -19,7 +19,16 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from .arrays import Array, assign, assign_all, copy_to_host, device_of, is_floating, on_device_of
+from .arrays import (
+    Array,
+    assign,
+    assign_all,
+    copy_to_host,
+    cut,
+    device_of,
+    is_floating,
+    on_device_of,
+)
 from .checks import check_writeable
 from .collective import CollectiveCall
 from .communicators import Communicator, MpiCommunicator, ThreadCommunicator, resolve
@@ -46,7 +55,7 @@ def allreduce_gradients(layer: Layer, comm: Any = None, op: str = "mean") -> Non
         comm: as for SyncBatchNorm; None is ``MPI.COMM_WORLD``.
         op: "mean" or "sum".
 
-    Gradients that are all on one device are pooled there, in a message of that device; others in
+    Gradients that are all on one device are summed there, in a message of that device; others in
     host memory.
 
     Raises:
@@ -68,7 +77,8 @@ def allreduce_arrays(named: Named, comm: Any = None, op: str = "mean") -> None:
     length = padded_length(sum(array.size for array in arrays))
     # An odd number of float32 values never has as many bytes as a message of float64 values.
     length += 0 if wide else 1
-    beside = _common_device(arrays)
+    # Beside one of them if all are on one device, else in host memory.
+    beside = arrays[0] if len(set(map(device_of, arrays))) == 1 else _HOST
     with on_device_of(beside):
         with CollectiveCall(communicator, "allreduce_gradients", length, dtype=dtype) as call:
             if op not in ("mean", "sum"):
@@ -83,7 +93,11 @@ def allreduce_arrays(named: Named, comm: Any = None, op: str = "mean") -> None:
             total = _allreduce(call, arrays, beside)
         if op == "mean":
             total /= communicator.size
-        _scatter(total, arrays)
+        sums = cut(total, [array.size for array in arrays])
+        with np.errstate(all="ignore"):  # a sum too large for its gradient's dtype becomes Inf
+            assign_all(
+                arrays, [part.reshape(a.shape) for part, a in zip(sums, arrays, strict=True)]
+            )
 
 
 def broadcast_parameters(layer: Layer, comm: Any = None, root: int = 0) -> None:
@@ -115,21 +129,17 @@ def broadcast_arrays(named: Named, comm: Any = None, root: int = 0) -> None:
     if communicator.size == 1:
         return
     arrays = [array for _, array in named]
-    words = sum(-(-array.nbytes // 4) for array in arrays)
-    with CollectiveCall(communicator, "broadcast_parameters", padded_length(words)) as call:
+    words = [-(-array.nbytes // 4) for array in arrays]
+    with CollectiveCall(communicator, "broadcast_parameters", padded_length(sum(words))) as call:
         # A sum of one rank's bits and the others' zeros, as integers: exact for every dtype.
-        bits = [np.zeros(words)]
-        if communicator.rank == root:
-            bits = [_words(array) for array in arrays]
-        bits = _allreduce(call, bits)
-    bits = bits.astype(np.uint32)  # all at once: what might not fit in memory, before any writing
-    values, begin = [], 0
-    for array in arrays:
-        end = begin - (-array.nbytes // 4)
-        data = bits[begin:end].view(np.uint8)[: array.nbytes]
-        values.append(data.view(array.dtype).reshape(array.shape))
-        begin = end
-    assign_all(arrays, values)
+        mine = communicator.rank == root
+        total = _allreduce(call, [_words(a) for a in arrays] if mine else [np.zeros(sum(words))])
+    # All at once: what might not fit in memory, before any writing.
+    bits = cut(total.astype(np.uint32), words)
+    octets = [b.view(np.uint8)[: a.nbytes] for b, a in zip(bits, arrays, strict=True)]
+    assign_all(
+        arrays, [o.view(a.dtype).reshape(a.shape) for o, a in zip(octets, arrays, strict=True)]
+    )
 
 
 def verify_sync(layer: Layer, comm: Any = None) -> None:
@@ -242,20 +252,11 @@ def _compare(call: CollectiveCall, settings: dict[str, object]) -> None:
         call.allreduce()
 
 
-def _common_device(arrays: list[Array]) -> Array:
-    """One of the arrays if all are on one device, else an array in host memory."""
-    if arrays and len({device_of(array) for array in arrays}) == 1:
-        return arrays[0]
-    return _HOST
-
-
 def _allreduce(call: CollectiveCall, parts: list[Array], beside: Array = _HOST) -> Array:
     """The sums over the ranks of the parts, end to end in one message in the memory of `beside`."""
-    payload, begin = call.payload(beside, sum(part.size for part in parts)), 0
-    for part in parts:
-        end = begin + part.size
-        assign(payload[begin:end], part.reshape(-1))
-        begin = end
+    sizes = [part.size for part in parts]
+    for place, part in zip(cut(call.payload(beside, sum(sizes)), sizes), parts, strict=True):
+        assign(place, part.reshape(-1))
     return call.allreduce()[1]
 
 
@@ -270,16 +271,6 @@ def outline(named: Iterable[tuple[str, Array]]) -> str:
     digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     values = sum(array.size for _, array in arrays)
     return f"{len(arrays)} arrays with {values} values (outline {digest})"
-
-
-def _scatter(bucket: Array, arrays: list[Array]) -> None:
-    values, begin = [], 0
-    for array in arrays:
-        end = begin + array.size
-        values.append(bucket[begin:end].reshape(array.shape))
-        begin = end
-    with np.errstate(all="ignore"):  # a sum too large for its gradient's dtype becomes Inf
-        assign_all(arrays, values)
 
 
 def _words(array: Array) -> Array:

@@ -104,8 +104,7 @@ def double_backward(
         if call.ranks > 1:
             payload = call.payload(x3, SUMS * layout.channels)
             payload[...] = np.concatenate(local)
-            _, pooled = call.allreduce()
-            total = _Sums(*np.split(pooled, SUMS))
+            total = _Sums(*np.split(call.allreduce()[1], SUMS))
         dweight = _write(data, saved, *per_channel, local, total, ddy3, dx3)
         dweight = None if saved.weight is None else dweight.astype(saved.weight.dtype)
         return DoubleGrads(layout.restore(ddy3), layout.restore(dx3), dweight)

@@ -12,7 +12,7 @@ class CupyBNError(Exception):
 
 
 class ShapeError(CupyBNError, ValueError):
-    """An array has the wrong rank, channel count or shape, or too few values to normalise."""
+    """An array has a wrong shape or number of dimensions, or too few values to normalise."""
 
 
 class DTypeError(CupyBNError, TypeError):

@@ -315,10 +315,11 @@ class Bound:
             Otherwise as :meth:`CollectiveCall.allreduce`.
         """
         weight, bias = params.get("weight"), params.get("bias")
-        fit = self.on_host or self._on_device(weight, bias, *(running or ())[:2])
+        fit = True
         for array in (weight, bias, *(running or ())[:2]):
             if array is not None and type(array) is self.kind:
                 fit = fit and (array.dtype, array.shape) == self.expected
+                fit = fit and (self.on_host or array.data.device_id == self.device_id)
             elif array is not None:
                 fit = False
         if self.updates and fit:
@@ -433,16 +434,17 @@ class Bound:
         for gradient in (dweight, dbias):
             if gradient is not None and type(gradient) is self.kind:
                 fit = fit and (gradient.dtype, gradient.shape) == self.expected
-                fit = fit and (not self.on_host or gradient.flags.writeable)
+                there = self.on_host or gradient.data.device_id == self.device_id
+                fit = fit and there and (not self.on_host or gradient.flags.writeable)
             elif gradient is not None:
                 fit = False
-        if not (fit and (self.on_host or self._on_device(dweight, dbias))):
+        if not fit:
             dweight, dbias = self._checked_gradients(x3, dweight, dbias)
         if type(dy) is not self.kind:
             dy = as_array(dy, "dy")
         with _HOST if self.on_host else x3.device:
-            plain = self.in_order and self.on_host and dy.flags.c_contiguous
-            if plain and dy.shape == self.shape and dy.dtype == self.dtype:
+            plain = self.on_host and type(dy) is self.kind and dy.flags.c_contiguous
+            if plain and self.in_order and dy.shape == self.shape and dy.dtype == self.dtype:
                 dy3 = dy.reshape(self.shape3)
             else:
                 dy3 = self._view("dy", dy, x3)
@@ -550,15 +552,10 @@ class Bound:
                 gradients[what] = as_array(gradient)
         return gradients["weight"], gradients["bias"]
 
-    def _on_device(self, *arrays: Array) -> bool:
-        """Whether CuPy's among the arrays are on the device of x."""
-        return all(
-            array.data.device_id == self.device_id for array in arrays if type(array) is self.kind
-        )
-
     def _view(self, what: str, array: Array, x: Array) -> Array:
         """The array as (N, C, L), if it is like x."""
-        if array.shape != self.shape or array.dtype != self.dtype or not self.on_host:
+        fits = type(array) is self.kind and array.shape == self.shape and array.dtype == self.dtype
+        if not (fits and (self.on_host or array.data.device_id == self.device_id)):
             check_like(what, array, x, self.layout)
         if self.in_order and array.flags.c_contiguous:
             return array.reshape(self.shape3)

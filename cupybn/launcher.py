@@ -21,6 +21,12 @@ LOCAL_SIZE_VARIABLES = (
     "SLURM_NTASKS_PER_NODE",
     "SLURM_TASKS_PER_NODE",  # "4(x2),3": of the nodes in turn
 )
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH, Intel MPI
+
+
+def local_rank_variables() -> dict[str, str]:
+    """The launcher's variables for the rank on this machine, as far as they are set."""
+    return {name: os.environ[name] for name in LOCAL_RANK_VARIABLES if name in os.environ}
 
 
 def local_rank() -> int:
@@ -51,3 +57,16 @@ def leading_number(text: str) -> int:
     """4 of "4", of "4,2" and of "4(x2)"; 0 where there is none."""
     digits = len(text) - len(text.lstrip("0123456789"))
     return int(text[:digits] or 0)
+
+
+def strangers(size: int) -> str | None:
+    """What is wrong if the launcher started more processes than MPI sees; None if nothing is."""
+    for name in SIZE_VARIABLES:
+        text = os.environ.get(name, "")
+        if text.isdecimal() and int(text) > 1 and size == 1:
+            return (
+                f"the launcher started {text} processes ({name}), but each of them is alone in "
+                "MPI.COMM_WORLD: mpiexec belongs to another MPI than the library that mpi4py "
+                "loaded (MPI4PY_LIBMPI chooses it)"
+            )
+    return None

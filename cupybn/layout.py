@@ -32,14 +32,10 @@ class Layout:
     def per_channel(self) -> tuple[int]:
         return (self.channels,)
 
-    @property
-    def _others(self) -> tuple[int, ...]:
-        axis = self.channel_axis
-        return self.shape[:axis] + self.shape[axis + 1 :]
-
     @cached_property
     def shape3(self) -> tuple[int, int, int]:
-        n, *spatial = self._others
+        axis = self.channel_axis
+        n, *spatial = self.shape[:axis] + self.shape[axis + 1 :]
         if self.columns:
             return n * prod(spatial), self.channels, 1
         return n, self.channels, prod(spatial)
@@ -97,14 +93,11 @@ def layout_of(x: Array, channel_axis: int) -> Layout:
     if x.ndim < 2:
         raise ShapeError(f"expected at least 2D input (got {x.ndim}D input)")
     axis = channel_axis % x.ndim
-    own = x.flags.c_contiguous
-    if own or x.ndim == 2:
-        return _layout(x.shape, axis, axis == x.ndim - 1)
-    other_columns = axis == 1
-    other = np.moveaxis(x, axis, -1 if other_columns else 1)
-    if other.flags.c_contiguous:
-        return _layout(x.shape, axis, other_columns)
-    return _layout(x.shape, axis, axis == x.ndim - 1)
+    columns = axis == x.ndim - 1
+    if x.ndim > 2 and not x.flags.c_contiguous:
+        in_other_order = np.moveaxis(x, axis, 1 if columns else -1)
+        columns ^= in_other_order.flags.c_contiguous
+    return _layout(x.shape, axis, columns)
 
 
 @lru_cache(maxsize=1024)

@@ -1,4 +1,4 @@
-"""Counts, means and second moments: merging them, and the message that pools them over ranks.
+"""Counts, means and second moments: merging them, and the message that adds them up over ranks.
 
 All numbers here are float64, whatever the data. Formulas: Chan, Golub and LeVeque, "Updating
 formulae and a pairwise algorithm for computing sample variances" (1979), for ``merge``; the pooled
@@ -11,7 +11,7 @@ are told apart by the header instead of ending the job. The header is not part o
 most layers have a power of two of channels, and their messages would be twice as long.
 
 Header words: ranks that failed; the sum of (rank + 1) over them; the count; then pairs f and f * f
-for each piece of the fingerprint's hash.
+for each group of bits of the fingerprint's hash.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def header_words(dtype: Any, fingerprint: str) -> np.ndarray[Any, Any]:
     bits = 6 if words.dtype == np.float32 else 20
     number = int.from_bytes(hashlib.blake2b(fingerprint.encode(), digest_size=16).digest(), "big")
     for i in range(FINGERPRINT, HEADER - 1, 2):
-        piece = number & ((1 << bits) - 1)
-        words[i : i + 2] = piece, piece * piece
+        f = number & ((1 << bits) - 1)
+        words[i : i + 2] = f, f * f
         number >>= bits
     words.flags.writeable = False
     return words

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -84,57 +84,62 @@ def check_gradients(
     if as_array(x).dtype != np.float64:
         raise DTypeError(f"check_gradients works in float64, but x is {as_array(x).dtype}")
     ranks: Communicator = SelfCommunicator() if comm is None else resolve(comm)
-    layer = copy.deepcopy(layer)
+    failures = []
+    for what, value, numeric in _slopes(copy.deepcopy(layer), x.copy(), ranks, eps, seed, options):
+        difference = abs(value - numeric)
+        if not difference <= atol + rtol * abs(numeric):
+            text = f"{what} is {value:.9g}, central differences give {numeric:.9g}"
+            failures.append((difference, text))
+    if failures:
+        raise AssertionError(f"{len(failures)} gradients differ; the worst: {max(failures)[1]}")
+
+
+def _slopes(
+    layer: Layer, x: Array, ranks: Communicator, eps: float, seed: int, options: dict[str, Any]
+) -> Iterator[tuple[str, float, float]]:
+    """(which value, its gradient by backward, by differences) of this rank's inputs and parameters.
+
+    Every rank is in this together: it computes the loss when another rank's value moves, too.
+    """
     layer.zero_grad()
-    inputs = {"dx": x.copy()}
+    inputs = {"dx": x}
     if "residual" in options:
         inputs["dresidual"] = options["residual"] = options["residual"].copy()
     state = layer.state_dict()
+    y = layer.forward(x, save_for_backward=True, **options)
+    # A dy that depends on x linearly would hide a wrong dx: no seed that x may come from.
+    dy = np.random.default_rng([seed, ranks.rank, 0x62E1]).standard_normal(y.shape)
+    result = layer.backward(dy)
+    analytic = dict(zip(inputs, result if isinstance(result, tuple) else (result,), strict=True))
+    gradients = {name: grad.copy() for name, grad in layer.named_gradients()}
 
     def total(values: Any) -> Any:
         message = np.atleast_1d(np.array(values, np.float64))
         return ranks.allreduce(message, "check_gradients")
 
-    y = layer.forward(inputs["dx"], save_for_backward=True, **options)
-    # A dy that depends on x linearly would hide a wrong dx: no seed that x may come from.
-    dy = np.random.default_rng([seed, ranks.rank, 0x62E1]).standard_normal(y.shape)
-    result = layer.backward(dy)
-    analytic = dict(zip(inputs, result if isinstance(result, tuple) else (result,), strict=True))
-
     def slope(array: Array, index: tuple[int, ...] | None) -> float:
         """The loss's slope in one value; without an index it is another rank's that moves."""
         losses = []
+        before: Any = None if index is None else array[index]
         for step in (eps, -eps):
             layer.load_state_dict(state)  # running statistics as they were
             if index is not None:
-                before = array[index]
                 array[index] = before + step
-            moved = layer.forward(inputs["dx"], save_for_backward=False, **options)
+            moved = layer.forward(x, save_for_backward=False, **options)
             losses.append(float(total(np.vdot(dy, moved))[0]))
-            if index is not None:
-                array[index] = before
+        if index is not None:
+            array[index] = before
         return (losses[0] - losses[1]) / (2 * eps)
-
-    failures: list[tuple[float, str]] = []
-
-    def compare(name: str, index: tuple[int, ...], value: float, numeric: float) -> None:
-        difference = abs(value - numeric)
-        if not difference <= atol + rtol * abs(numeric):
-            text = f"{name}{list(index)} is {value:.9g}, central differences give {numeric:.9g}"
-            failures.append((difference, text))
 
     for name, array in inputs.items():
         for rank in range(ranks.size):
-            mine = rank == ranks.rank
-            for i in range(int(total(array.size if mine else 0)[0])):
-                index = tuple(map(int, np.unravel_index(i, array.shape))) if mine else None
-                numeric = slope(array, index)
-                if index is not None:
-                    compare(name, index, analytic[name][index], numeric)
-    gradients = {name: grad.copy() for name, grad in layer.named_gradients()}
+            for i in range(int(total(array.size if rank == ranks.rank else 0)[0])):
+                if rank != ranks.rank:
+                    slope(array, None)
+                    continue
+                at = tuple(map(int, np.unravel_index(i, array.shape)))
+                yield f"{name}{list(at)}", analytic[name][at], slope(array, at)
     for name, parameter in layer.named_parameters():
         gradient = total(gradients[name].reshape(-1)).reshape(parameter.shape)
-        for index in np.ndindex(parameter.shape):
-            compare(f"gradient of {name}", index, gradient[index], slope(parameter, index))
-    if failures:
-        raise AssertionError(f"{len(failures)} gradients differ; the worst: {max(failures)[1]}")
+        for at in np.ndindex(parameter.shape):
+            yield f"gradient of {name}{list(at)}", gradient[at], slope(parameter, at)

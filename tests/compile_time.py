@@ -13,11 +13,12 @@ import subprocess
 import sys
 import time
 
-import numpy as np
+from kernel_cases import host_kernels
 from test_compile import compile_text
 
-from cupybn import BatchNorm1d, BatchNorm2d, backends
-from cupybn.backends import cuda, source
+from cupybn import BatchNorm1d, BatchNorm2d
+from cupybn.arrays import DATA_TYPES
+from cupybn.backends.cuda import source
 
 SHAPES = {
     "rows": (4, 64, 28, 28),
@@ -35,13 +36,12 @@ class _Nothing:
 def texts(dtype: str, shape: tuple[int, ...]) -> list[str]:
     """What a layer's first forward and backward compile."""
     found: list[str] = []
-    source.compile_module = lambda text, kernels: found.append(text) or _Nothing()
-    backends.use_cpu_backend(cuda)
     if dtype == "bfloat16":
         from ml_dtypes import bfloat16 as dtype
     cls = BatchNorm2d if len(shape) == 4 else BatchNorm1d
-    layer = cls(shape[1], dtype="float64" if dtype == "float64" else None)
-    layer.backward(layer(np.ones(shape, dtype)))
+    with host_kernels(lambda text, kernels: found.append(text) or _Nothing()) as cupy:
+        layer = cls(shape[1], dtype="float64" if dtype == "float64" else None, device="cuda")
+        layer.backward(layer(cupy.ones(shape, dtype)))
     return found
 
 
@@ -63,7 +63,7 @@ def main() -> None:
         print(*measure(*args.one, args.arch))
         return
     print(f"| type | {' | '.join(SHAPES)} |\n|---|{'---|' * len(SHAPES)}")
-    for dtype in source.SCALARS:
+    for dtype in DATA_TYPES:
         cells = []
         for kind in SHAPES:
             command = [sys.executable, __file__, "--arch", args.arch, "--one", dtype, kind]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, wraps
 from itertools import combinations, product
 from types import SimpleNamespace
 from typing import Any
 
+import fake_cupy
 import numpy as np
-from hostcuda.build import host_module, host_modules
+from hostcuda.build import host_modules
 
-from cupybn.backends import cuda, device, source
-from cupybn.statistics import Moments, Transform
+from cupybn.backends import cuda
+from cupybn.backends.cuda import launch
+from cupybn.statistics import BackwardSums, Moments, Transform
 
 NS = (1, 2, 3, 8, 33)
 CS = (1, 2, 3, 31, 32, 33, 65, 127, 1025)
@@ -149,67 +152,174 @@ class Case:
         return self.activation is not None and self.residual is not None
 
 
+def there(x):
+    """A stand-in for a device array, over the same memory."""
+    return None if x is None else fake_cupy.over(x)
+
+
+def back(x):
+    """The NumPy array in a stand-in's memory; of those in a tuple."""
+    return type(x)(*map(back, x)) if isinstance(x, BackwardSums) else x.memory
+
+
+def _mapped(x, of, kind):
+    """x with what `of` makes of the arrays in it."""
+    if isinstance(x, Moments):
+        return Moments(x.count, of(x.mean), of(x.m2))
+    if isinstance(x, tuple):
+        values = [_mapped(value, of, kind) for value in x]
+        return type(x)(*values) if hasattr(x, "_fields") else tuple(values)
+    return of(x) if isinstance(x, kind) else x
+
+
+def numpy_through_cuda():
+    """The functions of the CUDA backend for NumPy arrays, in place."""
+
+    def wrapped(function):
+        @wraps(function)
+        def through(*args, **options):
+            args = _mapped(args, fake_cupy.over, np.ndarray)
+            options = {name: _mapped(x, fake_cupy.over, np.ndarray) for name, x in options.items()}
+            return _mapped(function(*args, **options), lambda x: x.memory, fake_cupy.ndarray)
+
+        return through
+
+    return SimpleNamespace(**{name: wrapped(getattr(cuda, name)) for name in cuda.__all__})
+
+
 def run(backend, case):
-    """One forward and backward of a backend: everything it gives."""
-    y, dx, dresidual = case.outputs
-    x, dy = case.x, case.dy
+    """One forward and backward of a backend, of NumPy or of CUDA: everything it gives."""
+    if backend is not cuda:
+        return SimpleNamespace(**_run(backend, case, lambda x: x, np))
+    found = _run(backend, case, there, fake_cupy)
+    keep = ("count", "mask", "running")
+    results = {name: x if name in keep else back(x) for name, x in found.items()}
+    results["mask"] = None if found["mask"] is None else back(found["mask"])
+    return SimpleNamespace(**results | {"running": [back(state) for state in found["running"]]})
+
+
+def _run(backend, case, place, xp):
+    y, dx, dresidual = map(place, case.outputs)
+    x, dy, weight, bias = map(place, (case.x, case.dy, case.weight, case.bias))
     moments = backend.batch_moments(x)
-    running = np.zeros_like(case.weight), np.ones_like(case.weight)
+    running = xp.zeros_like(weight), xp.ones_like(weight)
     mean, var, invstd = backend.finalize_moments(moments, case.eps, running=running, factor=0.5)
-    mask = np.full((x.size + 7) // 8, 0xAA, np.uint8) if case.needs_mask else None
-    transform = Transform(mean, invstd, case.weight, case.bias)
+    mask = xp.full((case.x.size + 7) // 8, 0xAA, np.uint8) if case.needs_mask else None
+    transform = Transform(mean, invstd, weight, bias)
     options = {"relu": case.activation is not None, "mask": mask}
-    backend.normalize(x, transform, **options, residual3=case.residual, out3=y)
+    residual = None if case.residual is None else place(case.residual)
+    backend.normalize(x, transform, **options, residual3=residual, out3=y)
     sums = backend.backward_reduce(dy, x, transform, **options)
-    dweight, dbias = np.ones_like(case.weight), np.ones_like(case.bias)
+    dweight, dbias = xp.ones_like(weight), xp.ones_like(bias)
     backend.backward_input(
-        dy, x, transform, **options, sums=None if case.constant else sums, count=moments.count,
-        out3=dx, dresidual3=dresidual if mask is not None else None,
-        local=sums, dweight=dweight, dbias=dbias,
-    )  # fmt: skip
-    return SimpleNamespace(
-        count=moments.count, mean=mean, var=var, invstd=invstd, y=y, mask=mask, sums=sums, dx=dx,
-        dresidual=dresidual, dweight=dweight - 1, dbias=dbias - 1,
-        running=running,
-    )  # fmt: skip
+        dy,
+        x,
+        transform,
+        **options,
+        sums=None if case.constant else sums,
+        count=moments.count,
+        out3=dx,
+        dresidual3=dresidual if mask is not None else None,
+        local=sums,
+        dweight=dweight,
+        dbias=dbias,
+    )
+    return {
+        "count": moments.count,
+        "mean": mean,
+        "var": var,
+        "invstd": invstd,
+        "y": y,
+        "mask": mask,
+        "sums": sums,
+        "dx": dx,
+        "dresidual": dresidual,
+        "dweight": dweight - 1,
+        "dbias": dbias - 1,
+        "running": running,
+    }
 
 
-def run_recentred(finish_forward, case):
-    """What a forward of float64 data gives after its second message, by `finish_forward`."""
-    y, before = case.outputs[0], case.outputs[0].copy()
-    moments = Moments(case.count, case.forward.mean * case.count, case.forward.var * case.count)
-    running = np.full_like(case.weight, 0.3), np.full_like(case.weight, 0.7)
-    mask = np.full((y.size + 7) // 8, 0xAA, np.uint8) if case.needs_mask else None
-    statistics = finish_forward(
+def run_alone(case):
+    """The same by ``local_forward`` and ``local_backward`` of CUDA: all that they write."""
+    given = [there(placed(a, a.dtype)) for a in (case.weight, case.bias)]
+    running = there(np.zeros_like(case.weight)), there(np.ones_like(case.weight))
+    gradients = [there(np.ones_like(case.weight)) for _ in range(2)]
+    mask = there(np.full((case.x.size + 7) // 8, 0xAA, np.uint8)) if case.needs_mask else None
+    x, dy, residual = there(case.x), there(case.dy), there(case.residual)
+    y, dx, dresidual = map(there, case.outputs)
+    options = {"relu": case.activation is not None, "mask": mask}
+    mean, invstd = cuda.local_forward(
+        x, y, *given, case.eps, **options, residual3=residual, running=running, factor=0.5
+    )
+    cuda.local_backward(
+        dy,
+        x,
+        dx,
+        Transform(mean, invstd, *given),
+        **options,
+        count=0 if case.constant else case.count,
+        dresidual3=dresidual if mask is not None else None,
+        dweight=gradients[0],
+        dbias=gradients[1],
+    )
+    results = [mean, invstd, *running, y, dx, *gradients]
+    results += [] if mask is None else [mask, dresidual]
+    return [back(x).copy() for x in results]
+
+
+def in_two_launches(moments, form, x, y, weight, bias, eps, **options):
+    """``finish_forward`` by the two primitives of which it is made."""
+    state = {name: options.pop(name) for name in ("running", "factor") if name in options}
+    mean, _, invstd = cuda.finalize_moments(moments, eps, form=form, **state)
+    cuda.normalize(x, Transform(mean, invstd, weight, bias), **options, out3=y)
+    return mean, invstd
+
+
+def run_recentred(case, fused):
+    """What a forward of float64 data gives after its second message, in one launch or in two."""
+    y, before = there(case.outputs[0]), case.outputs[0].copy()
+    mean, var = case.forward.mean * case.count, case.forward.var * case.count
+    moments = Moments(case.count, there(mean), there(var))
+    running = tuple(fake_cupy.full_like(there(case.weight), value) for value in (0.3, 0.7))
+    mask = fake_cupy.full((y.size + 7) // 8, 0xAA, np.uint8) if case.needs_mask else None
+    weight, bias = there(case.weight), there(case.bias)
+    finish = cuda.finish_forward if fused else in_two_launches
+    statistics = finish(
         moments,
         "recentred",
-        case.x,
+        there(case.x),
         y,
-        case.weight,
-        case.bias,
+        weight,
+        bias,
         case.eps,
         relu=case.activation is not None,
-        residual3=case.residual,
+        residual3=there(case.residual),
         mask=mask,
         running=running,
         factor=0.3,
     )
-    results = [*statistics, *running, y.copy(), *([] if mask is None else [mask])]
-    y[...] = before
+    results = [*statistics, *running, y, *([] if mask is None else [mask])]
+    results = [back(x).copy() for x in results]
+    case.outputs[0][...] = before
     return results
 
 
 @contextmanager
-def host_kernels(compile_module=None):
-    """The CUDA backend with the host build of its kernels, or with those of `compile_module`."""
-    original = source.compile_module
-    source.compile_module = compile_module or host_module
-    device.clear_caches()
+def host_kernels(build=None):
+    """The stand-in for CuPy, its kernels those of the host build, or of ``build(text, names)``."""
+    before = sys.modules.get("cupy")
+    fake_cupy.install()
+    if build is not None:
+        fake_cupy.build_with(build)
+    launch.clear_caches()
     try:
-        yield
+        yield fake_cupy
     finally:
-        source.compile_module = original
-        device.clear_caches()
+        launch.clear_caches()
+        sys.modules.pop("cupy")
+        if before is not None:
+            sys.modules["cupy"] = before
 
 
 class _Collector:
@@ -233,6 +343,6 @@ def compile_ahead(cases: Iterable[Case]) -> set[tuple[str, str]]:
         for case in cases:
             run(cuda, case)
             if case.x.dtype == np.float64:
-                run_recentred(cuda.finish_forward, case)
+                run_recentred(case, fused=True)
     host_modules(collector.modules)
     return collector.launched

@@ -11,13 +11,14 @@ import sys
 import time
 from importlib.util import find_spec
 
+import fake_cupy
 import numpy as np
-import numpy_as_cupy
 import pytest
 from conftest import ROOT, rank_environment
+from kernel_cases import host_kernels
 
 import cupybn
-from benchmarks import DTYPES, cases, costs, cpu, timing
+from benchmarks import cases, costs, cpu, timing
 from benchmarks.__main__ import argument_parser
 from benchmarks.report import Report, bars_of, no_gpu, written
 
@@ -44,7 +45,6 @@ def test_without_a_section_it_does_what_this_machine_can(tmp_path):
     assert process.stderr == ""
     found = json.loads(path.read_text())
     assert list(found) == ["environment", "cpu", "overhead", "memory"]
-    assert found["environment"]["cupybn"].startswith(cupybn.__version__)
     assert len(found["cpu"]["cases"]) == len(cpu.default_cases(quick=True))
     for record in found["cpu"]["cases"]:
         us = record["us"]["numpy"]
@@ -56,17 +56,12 @@ def test_without_a_section_it_does_what_this_machine_can(tmp_path):
     for record in found["memory"]["cpu"]:
         assert 0 < record["forward"] < 0.5 * record["x"], record
         assert 0 < record["backward"] < 0.5 * record["x"], record
-    if find_spec("torch"):
-        assert plot.read_bytes().startswith(b"\x89PNG")
-    else:
-        assert "no picture: nothing beside PyTorch" in process.stdout
+    assert plot.exists() == (find_spec("torch") is not None)
 
 
 def test_beside_other_frameworks(tmp_path):
     peers = {"torch": "torch", "compiled": "torch", "jax": "jax"}
     paths = [name for name, module in peers.items() if find_spec(module)]
-    if not paths:
-        pytest.skip("neither PyTorch nor JAX is installed")
     path = tmp_path / "out.json"
     options = ["--shapes", "6x4x5x3", "--layouts", "rows", "columns", "--repeat", 3]
     run("cpu", *options, "--paths", "numpy", *paths, "--json", path)
@@ -74,8 +69,7 @@ def test_beside_other_frameworks(tmp_path):
         assert record["failed"] == {}
         assert set(record["us"]) == {"numpy", *paths}
         assert max(record["error"].values()) < 1e-6
-        if "torch" in paths:
-            assert record["ratio"]["numpy / torch"] > 0
+        assert ("numpy / torch" in record["ratio"]) == ("torch" in paths)
 
 
 def test_beside_another_checkout(tmp_path):
@@ -117,12 +111,9 @@ def test_comm_under_mpiexec_speaks_once(mpirun, tmp_path):
     printed = mpirun(2, "-m", "benchmarks", "--quick", "--json", path).stdout
     assert printed.count("== messages between ranks") == 1
     assert len(re.findall(r"^C = \d+ ", printed, re.M)) == 4
-    found = json.loads(path.read_text())["comm"]
-    assert (found["ranks"], found["hosts"]) == (2, 1)
-    for message in found["messages"]:
+    for message in json.loads(path.read_text())["comm"]["messages"]:
         assert message["bytes"] >= 16 * message["channels"]
-        assert all(value > 0 for value in message["us"].values())
-        assert message["us"]["step"] > message["us"]["bare"]
+        assert message["us"]["step"] > message["us"]["bare"] > 0
         assert message["functions"] > 1
 
 
@@ -133,7 +124,7 @@ def test_comm_under_mpiexec_speaks_once(mpirun, tmp_path):
         (["gpu"], {}, "error: gpu: device"),
         (["cpu"], {"PMI_SIZE": "2"}, "under mpiexec only comm"),
         (["gpus"], {}, "no section gpus: there are cpu, gpu, comm, overhead, memory"),
-        (["cpu", "--repeat", "0"], {}, "must be at least 1"),
+        (["--repeat", "0"], {}, "must be at least 1"),
         (["--shapes", "32"], {}, "must look like 32x64x56x56, got '32'"),
         (["cpu", "--json", "nowhere/x.json"], {}, "nowhere/x.json cannot be written"),
         (["cpu", "--against", "docs"], {}, "--against: docs is no checkout of cupybn"),
@@ -145,20 +136,14 @@ def test_what_cannot_be_measured(given, env, says):
 
 
 @pytest.fixture
-def fake(monkeypatch):
-    """A GPU that NumPy plays."""
-    monkeypatch.setitem(sys.modules, "cupy", module := numpy_as_cupy.make())
-    return module
-
-
-@pytest.fixture
-def gpu(fake, monkeypatch):
-    """Its section; layers stay on the CPU."""
-    module = importlib.import_module("benchmarks.gpu")
-    monkeypatch.setattr(module, "DEVICE", "cpu")
-    monkeypatch.setattr(module, "_COPIED", 1 << 16)
-    yield module
-    del sys.modules["benchmarks.gpu"]
+def gpu(monkeypatch):
+    """The section, with the stand-in for CuPy and kernels that do nothing."""
+    with host_kernels():
+        fake_cupy.do_nothing()
+        module = importlib.import_module("benchmarks.gpu")
+        monkeypatch.setattr(module, "_COPIED", 1 << 16)
+        yield module
+        del sys.modules["benchmarks.gpu"]
 
 
 def test_gpu_with_numpy_in_its_place(gpu, capsys, monkeypatch):
@@ -174,21 +159,21 @@ def test_gpu_with_numpy_in_its_place(gpu, capsys, monkeypatch):
     monkeypatch.setattr(cases, "RESNET50", "11*4x7x7 42*8x3x3")
     args, report = report_of("gpu", "--quick")
     gpu.measure_gpu(args, report)
-    assert report.environment["device"] == "a device that is none"
+    assert report.environment["device"] == "Stand-in"
     [without, *records] = sorted(report.sections["gpu"]["cases"], key=lambda r: len(r["shape"]))
     assert (without["us"], without["failed"]) == ({}, {"all": "MemoryError: "})
     assert len(records) == 2 * 3
     for record in records:
         assert record["us"]["cupybn"]["forward"] > 0
         assert record["issued us"]["cupybn"] > 0
-    printed = capsys.readouterr().out
-    assert "2x4x3x3x3 float16 columns" in printed
-    assert "MemoryError" in printed
+    assert "2x4x3x3x3 float16 columns" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gpu_beside_pytorch_with_numpy_in_its_place(gpu, dtype, monkeypatch):
     monkeypatch.setattr(gpu, "torch", pytest.importorskip("torch"))
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(fake_cupy.ndarray, "__dlpack_device__", lambda self: (1, 0))
     for case in cases.products(["8x6x5x5"], [dtype], ["columns"]):
         found = gpu.record(case, [*gpu.PATHS], 3)
         assert found["us"]["native"]["both"] > 0
@@ -201,13 +186,12 @@ def test_resnet50(gpu):
     found = cases.products(["32x1024x14x14", "32x64x56x56", "32x9x9x9"], ["float16"])
     ratios = [{"a": 0.25, "b": 0.2}, {"a": 0.5, "b": 2.0}, {"a": 9.0, "b": 9.0}]
     records = [case._asdict() | {"ratio": r} for case, r in zip(found, ratios, strict=True)]
-    [(group, found)] = gpu.resnet50(records).items()
-    assert group == "N=32 float16 rows"
-    assert found["mean speedup"] == pytest.approx((4**7 * 0.5**6) ** (1 / 13))
-    assert found["lowest"] == 0.5
+    mean = pytest.approx((4**7 * 0.5**6) ** (1 / 13))
+    found = {"mean speedup": mean, "lowest": 0.5}
+    assert gpu.resnet50(records) == {"N=32 float16 rows": found}
 
 
-def test_memory_is_what_is_allocated(fake):
+def test_memory_is_what_is_allocated(gpu):
     kept = {}
 
     def call():
@@ -217,11 +201,10 @@ def test_memory_is_what_is_allocated(fake):
     assert costs.on_host(call) == pytest.approx((12 << 20, 8 << 20), rel=1e-3)
 
     def call_of_device():
-        fake.empty(3)
-        fake.empty(4)
-        fake.get_default_memory_pool().bytes -= 100
+        kept["x"] = fake_cupy.empty(3)
+        fake_cupy.empty(4)
 
-    assert costs.on_device(call_of_device) == (200, 100)
+    assert costs.on_device(call_of_device) == (56, 24)
 
 
 def test_functions_are_counted():
@@ -229,17 +212,6 @@ def test_functions_are_counted():
     assert costs.entered(layer.zero_grad).total() >= 1
     assert dict(costs.entered(lambda: x.sum())) == {"_core/_methods.py": 1}
     assert costs.entered(lambda: [time.time(), sorted([2, 1])]).total() == 0
-
-
-def test_tensors():
-    for case in cases.products(["3x4x5x6"], DTYPES, ["columns"]):
-        t = cases.Tensors(np, None, case)
-        assert t.x.shape == t.dy.shape == (3, 4, 5, 6)
-        assert np.moveaxis(t.x, 1, -1).flags.c_contiguous
-        assert t.x.dtype.name == case.dtype
-        x, dy = t.x.astype(np.float64), t.dy.astype(np.float64)
-        assert 0.7 < x.std() < 1.3
-        assert abs(np.corrcoef(x.ravel(), dy.ravel())[0, 1]) < 0.2
 
 
 def test_turns_are_taken_and_times_are_of_one_call():
@@ -257,11 +229,9 @@ def test_turns_are_taken_and_times_are_of_one_call():
     assert re.fullmatch(r"(af ab ){2}(b ){2}(af ab (b )+af ab ){2}", " ".join(order) + " ")
     found = timing.figures(times, [("a", "b"), ("a", "c")])
     a, b = found["us"]["a"], found["us"]["b"]
-    assert a["repetitions"] == b["repetitions"] == 4
     assert 4000 <= a["forward"] < 8000 < 12000 <= a["backward"]
     assert 16000 <= a["fastest"] <= a["both"] <= a["slowest"]
     assert 100 <= b["call"] == b["both"] < 1000
-    assert list(found["ratio"]) == ["a / b"]
     assert 16 < found["ratio"]["a / b"] < 160
     assert len(timing.interleave(turns, 50, seconds=0)["a"]["forward"]) == 3
 
@@ -278,4 +248,3 @@ def test_the_picture_has_the_ratios_to_pytorch():
     ratio = {"numba / torch": 0.5, "numba / numba before": 0.9}
     record = cases.Case((8, 16))._asdict() | {"ratio": ratio}
     assert bars_of({"cpu": {"cases": [record]}}) == [("8x16 float32", "numba", 0.5)]
-    assert bars_of({}) == []

@@ -7,7 +7,7 @@ import pytest
 from conftest import DTYPES
 from cuda_tools import need
 from hostcuda.build import missing
-from kernel_cases import host_kernels, parameter_dtype
+from kernel_cases import host_kernels, numpy_through_cuda, parameter_dtype
 from rank_checks import Spy, bits, normal
 
 from cupybn import (
@@ -20,7 +20,6 @@ from cupybn import (
     forward_backward,
     recalibrate,
 )
-from cupybn.backends import cuda
 from cupybn.interop.names import convert_state_dict
 from cupybn.testing import run_ranks
 
@@ -34,7 +33,7 @@ def backend(request, monkeypatch):
         yield request.param
         return
     need(missing())
-    monkeypatch.setattr(backends, "numpy_backend", cuda)
+    monkeypatch.setitem(backends.by_type, np.ndarray, numpy_through_cuda())
     with host_kernels():
         yield request.param
 

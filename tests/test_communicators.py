@@ -13,7 +13,7 @@ import pytest
 import cupybn
 from cupybn import SelfCommunicator, SyncBatchNorm
 from cupybn.communicators import Communicator, ThreadCommunicator
-from cupybn.communicators.mpi import default_timeout
+from cupybn.communicators.base import seconds_to_wait
 from cupybn.testing import run_ranks
 
 X = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
@@ -103,14 +103,14 @@ def test_groups():
 def test_timeouts_must_be_seconds(monkeypatch, text):
     monkeypatch.setenv("CUPYBN_TIMEOUT", text)
     with pytest.raises(ValueError, match="CUPYBN_TIMEOUT must be a number of seconds"):
-        default_timeout()
+        seconds_to_wait()
 
 
 def test_timeout_defaults(monkeypatch):
     monkeypatch.delenv("CUPYBN_TIMEOUT", raising=False)
-    assert default_timeout() == 600
+    assert seconds_to_wait() == 600
     monkeypatch.setenv("CUPYBN_TIMEOUT", "7.5")
-    assert default_timeout() == 7.5
+    assert seconds_to_wait() == 7.5
     assert ThreadCommunicator.group(1)[0].timeout == 7.5
     assert ThreadCommunicator.group(1, 0)[0].timeout == 0
 

@@ -20,8 +20,11 @@ from typing import NamedTuple
 
 import pytest
 from cuda_tools import need
+from cuda_variants import Variant
+from cuda_variants import variants as variants_of
 
-from cupybn.backends import source
+from cupybn.arrays import DATA_TYPES
+from cupybn.backends.cuda import source
 
 pytestmark = pytest.mark.timeout(900)
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
@@ -100,7 +103,7 @@ def compile_text(text: str, arch: str, *more: str) -> tuple[bytes, str]:
         nvrtc.destroyProgram(program)
 
 
-def bundle(variants: Sequence[source.Variant]) -> str:
+def bundle(variants: Sequence[Variant]) -> str:
     """One text with all of them, each in a namespace; the kernels are kernel_0, kernel_1 ..."""
     parts, number = [], count()
     for i, variant in enumerate(variants):
@@ -125,7 +128,7 @@ def _instructions(cubin: bytes) -> dict[int, str]:
     return _sections(sass, r"\.section\s+\.text\.")
 
 
-def compile_bundle(variants: Sequence[source.Variant], arch: str) -> list[Compiled]:
+def compile_bundle(variants: Sequence[Variant], arch: str) -> list[Compiled]:
     """Run in a process of its own: NVRTC takes one compilation at a time in each."""
     try:
         cubin, log = compile_text(bundle(variants), arch, "--ptxas-options=-v")
@@ -148,9 +151,9 @@ def compile_bundle(variants: Sequence[source.Variant], arch: str) -> list[Compil
     ]
 
 
-def _is_wide(variant: source.Variant, dtype: str) -> bool:
+def _is_wide(variant: Variant, dtype: str) -> bool:
     """Whether tensors are read and written 16 bytes at a time."""
-    widest = max(dict(v.defines).get("VECTOR", 0) for v in source.variants(dtype))
+    widest = max(dict(v.defines).get("VECTOR", 0) for v in variants_of(dtype))
     return dict(variant.defines).get("VECTOR") == widest
 
 
@@ -171,7 +174,7 @@ def compiled(request) -> Iterator[Results]:
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         futures: Results = {}
         for dtype, arch in sorted(wanted):
-            variants = list(source.variants(dtype))
+            variants = list(variants_of(dtype))
             futures[dtype, arch] = [
                 pool.submit(compile_bundle, variants[i : i + BUNDLE], arch)
                 for i in range(0, len(variants), BUNDLE)
@@ -185,25 +188,25 @@ def _of(compiled: Results, dtype: str, arch: str = LOOKED_AT) -> list[Compiled]:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", sorted(source.SCALARS))
+@pytest.mark.parametrize("dtype", sorted(DATA_TYPES))
 def test_every_variant_compiles(compiled, dtype, arch):
     results = _of(compiled, dtype, arch)
-    assert len(results) == sum(len(variant.kernels) for variant in source.variants(dtype))
+    assert len(results) == sum(len(variant.kernels) for variant in variants_of(dtype))
     assert not [(one.label, one.error) for one in results if one.error]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", sorted(source.SCALARS))
+@pytest.mark.parametrize("dtype", sorted(DATA_TYPES))
 def test_nothing_spills(compiled, dtype, arch):
     clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
     results = _of(compiled, dtype, arch)
     assert not [(one.label, one.kernel, one.spills) for one in results if one.spills != clean]
 
 
-@pytest.mark.parametrize("dtype", sorted(source.SCALARS))
+@pytest.mark.parametrize("dtype", sorted(DATA_TYPES))
 def test_wide_variants_load_and_store_128_bits(compiled, dtype):
     need(None if _nvdisasm() else "no nvdisasm: pip install nvidia-cuda-nvdisasm")
-    wide = {v.label for v in source.variants(dtype) if _is_wide(v, dtype)}
+    wide = {v.label for v in variants_of(dtype) if _is_wide(v, dtype)}
     results = [one for one in _of(compiled, dtype) if one.label in wide]
     assert len(results) == (20 if dtype == "float64" else 16)
     assert not [(one.label, one.kernel) for one in results if not one.wide_loads]
@@ -211,7 +214,7 @@ def test_wide_variants_load_and_store_128_bits(compiled, dtype):
     assert not [(one.label, one.kernel) for one in stores if not one.wide_stores]
 
 
-MODULES = {v.kernels: v for dtype in source.SCALARS for v in source.variants(dtype)}
+MODULES = {v.kernels: v for dtype in DATA_TYPES for v in variants_of(dtype)}
 
 
 @pytest.mark.parametrize("kernels", sorted(MODULES), ids="+".join)

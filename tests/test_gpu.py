@@ -24,6 +24,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import DTYPES, ROOT, TOLERANCE
+from cuda_variants import variants
 from kernel_cases import (
     CS,
     LARGE,
@@ -33,15 +34,16 @@ from kernel_cases import (
     ODD_ONES,
     SPLIT,
     covering,
+    in_two_launches,
     parameter_dtype,
     parameters,
 )
 
 from cupybn import functional as F
 from cupybn.arrays import copy_to_host
-from cupybn.backends import cuda, device, source
+from cupybn.backends import cuda
 from cupybn.backends import numpy as numpy_backend
-from cupybn.backends.composed import compose
+from cupybn.backends.cuda import launch, source
 from cupybn.statistics import BackwardSums, Moments, Transform
 
 
@@ -363,29 +365,29 @@ def fail_with(failures, ran):
 def allocating_with(allocator):
     """CuPy's memory comes from an allocator, scratch included; None: straight from CUDA."""
     before = cp.cuda.get_allocator()
-    device.clear_caches()
+    launch.clear_caches()
     cp.cuda.set_allocator(allocator)
     try:
         yield
     finally:
         cp.cuda.Device().synchronize()
-        device.clear_caches()
+        launch.clear_caches()
         cp.cuda.set_allocator(before)
 
 
 def free_blocks():
-    device.clear_caches()
+    launch.clear_caches()
     cp.get_default_memory_pool().free_all_blocks()
 
 
 @pytest.fixture(scope="module")
 def compiled():
     """Every module there is, compiled into CuPy's cache on disk by several threads."""
-    variants = [variant for dtype in DTYPES for variant in source.variants(dtype.name)]
+    every = [variant for dtype in DTYPES for variant in variants(dtype.name)]
     began = time.perf_counter()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda v: source.compile_module(v.source, v.kernels), variants))
-    return len(variants), time.perf_counter() - began
+        list(pool.map(lambda v: source.compile_module(v.source, v.kernels), every))
+    return len(every), time.perf_counter() - began
 
 
 # ---- every shape ---------------------------------------------------------------------------------
@@ -687,7 +689,7 @@ def test_small_shapes_of_float64_after_the_second_message(margin, monkeypatch):
         shapes = [*LAYOUTS, *ODD_ONES, (2, 2, 31360), (3000, 64, 1)]
         for shape, mode, offsets in product(shapes, MODES, ("aligned", "mixed")):
             case = Case(shape, np.dtype(np.float64), mode, OFFSETS[offsets])
-            one, two = (finished(f, case) for f in (cuda.finish_forward, compose(cuda)[0]))
+            one, two = (finished(f, case) for f in (cuda.finish_forward, in_two_launches))
             for a, b in zip(one, two, strict=True):
                 assert close(a, copy_to_host(b), 1e-12), case.label
             assert not any(int(field.broken()) for field in case.fields), case.label
@@ -729,8 +731,8 @@ def test_without_weight_and_bias():
     for dtype, activation in product(DTYPES, (None, "relu")):
         x = stored(np.random.default_rng(1).standard_normal((3, 32, 49)), dtype)
         mean, invstd = np.full(32, 0.5), np.full(32, 2.0)
-        on_device = [cp.asarray(a) for a in (x, mean, invstd)]
-        y = cuda.normalize(*on_device, relu=activation is not None)
+        transform = Transform(cp.asarray(mean), cp.asarray(invstd))
+        y = cuda.normalize(cp.asarray(x), transform, relu=activation is not None)
         expected = numpy_backend.normalize(x, Transform(mean, invstd), relu=activation is not None)
         assert close(y, expected.astype(np.float64), 2 * TOLERANCE[dtype.name]), dtype
 
@@ -763,15 +765,15 @@ def test_public_primitives_take_the_cuda_backend():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_runs_give_the_same_bits_and_counters_return_to_zero(dtype):
-    device.clear_caches()
+    launch.clear_caches()
     for shape, mode in product((*SPLIT, *LAYOUTS), MODES):
         case = Case(shape, dtype, mode)
         first, second = run(cuda, case), run(cuda, case)
         for name in ("mean", "var", "y", "dx", "dweight", "dbias", "mask", "dresidual"):
             a, b = (getattr(result, name) for result in (first, second))
             assert a is None or copy_to_host(a).tobytes() == copy_to_host(b).tobytes(), name
-    assert device._kept.scratch, "no shape was split over blocks"
-    for _, counters in device._kept.scratch.values():
+    assert launch._kept.scratch, "no shape was split over blocks"
+    for _, counters in launch._kept.scratch.values():
         assert not copy_to_host(counters).any()
 
 
@@ -783,7 +785,7 @@ def test_one_launch_after_the_second_message_gives_the_bits_of_two():
         mean, var, _ = cuda.finalize_moments(cuda.batch_moments(case.x), case.eps)
         moments = Moments(case.count, mean * case.count, var * case.count)
         results = []
-        for finish_forward in (cuda.finish_forward, compose(cuda)[0]):
+        for finish_forward in (cuda.finish_forward, in_two_launches):
             y, running = case.field(0), (cp.full(shape[1], 0.3), cp.full(shape[1], 0.7))
             mask = cp.zeros((y.size + 7) // 8, cp.uint8) if case.needs_mask else None
             statistics = finish_forward(
@@ -810,10 +812,10 @@ def test_one_launch_after_the_second_message_gives_the_bits_of_two():
 def test_nothing_is_compiled_or_planned_twice(monkeypatch):
     case = Case((3, 32, 49), np.dtype(np.float32), "residual relu")
     run(cuda, case)
-    planned = device._launch.cache_info().misses
+    planned = launch.tensor_launch.cache_info().misses
     monkeypatch.setattr(source, "compile_module", None)
     run(cuda, case)
-    assert device._launch.cache_info().misses == planned
+    assert launch.tensor_launch.cache_info().misses == planned
 
 
 _FIRST_STEP = """
@@ -821,7 +823,7 @@ import json, sys, time
 import numpy as np
 import cupy
 import cupybn
-from cupybn.backends import source
+from cupybn.backends.cuda import source
 
 compile_module, spent = source.compile_module, []
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import DTYPES, TOLERANCE
 from cuda_tools import need
+from cuda_variants import variants
 from hostcuda.build import host_module, missing
 from kernel_cases import (
     CS,
@@ -21,18 +22,21 @@ from kernel_cases import (
     ODD_ONES,
     SPLIT,
     Case,
+    back,
     compile_ahead,
     covering,
     error,
     host_kernels,
     placed,
     run,
+    run_alone,
     run_recentred,
+    there,
 )
 
-from cupybn.backends import cuda, source
+from cupybn.backends import cuda
 from cupybn.backends import numpy as numpy_backend
-from cupybn.backends.composed import compose
+from cupybn.backends.cuda import source
 
 PER_CHANNEL = {"float16": 1e-5, "bfloat16": 1e-5, "float32": 1e-5, "float64": 1e-10}
 LAYOUTS = [
@@ -108,10 +112,13 @@ def check(case, against_numpy=True):
     assert (np.abs(got.dweight - b.dweight) <= per_channel * (1 + terms_xmu)).all()
     if got.mask is not None:
         assert error(got.dresidual, b.dresidual) == 0
+    in_steps = [got.mean, got.invstd, *got.running, got.y, got.dx, got.dweight + 1, got.dbias + 1]
+    in_steps += [] if got.mask is None else [got.mask, got.dresidual]
+    in_steps = [x.copy() for x in in_steps]
+    for one, other in zip(in_steps, run_alone(case), strict=True):
+        assert one.tobytes() == other.tobytes()
     if dtype == "float64":
-        fused, apart = (
-            run_recentred(finish, case) for finish in (cuda.finish_forward, compose(cuda)[0])
-        )
+        fused, apart = (run_recentred(case, fused) for fused in (True, False))
         assert all((a == b).all() for a, b in zip(fused, apart, strict=True))
     if against_numpy:
         outputs, case.outputs = case.outputs, [np.empty_like(o) for o in case.outputs]
@@ -136,8 +143,8 @@ def test_every_variant_runs(compiled):
     """But for the one between two messages, see test_cuda_backend.py; and one tensor alone is never
     read by the element for the sake of others.
     """
-    variants = [v for d in DTYPES for v in source.variants(d.name)]
-    kernels = {(v.source, kernel): v for v in variants for kernel in v.kernels}
+    every = [v for d in DTYPES for v in variants(d.name)]
+    kernels = {(v.source, kernel): v for v in every for kernel in v.kernels}
     assert compiled <= set(kernels)
     left = {
         (name, v.defines) for (text, name), v in kernels.items() if (text, name) not in compiled
@@ -204,9 +211,9 @@ def test_denormals(dtype):
 def test_constants_have_no_variance(value, dtype):
     for shape in (*LAYOUTS, (700, 8, 49), (3000, 3, 1)):
         x = placed(np.full(shape, value), dtype)
-        moments = cuda.batch_moments(x)
-        assert (moments.m2 == 0).all()
-        assert (moments.mean == float(x.flat[0])).all()
+        moments = cuda.batch_moments(there(x))
+        assert (back(moments.m2) == 0).all()
+        assert (back(moments.mean) == float(x.flat[0])).all()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

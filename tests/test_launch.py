@@ -6,15 +6,15 @@ from itertools import product
 
 import numpy as np
 import pytest
+from cuda_variants import geometries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cupybn.backends.launch import (
-    MAX_GROUP,
+from cupybn.backends.cuda.plan import (
     MAX_SLICES,
+    MAX_TILE_CHANNELS,
     MAX_TILES,
     THREADS,
-    geometries,
     plan_launch,
 )
 
@@ -29,10 +29,10 @@ RESNET = [
 ]  # fmt: skip
 
 
-def visits(plan, shape, skew):
+def visits(plan, shape, misalignment):
     """How often each element is owned by a thread: what ``cuda/geometry.cuh`` does, in NumPy.
 
-    `skew`: elements by which the tensor's address lies behind a vector boundary.
+    `misalignment`: elements by which the tensor's address lies behind a vector boundary.
     """
     n, c, length = shape
     size, v = n * c * length, plan.vector
@@ -40,34 +40,34 @@ def visits(plan, shape, skew):
         return np.bincount(np.arange(plan.grid[0] * plan.threads * 8), minlength=size)[:size]
     if plan.rows:
         per_row = length // v
-        index = np.arange(plan.slices * plan.span)
+        index = np.arange(plan.slices * plan.slice_length)
         index = index[index < n * per_row]
         base = (index // per_row)[:, None] * c * length + np.arange(c) * length
         k = (index % per_row)[:, None]
-        start = k * v + (-(base + skew) % v if plan.ragged else np.zeros_like(base))
+        start = k * v + (-(base + misalignment) % v if plan.ragged else np.zeros_like(base))
         whole = start + v <= length
         assert plan.ragged or whole.all()
         flat = ((base + start)[whole][:, None] + np.arange(v)).reshape(-1)
         if plan.ragged:
             row = (np.arange(n)[:, None] * c + np.arange(c)) * length
-            head, j = -(row + skew)[:, :, None] % v, np.arange(2 * v)
+            head, j = -(row + misalignment)[:, :, None] % v, np.arange(2 * v)
             tail = (length - head) % v
             element = np.where(j < v, j, length - 2 * v + j) + row[:, :, None]
             flat = np.append(flat, element[np.where(j < v, j < head, j >= 2 * v - tail)])
     else:
-        lines = -(-n // plan.fold)
-        line = np.arange(plan.slices * plan.span)
+        lines = -(-n // plan.line_samples)
+        line = np.arange(plan.slices * plan.slice_length)
         line = line[line < lines]
-        pitch = plan.fold * c * length
-        assert plan.group * plan.fold * length % v == 0
+        pitch = plan.line_samples * c * length
+        assert plan.tile_channels * plan.line_samples * length % v == 0
         assert pitch % v == 0
-        run = np.arange(plan.grid[0] * plan.group * plan.fold * length)
+        run = np.arange(plan.grid[0] * plan.tile_channels * plan.line_samples * length)
         run = run[run < pitch]
         flat = (line[:, None] * pitch + run).reshape(-1)
         assert plan.ragged or flat.size == size
         if plan.ragged:
             rest = np.arange(size - size % 8, size)
-            assert pitch == plan.group * plan.fold * length
+            assert pitch == plan.tile_channels * plan.line_samples * length
             flat = np.append(flat[flat < size - size % 8], rest)
     return np.bincount(flat, minlength=size)
 
@@ -83,14 +83,14 @@ def check(shape, itemsize, alignment, congruence, whole_bytes=False, multiproces
     if not plan.flat:
         assert (plan.rows, v, plan.ragged) in set(geometries(itemsize))
         assert plan.ragged or v * itemsize <= alignment
-        assert 1 <= plan.group <= MAX_GROUP
+        assert 1 <= plan.tile_channels <= MAX_TILE_CHANNELS
         shift = 0 if alignment >= v * itemsize else alignment // itemsize
         assert not plan.rows or not plan.ragged or not whole_bytes
         if not plan.rows:
             assert v * itemsize <= alignment
-            slots = plan.group * plan.fold * shape[2] // v
+            slots = plan.tile_channels * plan.line_samples * shape[2] // v
             assert slots <= plan.threads
-            assert plan.fold == 1 or (plan.group == shape[1] and tiles == 1)
+            assert plan.line_samples == 1 or (plan.tile_channels == shape[1] and tiles == 1)
     else:
         assert whole_bytes
         shift = 0

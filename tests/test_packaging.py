@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = """
 import cupybn, importlib.util, pathlib
-from cupybn.backends import source
+from cupybn.backends.cuda import source
 names = sorted(path.name for path in source.source_directory().iterdir() if ".cu" in path.suffix)
 print(pathlib.Path(cupybn.__file__).parent)
 print(*names)

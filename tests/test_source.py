@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cuda_tools import need
+from cuda_variants import variants
 from hostcuda.build import host_module, missing
 from hostcuda.toolchain import CompileError
 
-from cupybn.backends import launch, source
+from cupybn.arrays import DATA_TYPES
+from cupybn.backends.cuda import plan, source
 
 KERNELS = ["batch_moments", "finalize_moments", "normalize", "backward_reduce", "backward_input"]
 
@@ -56,7 +58,7 @@ def test_compiler_messages_name_the_true_line(copied):
     header = copied / "reduce.cuh"
     text = header.read_text()
     header.write_text(text + "\nint broken = no_such_name;\n")
-    variant = next(v for v in source.variants("float32") if "batch_moments" in v.kernels)
+    variant = next(v for v in variants("float32") if "batch_moments" in v.kernels)
     with pytest.raises(CompileError, match=rf"cuda/reduce.cuh:{text.count(chr(10)) + 2}\b"):
         host_module(variant.source, variant.kernels)
 
@@ -102,14 +104,15 @@ def test_kernels_are_compiled_once_by_any_number_of_threads(monkeypatch):
 
 def test_sources_are_found_in_an_installed_package(tmp_path):
     package = tmp_path / "cupybn"
-    (package / "backends").mkdir(parents=True)
-    for module in (source, launch):
-        shutil.copy(module.__file__, package / "backends")
-    for directory in (package, package / "backends"):
+    folder = package / "backends" / "cuda"
+    folder.mkdir(parents=True)
+    for module in (source, plan):
+        shutil.copy(module.__file__, folder)
+    for directory in (package, folder.parent, folder):
         (directory / "__init__.py").touch()
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
-        "from cupybn.backends import source; print(source.source_directory())"
+        "from cupybn.backends.cuda import source; print(source.source_directory())"
     )
     python = {"cwd": tmp_path, "env": {}, "capture_output": True, "text": True}
     failed = subprocess.run([sys.executable, "-c", code], **python)
@@ -126,7 +129,7 @@ def test_importing_the_backend_imports_no_cupy():
 
 
 def test_variants_are_distinct_and_named_after_their_kernel():
-    everything = [v for dtype in source.SCALARS for v in source.variants(dtype)]
+    everything = [v for dtype in DATA_TYPES for v in variants(dtype)]
     assert len({v.label for v in everything}) == len(everything)
     assert len({v.source for v in everything}) == len(everything)
     assert {kernel for v in everything for kernel in v.kernels} > set(KERNELS)

@@ -109,19 +109,19 @@ def test_a_library_that_is_not_running_is_not_asked(monkeypatch):
 @pytest.fixture
 def cupy(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)  # so that it is put back
-    monkeypatch.setattr(fake_cupy, "log", [])
-    monkeypatch.setattr(fake_cupy, "_current", [fake_cupy.Stream()])
-    monkeypatch.setattr(staging, "_kept", staging._Kept())
-    return fake_cupy.install()
+    staging._staging.cache_clear()
+    fake_cupy.install()
+    fake_cupy.guard_memory()
+    yield fake_cupy
+    fake_cupy.install()
 
 
 def written_late(cupy, values):
     """A device array that a kernel, launched just now, is still to fill."""
     array = cupy.asarray(np.full(len(values), -1.0))
-    kernel_writes = array.view(np.ndarray)
 
     def kernel():
-        kernel_writes[...] = values
+        array.memory[...] = values
 
     cupy.cuda.get_current_stream().launch(kernel)
     return array
@@ -186,7 +186,7 @@ def test_without_pinned_memory_to_be_had_the_message_still_goes(cupy, monkeypatc
     (told,) = caught  # once
     assert "cuda:0: no pinned memory to be had (none left)" in str(told.message)
     # A rank whose warnings are errors goes on too: the others have their sum.
-    monkeypatch.setattr(staging, "_kept", staging._Kept())
+    staging._staging.cache_clear()
     message = written_late(cupy, np.arange(4.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -21,10 +21,12 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from fake_cupy import over
 from hostcuda.build import host_module
 from hostcuda.traffic import Access, Launch, counting
+from kernel_cases import host_kernels
 
-from cupybn.backends import cuda, device, source
+from cupybn.backends import cuda
 from cupybn.statistics import Transform
 
 SHAPES = (  # channels, height and width: the 12 distinct ones of ResNet-50's 53 batch norms
@@ -55,15 +57,9 @@ class Figures(NamedTuple):
 
 @contextmanager
 def counted_kernels() -> Iterator[None]:
-    """The CUDA backend, on NumPy arrays, with kernels that count."""
-    real = source.compile_module
-    source.compile_module = partial(host_module, variant="count")
-    device.clear_caches()
-    try:
+    """The CUDA backend with kernels that count."""
+    with host_kernels(partial(host_module, variant="count")):
         yield
-    finally:
-        source.compile_module = real
-        device.clear_caches()
 
 
 def aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
@@ -80,8 +76,9 @@ def passes(tensors: list[np.ndarray[Any, Any]]) -> dict[str, Callable[[], object
     random = np.random.default_rng(0)
     for tensor in (x, dy):
         tensor[...] = random.standard_normal(shape, np.float32)
-    weight, bias, dweight, dbias = np.ones((4, shape[1]), np.float32)
-    mean, invstd = np.zeros(shape[1]), np.ones(shape[1])
+    x, dy, y, dx = map(over, tensors)
+    weight, bias, dweight, dbias = map(over, np.ones((4, shape[1]), np.float32))
+    mean, invstd = over(np.zeros(shape[1])), over(np.ones(shape[1]))
 
     def forward() -> None:
         moments = cuda.batch_moments(x)

@@ -6,8 +6,9 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
+from shutil import copymode
 from typing import Any
 
 from ..errors import CheckpointError
@@ -44,14 +45,15 @@ def save(state_dict: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     form = _format_of(path)
     content = pack(state_dict)
     target = os.path.realpath(path)
-    mode = _mode_of(target)
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise OSError(errno.EINVAL, "not a regular file, cannot be replaced", target)
     folder = os.path.dirname(target)
     temporary = os.path.join(folder, f".cupybn-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
             form.write(file, content)
-            if mode is not None:
-                os.chmod(temporary, mode)
+            with suppress(FileNotFoundError):  # of a target that is not there yet
+                copymode(target, temporary)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -75,17 +77,25 @@ def load(path: str | os.PathLike[str]) -> StateDict:
         OSError: the file cannot be read; FileNotFoundError if there is none.
     """
     form = _format_of(path)
-    with open(path, "rb", opener=_without_waiting) as file, _naming(path):
+    # A named pipe is opened too, instead of waiting for somebody to write into it.
+    without_waiting = getattr(os, "O_NONBLOCK", 0)
+    with open(
+        path, "rb", opener=lambda name, flags: os.open(name, flags | without_waiting)
+    ) as file:
         status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError("not a regular file")
-        state: StateDict = form.read(file, status.st_size)
-        return state
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    """Opens the file; a named pipe too, instead of waiting for somebody to write into it."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+        try:
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError("not a regular file")
+            return form.read(file, status.st_size)  # type: ignore[no-any-return]
+        except (ImportError, MemoryError):
+            raise
+        except Exception as error:  # whatever the parsers raise at damage they do not expect
+            # EINVAL is of a damaged offset: a seek to before the start of the file.
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
+            reason = str(error) or type(error).__name__
+            known = isinstance(error, CheckpointError)
+            raise CheckpointError(f"{path}: {reason if known else f'altered: {reason}'}") from error
 
 
 def _format_of(path: str | os.PathLike[str]) -> Any:
@@ -93,34 +103,6 @@ def _format_of(path: str | os.PathLike[str]) -> Any:
     if suffix not in _FORMATS:
         raise CheckpointError(f"{path}: the name must end in .npz or .safetensors")
     return _FORMATS[suffix]
-
-
-@contextmanager
-def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns whatever the parsers raise into a CheckpointError that names the file."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except (ImportError, MemoryError):
-        raise
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # EINVAL: a damaged offset, and a seek to before the start
-            raise
-        raise CheckpointError(f"{path}: altered: {error}") from error
-    except Exception as error:  # of a parser, at damage it does not expect
-        raise CheckpointError(f"{path}: altered: {error or type(error).__name__}") from error
-
-
-def _mode_of(target: str) -> int | None:
-    """The permissions of the file to replace; None if there is none."""
-    try:
-        mode = os.stat(target).st_mode
-    except FileNotFoundError:
-        return None
-    if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "not a regular file, cannot be replaced", target)
-    return stat.S_IMODE(mode)
 
 
 def _sync_folder(folder: str) -> None:

@@ -16,20 +16,38 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import as_array, is_cupy
+from .. import __version__
+from ..arrays import as_array, dtype_named, is_cupy
 from ..errors import CheckpointError, DTypeError
 
 FORMAT = 1
+LIBRARY = f"cupybn {__version__}"
 HEADER_LIMIT = 100_000_000  # bytes; also the limit of the safetensors library
 
 SAFETENSORS_NAMES = {
-    "|b1": "BOOL", "|i1": "I8", "|u1": "U8", "<i2": "I16", "<u2": "U16", "<i4": "I32", "<u4": "U32",
-    "<i8": "I64", "<u8": "U64", "<f2": "F16", "<f4": "F32", "<f8": "F64", "bfloat16": "BF16",
-}  # fmt: skip
+    "|b1": "BOOL",
+    "|i1": "I8",
+    "|u1": "U8",
+    "<i2": "I16",
+    "<u2": "U16",
+    "<i4": "I32",
+    "<u4": "U32",
+    "<i8": "I64",
+    "<u8": "U64",
+    "<f2": "F16",
+    "<f4": "F32",
+    "<f8": "F64",
+    "bfloat16": "BF16",
+}
 """The dtypes that files hold, by ``dtype.str`` (but bfloat16, which NumPy calls "<V2")."""
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_DRIVE = re.compile(r"[A-Za-z]:")
+_FAULTS = {
+    r"[\x00-\x1f\x7f\\]": "it has a control character or a backslash",
+    r"^/|^[A-Za-z]:|(^|/)\.\.(/|$)": "it is a path that leads out of its folder",
+    r"^__metadata__$": "it is what safetensors calls the metadata",
+    r"[\ud800-\udfff]": "it is not Unicode text",
+}
+"""Why a name is refused, by the pattern in it. None has a line break when a ``$`` is looked for."""
 
 
 class StateDict(dict[str, Any]):
@@ -38,13 +56,12 @@ class StateDict(dict[str, Any]):
     A copy, and ``state | others``, have it too; a plain ``dict(state)`` counts as version 1.
     """
 
-    metadata: dict[str, dict[str, Any]]
-
     def __init__(self, *args: Any, metadata: Mapping[str, Any] | None = None) -> None:
         super().__init__(*args)
         if metadata is None and args:
             metadata = getattr(args[0], "metadata", None)
-        self.metadata = {path: dict(entry) for path, entry in (metadata or {}).items()}
+        entries = (metadata or {}).items()
+        self.metadata: dict[str, dict[str, Any]] = {path: dict(entry) for path, entry in entries}
 
     def copy(self) -> StateDict:
         return StateDict(self)
@@ -77,13 +94,6 @@ class Content(NamedTuple):
     arrays: dict[str, tuple[Description, np.ndarray[Any, Any]]]
 
 
-class Header(NamedTuple):
-    """A header that was read: JSON, and what it describes."""
-
-    fields: dict[str, Any]
-    arrays: list[Description]
-
-
 def pack(state: Mapping[str, Any]) -> Content:
     """The content of a file for this state; see ``save`` for what it raises."""
     if not isinstance(state, Mapping):
@@ -91,10 +101,9 @@ def pack(state: Mapping[str, Any]) -> Content:
             "state_dict must be a mapping from name to array, such as layer.state_dict(), got "
             f"{type(state).__name__}"
         )
-    arrays = {}
+    arrays: dict[str, tuple[Description, np.ndarray[Any, Any]]] = {}
     for name, value in state.items():
-        reason = name_fault(name)
-        if reason:
+        if reason := name_fault(name):
             raise ValueError(f"cannot save an array under the name {name!r}: {reason}")
         array = as_array(value, name)
         array = array.get() if is_cupy(array) else array
@@ -102,22 +111,20 @@ def pack(state: Mapping[str, Any]) -> Content:
         if described.dtype == "bfloat16":
             array = np.asarray(array, order="C").view(np.uint16)
         arrays[name] = described, array.astype(described.stored, order="C", copy=False)
-    metadata = getattr(state, "metadata", None)
     fields = {
         "format": FORMAT,
-        "library": library(),
+        "library": LIBRARY,
         "arrays": [list(described) for described, _ in arrays.values()],
-        "metadata": _as_json(getattr(state, "_metadata", {}) if metadata is None else metadata),
+        "metadata": _as_json(metadata_of(state)),
     }
     fields["sha256"] = digest(fields, [array for _, array in arrays.values()])
     return Content(json.dumps(fields), arrays)
 
 
-def library() -> str:
-    """This library's name and version."""
-    from .. import __version__
-
-    return f"cupybn {__version__}"
+def metadata_of(state: Mapping[str, Any]) -> Any:
+    """What a state says of its layers: our ``metadata``, or PyTorch's ``_metadata``."""
+    ours = getattr(state, "metadata", None)
+    return getattr(state, "_metadata", {}) if ours is None else ours
 
 
 def name_fault(name: Any) -> str:
@@ -127,16 +134,10 @@ def name_fault(name: Any) -> str:
     """
     if not isinstance(name, str) or not name:
         return "names are strings, and not empty"
-    if _CONTROL.search(name) or "\\" in name:
-        return "it has a control character or a backslash"
-    if name.startswith("/") or _DRIVE.match(name) or ".." in name.split("/"):
-        return "it is a path that leads out of its folder"
-    if name == "__metadata__":
-        return "it is what safetensors calls the metadata"
-    try:
-        return "it is longer than 1000 bytes" if len(name.encode()) > 1000 else ""
-    except UnicodeEncodeError:
-        return "it is not Unicode text"
+    for pattern, reason in _FAULTS.items():
+        if re.search(pattern, name):
+            return reason
+    return "it is longer than 1000 bytes" if len(name.encode()) > 1000 else ""
 
 
 def _dtype_name(dtype: np.dtype[Any], what: str) -> str:
@@ -171,8 +172,8 @@ def digest(fields: Mapping[str, Any], arrays: list[np.ndarray[Any, Any]]) -> str
     return total.hexdigest()
 
 
-def parse_header(text: bytes | str) -> Header:
-    """The header, checked except for its digest.
+def parse_header(text: bytes | str) -> tuple[dict[str, Any], list[Description]]:
+    """The fields of a header, and the arrays in it, checked except for the digest.
 
     Raises:
         CheckpointError: a newer format, or not a header.
@@ -183,7 +184,7 @@ def parse_header(text: bytes | str) -> Header:
         raise CheckpointError("altered: its header names no format")
     if version > FORMAT:
         raise CheckpointError(
-            f"format {version} is newer than {FORMAT}, the newest that {library()} knows"
+            f"format {version} is newer than {FORMAT}, the newest that {LIBRARY} knows"
         )
     arrays = [_described(*entry) for entry in fields["arrays"]]
     if len({described.name for described in arrays}) < len(arrays):
@@ -191,12 +192,11 @@ def parse_header(text: bytes | str) -> Header:
     metadata = fields["metadata"]
     if not isinstance(metadata, dict) or not all(isinstance(e, dict) for e in metadata.values()):
         raise CheckpointError("altered: its metadata is no dict of dicts")
-    return Header(fields, arrays)
+    return fields, arrays
 
 
 def _described(name: Any, dtype: Any, shape: Any) -> Description:
-    reason = name_fault(name)
-    if reason:
+    if reason := name_fault(name):
         raise CheckpointError(f"the name {name!r:.200} is refused: {reason}")
     if not isinstance(dtype, str) or dtype.replace(">", "<") not in SAFETENSORS_NAMES:
         raise CheckpointError(f"{name} has the dtype {dtype!r:.200}, which files do not hold")
@@ -213,32 +213,27 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def unpack(header: Header, arrays: Mapping[str, np.ndarray[Any, Any]]) -> StateDict:
-    """The state of arrays as they are stored, which must be those of the header.
+def unpack(
+    fields: Mapping[str, Any], listed: list[Description], arrays: list[np.ndarray[Any, Any]]
+) -> StateDict:
+    """The state of arrays as they are stored, which must be those that a header lists.
 
     Raises:
         CheckpointError: header or arrays are not what was saved.
         ImportError: bfloat16 without ml_dtypes.
     """
-    in_order = [arrays[described.name] for described in header.arrays]
-    if digest(header.fields, in_order) != header.fields["sha256"]:
+    if digest(fields, arrays) != fields["sha256"]:
         raise CheckpointError("altered: its content does not have the SHA-256 that it had")
+    pairs = zip(listed, arrays, strict=True)
     return StateDict(
-        {
-            described.name: _restored(described, array)
-            for described, array in zip(header.arrays, in_order, strict=True)
-        },
-        metadata=header.fields["metadata"],
+        {described.name: restored(described, array) for described, array in pairs},
+        metadata=fields["metadata"],
     )
 
 
-def _restored(described: Description, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    if described.dtype != "bfloat16":
-        return array.astype(described.dtype, copy=False)
-    try:
-        import ml_dtypes
-    except ImportError as error:
-        raise ImportError(
-            f"{described.name} is bfloat16, which needs ml_dtypes: pip install 'cupybn[bfloat16]'"
-        ) from error
-    return array.astype(np.uint16, copy=False).view(ml_dtypes.bfloat16)
+def restored(described: Description, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The array of a file with the dtype that it came with."""
+    if described.dtype == "bfloat16":
+        dtype = dtype_named("bfloat16", described.name)
+        return array.astype(np.uint16, copy=False).view(dtype)
+    return array.astype(described.dtype, copy=False)

@@ -5,7 +5,6 @@ The header is the first member, ``cupybn.json``; then comes one ``NAME.npy`` for
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, BinaryIO
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
@@ -27,30 +26,17 @@ _HEADER = "cupybn.json"
 _LOCAL_HEADER = 30  # bytes before a member's name; the shortest that they can be
 _UTF8_NAME = 0x800
 _NPY_HEADER_LIMIT = 2000  # bytes; enough for NumPy's 64 dimensions
-_CHUNK = 1 << 20
 
 
 def write(file: BinaryIO, content: Content) -> None:
     """Writes the archive. Members have no times: the same content gives the same bytes."""
     with ZipFile(file, "w", ZIP_STORED) as archive:
         archive.writestr(ZipInfo(_HEADER), content.header)
-        for name, (described, array) in content.arrays.items():
+        for name, (_, array) in content.arrays.items():
             member = ZipInfo(f"{name}.npy")
             member.file_size = array.nbytes + _NPY_HEADER_LIMIT  # whether it needs zip64
             with archive.open(member, "w") as out:
-                npy.write_array_header_1_0(out, {
-                    "descr": npy.dtype_to_descr(described.stored),
-                    "fortran_order": False,
-                    "shape": described.shape,
-                })  # fmt: skip
-                for chunk in _chunks(array):
-                    out.write(chunk)
-
-
-def _chunks(array: np.ndarray[Any, Any]) -> Iterator[memoryview]:
-    octets = array.reshape(-1).view(np.uint8)
-    for start in range(0, octets.size, _CHUNK):
-        yield octets[start : start + _CHUNK].data
+                npy.write_array(out, array, (1, 0), allow_pickle=False)
 
 
 def read(file: BinaryIO, size: int) -> StateDict:
@@ -61,40 +47,34 @@ def read(file: BinaryIO, size: int) -> StateDict:
         raise CheckpointError(f"truncated, or not an .npz file: {error}") from error
     with archive:
         members = archive.infolist()
-        _check_members(members, size)
+        _check_members(archive, size)
         if not members or members[0].filename != _HEADER:
             raise CheckpointError(f"not written by cupybn.save: it does not begin with {_HEADER}")
         if members[0].file_size > HEADER_LIMIT:
             raise CheckpointError(f"altered: a header of {members[0].file_size} bytes")
-        header = parse_header(archive.read(members[0]))
-        expected = [f"{described.name}.npy" for described in header.arrays]
+        fields, listed = parse_header(archive.read(members[0]))
+        expected = [f"{described.name}.npy" for described in listed]
         if [member.filename for member in members[1:]] != expected:
             raise CheckpointError("altered: its arrays are not those that its header lists")
-        pairs = list(zip(header.arrays, members[1:], strict=True))
-        for described, member in pairs:
+        for described, member in zip(listed, members[1:], strict=True):
             _check_npy_header(archive, member, described)
-        arrays = {
-            described.name: _read_array(archive, member, described) for described, member in pairs
-        }
-    return unpack(header, arrays)
+        return unpack(fields, listed, [_read_array(archive, member) for member in members[1:]])
 
 
-def _check_members(members: list[ZipInfo], size: int) -> None:
+def _check_members(archive: ZipFile, size: int) -> None:
     """Names, kinds and places, from the archive's directory alone.
 
     Members are uncompressed, lie in the file one after the other and do not overlap: what they
     say of their sizes cannot add up to more than the file.
     """
-    seen = set()
     position = 0
-    for member in members:
+    for member in archive.infolist():
         name = member.orig_filename
         reason = name_fault(name.removesuffix(".npy"))
         if reason or name != member.filename:
             raise CheckpointError(f"the name {name!r:.200} is refused: {reason or 'ambiguous'}")
-        if name in seen:
+        if archive.getinfo(name) is not member:
             raise CheckpointError(f"{name} is there twice")
-        seen.add(name)
         if member.compress_type != ZIP_STORED or member.flag_bits & ~_UTF8_NAME:
             raise CheckpointError(f"{name} is compressed or encrypted; cupybn.save never does that")
         end = member.header_offset + _LOCAL_HEADER + len(name.encode()) + member.file_size
@@ -128,11 +108,8 @@ def _check_npy_header(archive: ZipFile, member: ZipInfo, described: Description)
         )
 
 
-def _read_array(archive: ZipFile, member: ZipInfo, described: Description) -> np.ndarray[Any, Any]:
+def _read_array(archive: ZipFile, member: ZipInfo) -> np.ndarray[Any, Any]:
     """The array of a member whose header was checked."""
-    array = np.empty(described.shape, described.stored)
     with archive.open(member) as file:
-        file.read(member.file_size - described.nbytes)
-        for chunk in _chunks(array):
-            chunk[:] = file.read(len(chunk))
-    return array
+        array: np.ndarray[Any, Any] = npy.read_array(file, max_header_size=_NPY_HEADER_LIMIT)
+        return array

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -12,9 +13,10 @@ from .content import (
     HEADER_LIMIT,
     SAFETENSORS_NAMES,
     Content,
-    Header,
+    Description,
     StateDict,
     parse_header,
+    restored,
     unique,
     unpack,
 )
@@ -34,14 +36,11 @@ def _library() -> Any:
 
 def write(file: BinaryIO, content: Content) -> None:
     """Writes the file. The library takes arrays for C-contiguous without a look; these are."""
-    library = _library()
-    tensors = {name: array for name, (_, array) in content.arrays.items()}
-    for name, (described, array) in content.arrays.items():
-        if described.dtype == "bfloat16":
-            import ml_dtypes
-
-            tensors[name] = array.astype(np.uint16, copy=False).view(ml_dtypes.bfloat16)
-    file.write(library.numpy.save(tensors, metadata={"cupybn": content.header}))
+    tensors = {
+        name: restored(described, array) if described.dtype == "bfloat16" else array
+        for name, (described, array) in content.arrays.items()
+    }
+    file.write(_library().numpy.save(tensors, metadata={"cupybn": content.header}))
 
 
 def read(file: BinaryIO, size: int) -> StateDict:
@@ -59,25 +58,23 @@ def read(file: BinaryIO, size: int) -> StateDict:
     texts = table.pop("__metadata__", None) if isinstance(table, dict) else None
     if not isinstance(texts, dict) or "cupybn" not in texts:
         raise CheckpointError("not written by cupybn.save: its metadata has no cupybn")
-    header = parse_header(texts["cupybn"])
-    _check_table(table, header, size - _LENGTH - length)
+    fields, listed = parse_header(texts["cupybn"])
+    _check_table(table, listed, size - _LENGTH - length)
     file.seek(0)
-    arrays = {}
-    stored = {described.name: described for described in header.arrays}
-    for name, tensor in library.deserialize(file.read(size)):
-        described = stored[name]
-        arrays[name] = np.ndarray(described.shape, described.stored, tensor["data"])
-    return unpack(header, arrays)
+    data = {name: tensor["data"] for name, tensor in library.deserialize(file.read(size))}
+    arrays = [np.ndarray(each.shape, each.stored, data[each.name]) for each in listed]
+    return unpack(fields, listed, arrays)
 
 
-def _check_table(table: dict[str, Any], header: Header, size: int) -> None:
+def _check_table(table: dict[str, Any], listed: list[Description], size: int) -> None:
     """The tensors are those of the header, and fill the `size` bytes without gap or overlap."""
-    if table.keys() != {described.name for described in header.arrays}:
+    if table.keys() != {described.name for described in listed}:
         raise CheckpointError("altered: its arrays are not those that its header lists")
     places = []
-    for described in header.arrays:
+    for described in listed:
         entry = table[described.name]
         begin, end = entry["data_offsets"]
+        places.append((begin, end))
         dtype = SAFETENSORS_NAMES[described.dtype.replace(">", "<")]
         if (entry["dtype"], entry["shape"]) != (dtype, list(described.shape)):
             raise CheckpointError(f"altered: {described.name} is not as its header lists it")
@@ -85,11 +82,8 @@ def _check_table(table: dict[str, Any], header: Header, size: int) -> None:
             raise CheckpointError(
                 f"{described.name} claims {described.nbytes} bytes in {end - begin}"
             )
-        places.append((begin, end))
-    position = 0
-    for begin, end in sorted(places):
-        if begin != position:
-            raise CheckpointError("altered: its arrays overlap or leave a gap")
-        position = end
-    if position != size:
-        raise CheckpointError(f"truncated or altered: arrays of {position} bytes in {size} bytes")
+    edges = [0, *chain.from_iterable(sorted(places))]
+    if edges[1::2] != edges[:-1:2]:
+        raise CheckpointError("altered: its arrays overlap or leave a gap")
+    if edges[-1] != size:
+        raise CheckpointError(f"truncated or altered: arrays of {edges[-1]} bytes in {size} bytes")

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from .. import __version__, backends
-from ..backends.source import source_directory
 from ..backends.cpu.pool import thread_count
+from ..backends.cuda.source import source_directory
 from ..communicators import MpiCommunicator
-from ..communicators.mpi import load_mpi
+from ..communicators.mpi import library_version, load_mpi
 from ..distributed import local_device
 from ..errors import DeviceError
-from .launch import library_version, local_rank_variables, strangers
+from ..launcher import local_rank_variables, strangers
 
 _LABELS = {
     "cupybn": "cupybn",
@@ -48,25 +48,27 @@ _LABELS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.add_argument(
-        "--no-mpi", action="store_true",
-        help="do not start MPI (which ends the process on some login nodes)",
-    )  # fmt: skip
+    why = "do not start MPI (which ends the process on some login nodes)"
+    parser.add_argument("--no-mpi", action="store_true", help=why)
 
 
 def run(args: argparse.Namespace) -> int:
     found = here() | cuda() | ({} if args.no_mpi else mpi())
-    if found.get("rank"):
+    if found.pop("rank", 0):
         return 0
-    found.pop("rank", None)
-    if args.json:
-        print(json.dumps(found, indent=2))
-        return 0
-    for name, label in _LABELS.items():
-        if name in found:
-            for i, line in enumerate(_lines(found[name])):
-                print(f"{'' if i else label:16}{line}")
+    lines = [json.dumps(found, indent=2)] if args.json else _table(found)
+    print("\n".join(lines))
     return 0
+
+
+def _table(found: dict[str, Any]) -> list[str]:
+    """A line for each value, the first of several with the label."""
+    return [
+        f"{'' if i else label:16}{line}"
+        for name, label in _LABELS.items()
+        if name in found
+        for i, line in enumerate(_lines(found[name]))
+    ]
 
 
 def _lines(value: Any) -> list[str]:
@@ -112,12 +114,9 @@ def cuda() -> dict[str, Any]:
     """CuPy, the driver, the GPUs. Only what CuPy finds counts."""
     try:
         import cupy  # type: ignore[import-not-found, unused-ignore]
-    except ModuleNotFoundError as error:
-        if error.name == "cupy":
-            return {"cupy": "not installed"}
-        return {"cupy": _failed(error)}
-    except Exception as error:  # broken: the report says so
-        return {"cupy": _failed(error)}
+    except Exception as error:  # missing, or broken: the report says so
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "cupy"
+        return {"cupy": "not installed" if missing else _failed(error)}
     runtime = cupy.cuda.runtime
     found = {
         "cupy": cupy.__version__,

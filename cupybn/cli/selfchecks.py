@@ -6,7 +6,7 @@ waiting. A check returns what it found, or None where one rank alone has nothing
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,8 +45,7 @@ def check_against_one_process(setup: Setup, dtype: str, sizes: list[int]) -> flo
     shape = (sum(sizes), _CHANNELS, 5, 3)
     x, dy = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
     x += np.arange(len(x), dtype=dtype).reshape(-1, 1, 1, 1) / 4  # no two ranks have the same mean
-    begin = sum(sizes[: comm.rank])
-    mine = slice(begin, begin + sizes[comm.rank])
+    mine = slice(sum(sizes[: comm.rank]), sum(sizes[: comm.rank + 1]))
 
     layer = SyncBatchNorm(_CHANNELS, comm=comm, name="selftest").to(setup.device)
     y = layer.forward(move(x[mine], setup.device))
@@ -54,12 +53,9 @@ def check_against_one_process(setup: Setup, dtype: str, sizes: list[int]) -> flo
     allreduce_gradients(layer, comm, op="sum")
 
     single = BatchNorm2d(_CHANNELS, dtype="float64")
-    expected = {"y": single.forward(x.astype(np.float64))[mine]}
-    expected["dx"] = single.backward(dy.astype(np.float64))[mine]
-    expected |= {f"the gradient of {name}": grad for name, grad in single.grads.items()}
-    expected |= single.buffers
-    found = {"y": y, "dx": dx, **layer.buffers}
-    found |= {f"the gradient of {name}": grad for name, grad in layer.grads.items()}
+    whole = single.forward(x.astype(np.float64)), single.backward(dy.astype(np.float64))
+    expected = _named(single, whole[0][mine], whole[1][mine])
+    found = _named(layer, y, dx)
     worst = max((_error(found[name], values), name) for name, values in expected.items())
     if not worst[0] <= _LIMITS[dtype]:
         raise AssertionError(
@@ -67,6 +63,12 @@ def check_against_one_process(setup: Setup, dtype: str, sizes: list[int]) -> flo
             f"{_LIMITS[dtype]:g})"
         )
     return worst[0]
+
+
+def _named(layer: Any, y: Array, dx: Array) -> dict[str, Array]:
+    """What a step gave, by the names for a person."""
+    gradients = {f"the gradient of {name}": grad for name, grad in layer.grads.items()}
+    return {"y": y, "dx": dx, **gradients, **layer.buffers}
 
 
 def _error(array: Array, expected: Array) -> float:
@@ -102,30 +104,26 @@ def check_same_bits(setup: Setup) -> str | None:
 def check_mismatch(setup: Setup) -> str | None:
     """Ranks with different settings all raise, change nothing, and can go on."""
     comm = setup.make_comm()
-    if comm.size == 1:
-        return None
     last = comm.rank == comm.size - 1
     layer = SyncBatchNorm(_CHANNELS, eps=1e-3 if last else 1e-5, comm=comm, name="selftest")
-    _expect(setup, layer, _CHANNELS, CollectiveMismatchError, setup.make_comm)
-    return "seen"
+    return _expect(setup, layer, _CHANNELS, CollectiveMismatchError, setup.make_comm)
 
 
 def check_bad_input(setup: Setup) -> str | None:
     """A rank with bad input raises what is wrong, the others PeerError; all can go on."""
     comm = setup.make_comm()
-    if comm.size == 1:
-        return None
     last = comm.rank == comm.size - 1
     layer = SyncBatchNorm(_CHANNELS, comm=comm, name="selftest")
     channels = _CHANNELS + 1 if last else _CHANNELS
-    _expect(setup, layer, channels, ShapeError if last else PeerError, lambda: comm)
-    return "seen"
+    return _expect(setup, layer, channels, ShapeError if last else PeerError, lambda: comm)
 
 
 def _expect(
     setup: Setup, layer: Any, channels: int, kind: type[Exception], afterwards: Callable[[], Any]
-) -> None:
-    """The error that a forward raises here; and then a sum of all ranks works."""
+) -> str | None:
+    """The error that a forward raises on this rank of several; then a sum of all ranks works."""
+    if layer.comm.size == 1:
+        return None
     layer.to(setup.device)
     before = [copy_to_host(array).tobytes() for array in layer.buffers.values()]
     x = move(np.ones((2, channels, 3, 3), np.float32), setup.device)
@@ -134,28 +132,25 @@ def _expect(
         layer.forward(x)
     except Exception as error:  # compared below
         seen = error
-    total = _sum_of_ones(afterwards(), setup.device)
+    comm, message = afterwards(), move(np.ones(message_length(1)), setup.device)
+    total = first_values(comm, comm.allreduce(message, "selftest"), 1)[0]
     if type(seen) is not kind:
         instead = "nothing" if seen is None else f"{type(seen).__name__}: {seen}"
         raise AssertionError(f"expected {kind.__name__}, got {instead}")
     if [copy_to_host(array).tobytes() for array in layer.buffers.values()] != before:
         raise AssertionError("the running statistics changed all the same")
-    if total != layer.communicator().size:
+    if total != comm.size:
         raise AssertionError(f"afterwards the sum over the ranks was {total}")
-
-
-def _sum_of_ones(comm: Communicator, device: str) -> float:
-    message = move(np.ones(message_length(1)), device)
-    return float(first_values(comm, comm.allreduce(message, "selftest"), 1)[0])
+    return "seen"
 
 
 def check_latency(setup: Setup, channels: int) -> float:
     """Median microseconds of a forward message: the sum, and its header read on the host."""
     comm = setup.make_comm()
     message = move(np.zeros(message_length(channels)), setup.device)
-    seconds = []
-    for _ in range(setup.repeat + 10):
-        began = time.perf_counter()
-        first_values(comm, comm.allreduce(message, "selftest"), HEADER)
-        seconds.append(time.perf_counter() - began)
+    seconds = timeit.repeat(
+        lambda: first_values(comm, comm.allreduce(message, "selftest"), HEADER),
+        number=1,
+        repeat=setup.repeat + 10,
+    )
     return float(np.median(seconds[10:]) * 1e6)

@@ -16,9 +16,9 @@ from typing import Any
 
 from .. import __version__
 from ..communicators import MpiCommunicator
-from ..communicators.mpi import load_mpi
+from ..communicators.mpi import library_version, load_mpi
 from ..distributed import local_device
-from .launch import library_version, strangers
+from ..launcher import strangers
 from .selfchecks import (
     Setup,
     check_against_one_process,
@@ -32,10 +32,8 @@ _TIMEOUT = 120.0  # seconds, where CUPYBN_TIMEOUT does not say: long enough to c
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda", "all"), default="all",
-        help="default: the CPU, and CUDA where every rank has a device",
-    )  # fmt: skip
+    places = "default: the CPU, and CUDA where every rank has a device"
+    parser.add_argument("--device", choices=("cpu", "cuda", "all"), default="all", help=places)
     parser.add_argument(
         "--repeat", type=int, default=200, help="messages for a latency (default %(default)s)"
     )
@@ -57,14 +55,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _selftest(world: Any, args: argparse.Namespace) -> int:
-    say: Callable[..., None] = _say if world.rank == 0 else _keep_quiet
-    problems = _start(world, say)
+    say: Callable[..., Any] = partial(print, flush=True) if world.rank == 0 else _keep_quiet
+    machines = len(set(world.allgather(load_mpi().Get_processor_name())))
+    say(
+        f"cupybn {__version__} selftest: {world.size} rank{'s' * (world.size > 1)} on {machines} "
+        f"machine{'s' * (machines > 1)}, {library_version(load_mpi())}"
+    )
+    problems = [problem for problem in [strangers(world.size)] if problem]
+    make_comm = partial(
+        MpiCommunicator, world, timeout=None if os.environ.get("CUPYBN_TIMEOUT") else _TIMEOUT
+    )
     device, reason = _cuda_device(world) if args.device != "cpu" else (None, "not asked for")
     if args.device == "cuda" and device is None:
         problems.append(f"CUDA: {reason}")
     places = [] if args.device == "cuda" else [("cpu", "host")]
     if device is not None:
-        probe = MpiCommunicator(world, timeout=_timeout())
+        probe = make_comm()
         say(f"CUDA: transport={probe.transport!r} is what CuPy arrays take: {probe.why}")
         aware = ["device"] if probe.transport == "device" else []
         places += [(device, transport) for transport in [*aware, "pinned", "host"]]
@@ -73,11 +79,7 @@ def _selftest(world: Any, args: argparse.Namespace) -> int:
     columns = _columns(world.size)
     say("\n" + "  ".join(["device  transport", *columns]))
     for place, transport in places:
-        setup = Setup(
-            place,
-            lambda transport=transport: MpiCommunicator(world, transport, _timeout()),  # type: ignore[misc]
-            max(1, args.repeat),
-        )
+        setup = Setup(place, partial(make_comm, transport), max(1, args.repeat))
         cells = [f"{place:6}  {transport:9}"]
         for name, (check, shown) in columns.items():
             worst, failures = _everywhere(world, check, setup)
@@ -93,26 +95,8 @@ def _selftest(world: Any, args: argparse.Namespace) -> int:
     return int(world.bcast(bool(problems)))
 
 
-def _say(*words: str) -> None:
-    print(*words, flush=True)
-
-
 def _keep_quiet(*words: str) -> None:
     pass
-
-
-def _timeout() -> float | None:
-    return None if os.environ.get("CUPYBN_TIMEOUT") else _TIMEOUT
-
-
-def _start(world: Any, say: Callable[..., None]) -> list[str]:
-    machines = len(set(world.allgather(load_mpi().Get_processor_name())))
-    say(
-        f"cupybn {__version__} selftest: {world.size} rank{'s' * (world.size > 1)} on {machines} "
-        f"machine{'s' * (machines > 1)}, {library_version(load_mpi())}"
-    )
-    problem = strangers(world.size)
-    return [problem] if problem else []
 
 
 def _cuda_device(world: Any) -> tuple[str | None, str]:

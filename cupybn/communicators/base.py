@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from ..arrays import Array, assign, copy_to_host, is_cupy
 from ..errors import CollectiveMismatchError
+
+DEFAULT_TIMEOUT = 600.0  # seconds
 
 
 @runtime_checkable
@@ -30,6 +33,36 @@ class Communicator(Protocol):
         May work in place. `label` says what is being summed, for errors.
         """
         ...
+
+
+class OfOneProcess:
+    """What is shared by copies, and stays in its process."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+    def __reduce__(self) -> Any:
+        name = type(self).__name__
+        article = "an" if name.startswith("Mpi") else "a"
+        raise TypeError(f"{article} {name} belongs to its process and cannot be pickled")
+
+
+def seconds_to_wait(timeout: Any = None) -> float:
+    """The seconds of a ``timeout=`` argument; None reads ``CUPYBN_TIMEOUT``, 600 where not set.
+
+    Raises:
+        ValueError: it is no number of seconds; 0 is for no timeout.
+    """
+    what, value = "timeout", timeout
+    if timeout is None:
+        what, value = "CUPYBN_TIMEOUT", os.environ.get("CUPYBN_TIMEOUT") or DEFAULT_TIMEOUT
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"{what} must be a number of seconds, or 0 for none; got {value!r}")
+    return seconds
 
 
 def sum_on_host(message: Array, summed: Callable[[Any], Any]) -> Array:

@@ -4,7 +4,7 @@ importing ``mpi4py.MPI`` initialises MPI.
 
 from __future__ import annotations
 
-import os
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,12 @@ import numpy as np
 from ..arrays import Array, copy_to_host, is_cupy
 from ..errors import CollectiveMismatchError, DeviceError, DTypeError, PeerError
 from ..statistics import HEADER
-from .base import sum_on_host
+from .base import DEFAULT_TIMEOUT, OfOneProcess, seconds_to_wait, sum_on_host
 from .cuda_aware import VARIABLE, Answer, cuda_aware
 from .staging import sum_on_device, sum_through_pinned
 from .watchdog import Watch, watchdog
 
-_DEFAULT_TIMEOUT = 600.0
 _TRANSPORTS = ("auto", "device", "pinned", "host")
-_keyval: int | None = None
 
 
 def load_mpi() -> Any:
@@ -48,24 +46,7 @@ def check_intracomm(comm: Any) -> None:
         raise ValueError("comm is MPI.COMM_NULL: this process is not in that communicator")
 
 
-def default_timeout() -> float:
-    """Seconds from ``CUPYBN_TIMEOUT``, 600 where it is not set, 0 for none."""
-    text = os.environ.get("CUPYBN_TIMEOUT", "")
-    return _DEFAULT_TIMEOUT if not text else check_timeout(text, "CUPYBN_TIMEOUT")
-
-
-def check_timeout(value: Any, what: str = "timeout") -> float:
-    """The timeout in seconds as a float, or ValueError."""
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise ValueError(f"{what} must be a number of seconds, or 0 for none; got {value!r}")
-    return seconds
-
-
-class MpiCommunicator:
+class MpiCommunicator(OfOneProcess):
     """Sums messages with ``MPI.Allreduce`` over a private duplicate of the communicator.
 
     NumPy messages are summed where they are. CuPy messages go one of three ways:
@@ -103,11 +84,11 @@ class MpiCommunicator:
         self.mpi_comm = mpi_comm
         self.rank = int(mpi_comm.rank)
         self.size = int(mpi_comm.size)
-        self.timeout = _DEFAULT_TIMEOUT
+        self.timeout = DEFAULT_TIMEOUT
         self.cuda_aware = Answer(False, "not asked")
         error = None
         try:
-            self.timeout = default_timeout() if timeout is None else check_timeout(timeout)
+            self.timeout = seconds_to_wait(timeout)
             if transport not in _TRANSPORTS:
                 raise ValueError(f"transport must be one of {_TRANSPORTS}, got {transport!r}")
             self.cuda_aware = cuda_aware(mpi)
@@ -115,11 +96,14 @@ class MpiCommunicator:
             error = caught
         self._in_place = mpi.IN_PLACE
         self._first: tuple[Array, Any] | None = None  # a staged sum, and its first values
-        where = f"rank {self.rank} of {self.size}"
-        self._watch = Watch(where, self.timeout, mpi.COMM_WORLD.Abort)
+        self._watch = Watch(f"rank {self.rank} of {self.size}", self.timeout, mpi.COMM_WORLD.Abort)
         if self.timeout:
             watchdog.add(self._watch)
-        self._dup = self._private_dup()
+        kept = kept_with(mpi_comm)
+        if "dup" not in kept:
+            why = "duplicating the communicator for its first use"
+            kept["dup"] = self._watched(why, mpi_comm.Dup)
+        self._dup = kept["dup"]
         self.transport, self.why = self._agree(transport, error)
 
     def _agree(self, wanted: str, error: Exception | None) -> tuple[str, str]:
@@ -144,11 +128,12 @@ class MpiCommunicator:
                 "the ranks ask for different transports, among them "
                 f"{_TRANSPORTS[lowest]!r} and {_TRANSPORTS[-highest]!r}; this rank for {wanted!r}"
             )
-        how = f"MPI is CUDA-aware on every rank ({self.cuda_aware.how} on this one)"
-        if not_aware < self.size:
+        if not self.cuda_aware.aware:
+            how = f"MPI is not known to be CUDA-aware ({self.cuda_aware.how})"
+        elif not_aware < self.size:
             how = f"MPI is not known to be CUDA-aware on rank {not_aware}"
-            if not self.cuda_aware.aware:
-                how = f"MPI is not known to be CUDA-aware ({self.cuda_aware.how})"
+        else:
+            how = f"MPI is CUDA-aware on every rank ({self.cuda_aware.how} on this one)"
         if wanted == "device" and not_aware < self.size:
             raise DeviceError(
                 f"transport='device': {how}, and device pointers would crash it. Take "
@@ -215,19 +200,6 @@ class MpiCommunicator:
         finally:
             self._watch.label = None
 
-    def _private_dup(self) -> Any:
-        kept = kept_with(self.mpi_comm)
-        if "dup" not in kept:
-            what = "duplicating the communicator for its first use"
-            kept["dup"] = self._watched(what, self.mpi_comm.Dup)
-        return kept["dup"]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> MpiCommunicator:
-        return self
-
-    def __reduce__(self) -> Any:
-        raise TypeError("an MpiCommunicator belongs to its process and cannot be pickled")
-
     def __repr__(self) -> str:
         return (
             f"MpiCommunicator(rank {self.rank} of {self.size}, transport={self.transport!r}, "
@@ -235,23 +207,29 @@ class MpiCommunicator:
         )
 
 
+@cache
+def _keyval() -> int:
+    """The key under which this library keeps something with mpi4py's communicators."""
+    return load_mpi().Comm.Create_keyval(delete_fn=_free)  # type: ignore[no-any-return]
+
+
 def kept_with(mpi_comm: Any) -> dict[str, Any]:
     """What this library keeps with an mpi4py communicator, as an MPI attribute: a dict."""
-    global _keyval
-    mpi = load_mpi()
-    if _keyval is None:
-        _keyval = mpi.Comm.Create_keyval(delete_fn=_free)
-    kept = mpi_comm.Get_attr(_keyval)
+    kept: dict[str, Any] | None = mpi_comm.Get_attr(_keyval())
     if kept is None:
         kept = {}
-        mpi_comm.Set_attr(_keyval, kept)
-    return kept  # type: ignore[no-any-return]
+        mpi_comm.Set_attr(_keyval(), kept)
+    return kept
+
+
+def library_version(mpi: Any) -> str:
+    """The first line of what the MPI library says of itself."""
+    return " ".join(str(mpi.Get_library_version()).splitlines()[0].split()).rstrip("\0, ")
 
 
 def _free(mpi_comm: Any, keyval: int, kept: dict[str, Any]) -> None:
-    mpi = load_mpi()
-    kept.pop("communicator", None)
-    dup = kept.pop("dup", None)
+    mpi, dup = load_mpi(), kept.get("dup")
+    kept.clear()
     if dup is not None and mpi_comm != mpi.COMM_WORLD and not mpi.Is_finalized():
         dup.Free()
 

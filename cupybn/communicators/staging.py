@@ -7,22 +7,26 @@ message's device, after the work that writes the message, and never for the whol
 from __future__ import annotations
 
 import sys
-import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
+from threading import get_ident
 from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, is_cupy
+from ..arrays import Array
 
 Sum = Callable[[Array], Any]
 """Adds up, in place and over all ranks, an array that nothing else is writing."""
 
 
 class _Staging:
-    """One device's events, and pinned memory for one message, of one thread."""
+    """One device's events, and pinned memory for one message, of one thread.
+
+    Kept for good, so that none is freed in use.
+    """
 
     def __init__(self, cuda: Any) -> None:
         self.cuda = cuda
@@ -37,22 +41,20 @@ class _Staging:
         self.arrived.record(stream)
         self.arrived.synchronize()
 
-    def room_for(self, message: Array) -> np.ndarray[Any, Any]:
+    def host_array_for(self, message: Array) -> np.ndarray[Any, Any]:
         if message.nbytes > self.size:
             # Freed pinned memory goes to the next who asks: not while a copy still reads it.
             self.returned.synchronize()
-            self.memory = self._pinned(message.nbytes)
             self.size = message.nbytes
+            try:
+                self.memory = self.cuda.alloc_pinned_memory(self.size)
+            except Exception as error:
+                # Raising now would leave the other ranks waiting. Pageable memory is slower, and
+                # right.
+                self.refused = self.refused or error
+                self.memory = np.empty(self.size, np.uint8)
         flat: np.ndarray[Any, Any] = np.frombuffer(self.memory, message.dtype, message.size)
         return flat.reshape(tuple(message.shape))
-
-    def _pinned(self, size: int) -> Any:
-        try:
-            return self.cuda.alloc_pinned_memory(size)
-        except Exception as error:
-            # Raising now would leave the other ranks waiting. Pageable memory is slower, and right.
-            self.refused = self.refused or error
-            return np.empty(size, np.uint8)
 
     def warn(self, device: int) -> None:
         """Once, that messages are slower than they could be."""
@@ -67,27 +69,10 @@ class _Staging:
                 )
 
 
-class _Kept(threading.local):
-    """Each thread's stagings, by device number. Kept for good, so that none is freed in use."""
-
-    def __init__(self) -> None:
-        self.stagings: dict[int, _Staging] = {}
-
-
-_kept = _Kept()
-
-
-def _staging(device: int) -> _Staging:
-    if device not in _kept.stagings:
-        _kept.stagings[device] = _Staging(sys.modules["cupy"].cuda)
-    return _kept.stagings[device]
-
-
-def wait_until_written(array: Array) -> None:
-    """Waits for the current stream, if the array is on a device, which must be the current one."""
-    if is_cupy(array):
-        staging = _staging(array.device.id)
-        staging.wait(staging.cuda.get_current_stream())
+@cache
+def _staging(device: int, thread: int) -> _Staging:
+    """What a thread stages with; the next thread of that number takes it over."""
+    return _Staging(sys.modules["cupy"].cuda)
 
 
 def sum_on_device(message: Array, summed: Sum) -> None:
@@ -96,7 +81,8 @@ def sum_on_device(message: Array, summed: Sum) -> None:
     The stream is then done with whatever memory `summed` gets from CuPy's pool, too.
     """
     with message.device:
-        wait_until_written(message)
+        staging = _staging(message.device.id, get_ident())
+        staging.wait(staging.cuda.get_current_stream())
         summed(message)
 
 
@@ -106,9 +92,9 @@ def sum_through_pinned(message: Array, summed: Sum) -> np.ndarray[Any, Any]:
     Returns the sum in pinned memory, which is good until this thread's next message.
     """
     with message.device:
-        staging = _staging(message.device.id)
+        staging = _staging(message.device.id, get_ident())
         stream = staging.cuda.get_current_stream()
-        host = staging.room_for(message)
+        host = staging.host_array_for(message)
         # The sum before may still be on its way out of this memory, on another stream.
         stream.wait_event(staging.returned)
         message.data.copy_to_host_async(host.ctypes.data, host.nbytes, stream)

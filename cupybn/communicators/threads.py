@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from functools import reduce
 
 import numpy as np
 
 from ..arrays import Array
 from ..errors import CollectiveMismatchError, CollectiveTimeoutError, PeerError
-from .base import sum_on_host
-from .mpi import check_timeout, default_timeout
+from .base import OfOneProcess, seconds_to_wait, sum_on_host
 
 
 class _Meeting:
@@ -21,7 +20,7 @@ class _Meeting:
         self.condition = threading.Condition()
         self.messages: dict[int, Array] = {}
         self.generation = 0
-        self.total: Array | None = None
+        self.total: Array = None
         self.fault: str | None = None
         self.left: dict[int, str] = {}
         self.groups: dict[tuple[int, int], _Meeting] = {}  # by the number of the split, and color
@@ -32,17 +31,19 @@ class _Meeting:
             generation = self.generation
             if len(self.messages) == self.size:
                 self._add_up()
-            else:
-                self.condition.wait_for(
-                    lambda: self.generation != generation or bool(self.left), timeout or None
-                )
+            self.condition.wait_for(
+                lambda: self.generation != generation or bool(self.left), timeout or None
+            )
             if self.generation == generation:
                 missing = sorted(set(range(self.size)) - set(self.messages))
                 del self.messages[rank]
-                self._raise(label, timeout, missing)
+                for peer, how in self.left.items():
+                    raise PeerError(f"{label}: rank {peer} {how} while this rank waited for it")
+                raise CollectiveTimeoutError(
+                    f"{label}: waited {timeout:g} s for the ranks {missing}"
+                )
             if self.fault is not None:
                 raise CollectiveMismatchError(f"{label}: {self.fault}")
-            assert self.total is not None
             return self.total.copy()
 
     def _add_up(self) -> None:
@@ -51,32 +52,19 @@ class _Meeting:
         if len(set(kinds)) > 1:
             self.fault = f"the ranks' messages differ in length or dtype: {', '.join(kinds)}"
         else:
-            total = messages[0].copy()
             with np.errstate(all="ignore"):  # as MPI adds: Inf - Inf is NaN, and no warning
-                for message in messages[1:]:
-                    total += message
-            self.total = total
+                self.total = reduce(np.add, messages)
         self.messages = {}
         self.generation += 1
         self.condition.notify_all()
-
-    def _raise(self, label: str, timeout: float, missing: list[int]) -> None:
-        if self.left:
-            rank, how = next(iter(self.left.items()))
-            raise PeerError(f"{label}: rank {rank} {how} while this rank waited for it")
-        raise CollectiveTimeoutError(f"{label}: waited {timeout:g} s for the ranks {missing}")
 
     def leave(self, rank: int, how: str) -> None:
         with self.condition:
             self.left[rank] = how
             self.condition.notify_all()
 
-    def group(self, split: int, color: int, size: int) -> _Meeting:
-        with self.condition:
-            return self.groups.setdefault((split, color), _Meeting(size))
 
-
-class ThreadCommunicator:
+class ThreadCommunicator(OfOneProcess):
     """One rank of a group of threads. ``ThreadCommunicator.group(n)`` makes the n of them.
 
     Sums are taken in the order of the ranks, so they have the same bits on every rank and in every
@@ -88,7 +76,7 @@ class ThreadCommunicator:
         self._meeting = meeting
         self.rank = rank
         self.size = meeting.size
-        self.timeout = default_timeout() if timeout is None else check_timeout(timeout)
+        self.timeout = seconds_to_wait(timeout)
         self._groups: list[ThreadCommunicator] = []
 
     @classmethod
@@ -113,7 +101,9 @@ class ThreadCommunicator:
         colors = np.zeros(self.size, np.int64)
         colors[self.rank] = color
         members = np.flatnonzero(self.allreduce(colors, "splitting the communicator") == color)
-        meeting = self._meeting.group(len(self._groups), color, len(members))
+        # One of the members makes the meeting; setdefault is one step for all threads.
+        new, key = _Meeting(len(members)), (len(self._groups), color)
+        meeting = self._meeting.groups.setdefault(key, new)
         rank = int(np.searchsorted(members, self.rank))
         self._groups.append(ThreadCommunicator(meeting, rank, self.timeout))
         return self._groups[-1]
@@ -123,12 +113,6 @@ class ThreadCommunicator:
         for group in self._groups:
             group.leave(how)
         self._meeting.leave(self.rank, how)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ThreadCommunicator:
-        return self
-
-    def __reduce__(self) -> Any:
-        raise TypeError("a ThreadCommunicator belongs to its process and cannot be pickled")
 
     def __repr__(self) -> str:
         return f"ThreadCommunicator(rank {self.rank} of {self.size})"

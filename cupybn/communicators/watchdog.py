@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from weakref import WeakSet
 
 EXIT_CODE = 124
@@ -23,6 +24,7 @@ _LONGEST_LOOK = 1.0  # seconds that count between two looks
 _GRACE = 3.0  # seconds for the abort to work before this process ends by itself
 
 
+@dataclass(eq=False)
 class Watch:
     """One communicator under the watchdog's eyes. The caller writes, before a blocking call::
 
@@ -32,16 +34,13 @@ class Watch:
     and sets ``label`` to None when the call is over, whatever its outcome.
     """
 
-    __slots__ = ("__weakref__", "abort", "label", "seen", "sequence", "since", "timeout", "where")
-
-    def __init__(self, where: str, timeout: float, abort: Callable[[int], object]) -> None:
-        self.where = where
-        self.timeout = timeout
-        self.abort = abort
-        self.sequence = 0
-        self.label: str | None = None
-        self.seen = -1  # what the watchdog saw last, and since when
-        self.since = 0.0
+    where: str
+    timeout: float
+    abort: Callable[[int], object]
+    sequence: int = 0
+    label: str | None = None
+    seen: int = -1  # what the watchdog saw last, and since when
+    since: float = 0.0
 
     def waited(self, now: float) -> float:
         """Seconds, by the clock of `now`, for which the present call was seen waiting, or 0."""

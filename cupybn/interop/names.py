@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import Array, as_array, on_device_of
+from ..arrays import as_array, on_device_of
 from ..checkpoint import StateDict
 
 COUNTER = "num_batches_tracked"
@@ -121,7 +121,9 @@ def convert_state_dict(
         if theirs.unbiased != ours.unbiased and count is not None:
             n = _count_of(count, dotted)
             factor = n / (n - 1) if ours.unbiased else (n - 1) / n
-            arrays["running_var"] = _scaled(arrays["running_var"], factor)
+            var = arrays["running_var"]
+            with on_device_of(var), np.errstate(all="ignore"):
+                arrays["running_var"] = (var * factor).astype(var.dtype)
         for name in ours.names:
             if name in arrays:
                 result[ours.key(path, name)] = arrays[name]
@@ -172,8 +174,3 @@ def _count_of(count: int | Mapping[str, int], path: str) -> int:
             f'count must be an integer of at least 2 for each layer, got {n!r} for "{path}"'
         )
     return int(n)
-
-
-def _scaled(array: Array, factor: float) -> Array:
-    with on_device_of(array), np.errstate(all="ignore"):
-        return (array * factor).astype(array.dtype)

@@ -58,14 +58,10 @@ class Layer:
     saved: Any
 
     def __init__(self) -> None:
-        set_plain = super().__setattr__
-        for name in ("params", "grads", "buffers", "children"):
-            set_plain(name, {})
-        set_plain("_absent", set())
-        set_plain("_path", "")
-        set_plain("device", "cpu")
-        set_plain("training", True)
-        set_plain("saved", None)
+        empty: dict[str, Any] = {"params": {}, "grads": {}, "buffers": {}, "children": {}}
+        self.__dict__.update(
+            empty, _absent=set(), _path="", device="cpu", training=True, saved=None
+        )
 
     # ---- registering -----------------------------------------------------------------------------
 
@@ -77,12 +73,13 @@ class Layer:
             DTypeError: what is registered is no array, or not floating.
         """
         array = self._registered(name, array)
-        if array is None:
-            return
-        if not is_floating(array.dtype):
-            raise DTypeError(f"{name} is {array.dtype}; a parameter is trained, so it is floating")
-        self.params[name] = array
-        self.grads[name] = np.zeros_like(array)
+        if array is not None:
+            if not is_floating(array.dtype):
+                raise DTypeError(
+                    f"{name} is {array.dtype}; a parameter is trained, so it is floating"
+                )
+            self.params[name] = array
+            self.grads[name] = np.zeros_like(array)
 
     def register_buffer(self, name: str, array: Array | None) -> None:
         """Registers an array that belongs to the state but is not trained; None: absent.
@@ -112,12 +109,8 @@ class Layer:
                 return state[kind][name]
         if name in state.get("_absent", ()):
             return None
-        if "params" not in state:
-            raise AttributeError(
-                f"{type(self).__name__!r} object has no attribute {name!r}: its __init__ must call "
-                "super().__init__() first"
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        hint = "" if "params" in state else ": its __init__ must call super().__init__() first"
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Layer):
@@ -212,25 +205,17 @@ class Layer:
         """
         context = self.saved if saved is None else saved
         if context is None:
-            self.missing_context()
+            error = RuntimeError(
+                f"{self.label}: backward without a saved forward. Call forward first, in training "
+                "mode or with save_for_backward=True; each backward uses up its forward"
+            )
+            self.leave_backward(error)
+            raise error
         given = None if context is _EMPTY else context
         dx = self.compute_backward(dy, given, **options)
         if self.saved is context:
             self.__dict__["saved"] = None
         return dx
-
-    def missing_context(self) -> None:
-        """Raises the error of a backward that no forward went before, and tells other ranks."""
-        error = self.no_context()
-        self.leave_backward(error)
-        raise error
-
-    def no_context(self) -> Exception:
-        """The error of a backward that no forward went before."""
-        return RuntimeError(
-            f"{self.label}: backward without a saved forward. Call forward first, in training mode "
-            "or with save_for_backward=True; each backward uses up its forward"
-        )
 
     def leave_backward(self, error: Exception) -> bool:
         """Tells the ranks that wait in this tree's backward of the error; False if none would."""
@@ -318,7 +303,7 @@ class Layer:
 
     def state_dict(self) -> StateDict:
         """Copies of all parameters and buffers by path, with the layers' versions as metadata."""
-        return state_of(self)
+        return state_of(self._walk(""))
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> LoadResult:
         """Copies a state into the tree's arrays: all of it, or nothing when it raises.
@@ -332,7 +317,7 @@ class Layer:
             StateDictError: lists everything that does not fit.
             TypeError: `state` is no mapping.
         """
-        return load_state(self, state, strict)
+        return load_state(list(self._walk("")), state, strict)
 
     def upgrade_state_dict(self, state: dict[str, Any], prefix: str, version: int) -> None:
         """Edits a copy of a state that an older version of this class wrote.

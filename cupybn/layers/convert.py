@@ -10,7 +10,7 @@ from .base import Layer
 from .batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .sync import CommReference, SyncBatchNorm
 
-_PLAIN = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
+_KNOWN = (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
 
 
 def convert_sync_batchnorm(layer: Layer, comm: Any = None, *, skip: Iterable[str] = ()) -> Layer:
@@ -83,24 +83,21 @@ def _replace(
     skip = {skip} if isinstance(skip, str) else set(skip)
     if unknown := sorted(skip - set(paths)):
         raise ValueError(f"skip names no layer of the tree: {', '.join(map(repr, unknown))}")
+    unique = {id(layer): layer for layer in paths.values()}
     kept = {id(paths[path]) for path in skip}
-    known = (*_PLAIN, SyncBatchNorm)
+    norms = {
+        key: layer
+        for key, layer in unique.items()
+        if isinstance(layer, BatchNorm) and key not in kept
+    }
     for path, layer in paths.items():
-        if isinstance(layer, BatchNorm) and type(layer) not in known and id(layer) not in kept:
+        if id(layer) in norms and type(layer) not in _KNOWN:
             raise TypeError(
                 f"{path or 'the root'!r} is a {type(layer).__name__}, a subclass whose own "
                 "behaviour would be lost; name its path in skip=, or replace it yourself"
             )
-    successors: dict[int, BatchNorm] = {}
-
-    def replaced(layer: Layer) -> Layer:
-        if not isinstance(layer, BatchNorm) or id(layer) in kept:
-            return layer
-        if id(layer) not in successors:
-            successors[id(layer)] = successor(layer)
-        return successors[id(layer)]
-
-    for parent in list({id(layer): layer for layer in paths.values()}.values()):
+    successors = {key: successor(norm) for key, norm in norms.items()}
+    for parent in unique.values():
         for name, child in parent.children.items():
-            parent.children[name] = replaced(child)
-    return replaced(root)
+            parent.children[name] = successors.get(id(child), child)
+    return successors.get(id(root), root)

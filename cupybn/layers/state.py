@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from operator import index
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..arrays import Array, as_array, assign, copy_to_host, is_floating, on_device_of
-from ..checkpoint import StateDict
+from ..checkpoint.content import StateDict, metadata_of
 from ..errors import CupyBNError, StateDictError
-
-
-class _Tree(Protocol):
-    """What is asked of a layer here."""
-
-    version: ClassVar[int]
-    params: dict[str, Array]
-    buffers: dict[str, Array]
-
-    def _walk(self, prefix: str) -> Iterator[tuple[str, Any]]: ...
 
 
 class LoadResult(NamedTuple):
@@ -41,10 +31,10 @@ def _prefix(path: str) -> str:
     return f"{path}." if path else ""
 
 
-def state_of(root: _Tree) -> StateDict:
-    """Copies of the tree's arrays; a shared layer appears under each of its paths."""
+def state_of(layers: Iterable[tuple[str, Any]]) -> StateDict:
+    """Copies of the arrays of (path, layer); a shared layer appears under each of its paths."""
     state = StateDict()
-    for path, layer in root._walk(""):
+    for path, layer in layers:
         state.metadata[path] = {"version": layer.version}
         for name, array in (layer.params | layer.buffers).items():
             with on_device_of(array):
@@ -52,46 +42,45 @@ def state_of(root: _Tree) -> StateDict:
     return state
 
 
-def load_state(root: _Tree, state: Mapping[str, Any], strict: bool) -> LoadResult:
-    """See ``Layer.load_state_dict``."""
+def load_state(layers: list[tuple[str, Any]], state: Mapping[str, Any], strict: bool) -> LoadResult:
+    """See ``Layer.load_state_dict``; `layers` are the (path, layer) of a tree, its root first."""
     if not isinstance(state, Mapping):
         raise TypeError(f"Expected state_dict to be dict-like, got {type(state)}")
-    title = f"Error(s) in loading state_dict for {type(root).__name__}:"
     errors: list[str] = []
-    current = _upgraded(root, state, errors)
-    writes: list[tuple[Array, Array]] = []
-    missing = []
-    expected = set()
-    for path, layer in root._walk(""):
-        for name, target in (layer.params | layer.buffers).items():
-            key = _prefix(path) + name
-            expected.add(key)
-            if key not in current:
-                missing.append(key)
-                continue
-            value = _fitting(key, current[key], target, errors)
-            if value is not None:
-                writes.append((target, value))
-    unexpected = [key for key in current if key not in expected]
+    current = _upgraded(layers, state, errors)
+    targets = {
+        _prefix(path) + name: target
+        for path, layer in layers
+        for name, target in (layer.params | layer.buffers).items()
+    }
+    missing = [key for key in targets if key not in current]
+    unexpected = [key for key in current if key not in targets]
+    values: dict[str, Array] = {}
+    for key, target in targets.items():
+        try:
+            if key in current:
+                values[key] = _fitting(key, current[key], target)
+        except CupyBNError as error:  # noqa: PERF203  # all of them are listed
+            errors.append(f"{error}.")
     if strict and unexpected:
         errors.insert(0, f"Unexpected key(s) in state_dict: {_quoted(unexpected)}.")
     if strict and missing:
         errors.insert(0, f"Missing key(s) in state_dict: {_quoted(missing)}.")
     if errors:
+        title = f"Error(s) in loading state_dict for {type(layers[0][1]).__name__}:"
         raise StateDictError("\n\t".join([title, *errors]))
-    for target, value in writes:
-        assign(target, value)
+    for key, value in values.items():
+        assign(targets[key], value)
     return LoadResult(missing, unexpected)
 
 
-def _upgraded(root: _Tree, state: Mapping[str, Any], errors: list[str]) -> dict[str, Any]:
+def _upgraded(
+    layers: list[tuple[str, Any]], state: Mapping[str, Any], errors: list[str]
+) -> dict[str, Any]:
     """A copy of the state in the layers' current versions."""
-    metadata = getattr(state, "metadata", None)
-    if metadata is None:
-        metadata = getattr(state, "_metadata", None)
     current = dict(state)
-    for path, layer in root._walk(""):
-        version = _version_in(metadata, path)
+    for path, layer in layers:
+        version = _version_in(metadata_of(state), path)
         if version is None:
             errors.append(f'the metadata of the state has no integer version for "{path}".')
         elif version > layer.version:
@@ -113,26 +102,23 @@ def _version_in(metadata: Any, path: str) -> int | None:
         return None
 
 
-def _fitting(key: str, value: Any, target: Array, errors: list[str]) -> Array | None:
-    """The value as a host array that can be copied into target, or None and an error."""
-    try:
-        array = as_array(value, key)
-    except CupyBNError as error:
-        errors.append(f"{error}.")
-        return None
+def _fitting(key: str, value: Any, target: Array) -> Array:
+    """The value as a host array that can be copied into target.
+
+    Raises:
+        CupyBNError: it does not fit.
+    """
+    array = as_array(value, key)
     if array.shape != target.shape:
-        errors.append(
+        raise StateDictError(
             f"size mismatch for {key}: copying a param with shape {array.shape} from the state, "
-            f"the shape in current model is {target.shape}."
+            f"the shape in current model is {target.shape}"
         )
-        return None
     kind = "f" if is_floating(array.dtype) else array.dtype.kind
     if kind not in ("f" if is_floating(target.dtype) else "iu"):
-        errors.append(f"dtype mismatch for {key}: {array.dtype} does not fit {target.dtype}.")
-        return None
+        raise StateDictError(f"dtype mismatch for {key}: {array.dtype} does not fit {target.dtype}")
     if not getattr(target.flags, "writeable", True):
-        errors.append(f"{key} is read-only in this model.")
-        return None
+        raise StateDictError(f"{key} is read-only in this model")
     with np.errstate(all="ignore"):  # a value too large for the target becomes Inf
         return copy_to_host(array).astype(target.dtype, copy=False)
 

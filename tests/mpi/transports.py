@@ -13,6 +13,7 @@ from cupybn.communicators import MpiCommunicator
 from cupybn.communicators.cuda_aware import VARIABLE
 
 cupy = fake_cupy.install()
+cupy.guard_memory()
 world = MPI.COMM_WORLD
 rank, size = world.rank, world.size
 last = rank == size - 1
@@ -52,10 +53,9 @@ def spied(transport):
 def written_late(values):
     """A device array that a kernel on the current stream is still to fill."""
     array = cupy.asarray(np.full_like(values, -7))
-    memory = array.view(np.ndarray)
 
     def kernel():
-        memory[...] = values
+        array.memory[...] = values
 
     cupy.cuda.get_current_stream().launch(kernel)
     return array
@@ -204,7 +204,7 @@ def layers():
             np.testing.assert_array_equal(host, np.full(host.shape, i + (size - 1) / 2))
             assert host.dtype == (np.float64 if name[0] == "b" else np.float32)
         distributed.verify_sync(tree, comm)
-        tree.b.weight[...] = np.full(3, rank)
+        tree.b.weight[...] = rank
         if size > 1:
             error = raised(distributed.verify_sync, tree, comm)
             assert "'b.weight' of" in str(error), error

@@ -1,24 +1,23 @@
 """How a kernel covers an (N, C, L) tensor: grid, block, vector width, slices. Integers only.
 
 The terms are those of ``cuda/geometry.cuh``: rows, where a block owns one channel, and runs, where
-it owns neighbouring channels that together are a whole number of vectors; a slice is the share of
-one block in them. What one block covers is `span` vectors of a channel, or `span` lines of a run.
+it owns a tile of neighbouring channels that together are a whole number of vectors; a slice is the
+share of one block in them: so many vectors of a channel, or so many lines of a run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd
 
 THREADS = 256
-MAX_GROUP = 256
+MAX_TILE_CHANNELS = 256
 MAX_SLICES = 65535  # CUDA's limit of grid.y
 MAX_TILES = 2**31 - 1  # and of grid.x
 WARP = 32
 BYTE = 8
 
-_VECTOR_BYTES = 16
+VECTOR_BYTES = 16
 _SHORT_ROW_BYTES = 512  # shorter rows leave a warp's access in several places of memory
 _RUN_BYTES = 256  # what a run should at least be, for the same reason
 _SLICE_BYTES = 32 << 10  # a smaller share of a channel is not worth a block
@@ -35,9 +34,9 @@ class LaunchPlan:
         ragged: rows or the tensor may begin or end inside of a vector.
         grid: tiles of channels, slices.
         threads: of a block.
-        span: vectors (rows) or lines (runs) of a slice.
-        group: channels of a tile.
-        fold: samples of a line.
+        slice_length: vectors (rows) or lines (runs) of a slice.
+        tile_channels: channels of a tile.
+        line_samples: samples of a line.
         flat: one thread for eight neighbouring values, whatever their channels.
     """
 
@@ -46,27 +45,14 @@ class LaunchPlan:
     ragged: bool
     grid: tuple[int, int]
     threads: int
-    span: int
-    group: int
-    fold: int
+    slice_length: int
+    tile_channels: int = 1
+    line_samples: int = 1
     flat: bool = False
 
     @property
     def slices(self) -> int:
         return self.grid[1]
-
-
-def geometries(itemsize: int) -> Iterator[tuple[bool, int, bool]]:
-    """What `rows`, `vector` and `ragged` of a plan can be: a kernel is compiled for each.
-
-    Ragged vectors are wide; rows that cannot be read in wide ones are read by the element.
-    """
-    wide = _VECTOR_BYTES // itemsize
-    yield from ((rows, wide, ragged) for rows in (True, False) for ragged in (False, True))
-    yield True, 1, False
-    while wide > 1:
-        wide //= 2
-        yield False, wide, False
 
 
 def plan_launch(
@@ -107,9 +93,9 @@ def _plan_rows(
     whole_bytes: bool,
 ) -> LaunchPlan:
     n, c, length = shape
-    vector = _VECTOR_BYTES // itemsize
+    vector = VECTOR_BYTES // itemsize
     # those of ragged rows do not begin with a byte of a mask
-    if length < vector or (alignment if whole_bytes else congruence) < _VECTOR_BYTES:
+    if length < vector or (alignment if whole_bytes else congruence) < VECTOR_BYTES:
         vector = 1
     ragged = length % vector != 0 or alignment < vector * itemsize
     total = n * (length // vector)
@@ -117,8 +103,9 @@ def _plan_rows(
     # what is read by the element costs a thread as much as a vector
     alone = 2 * n * vector if ragged else 0
     slices = _slices(c, (total + alone) * vector * itemsize, multiprocessors)
-    span = _round_up(_ceil(total, slices), threads)
-    return LaunchPlan(True, vector, ragged, (c, _ceil(total, span)), threads, span, 1, 1)
+    slice_length = _round_up(_ceil(total, slices), threads)
+    grid = (c, _ceil(total, slice_length))
+    return LaunchPlan(True, vector, ragged, grid, threads, slice_length)
 
 
 def _plan_runs(
@@ -131,7 +118,7 @@ def _plan_runs(
 ) -> LaunchPlan | None:
     """Runs in the widest vectors there are, where single rows are short, ragged or narrower."""
     length = shape[2]
-    vector = max(1, min(alignment, _VECTOR_BYTES) // itemsize)
+    vector = max(1, min(alignment, VECTOR_BYTES) // itemsize)
     while vector:
         unit = max(vector, BYTE) if whole_bytes else vector
         if length > 1:
@@ -151,33 +138,35 @@ def _fit_run(
 ) -> LaunchPlan | None:
     """Runs of a multiple of `unit` elements, or None if there are none that fit into a block."""
     n, c, length = shape
-    group, fold = unit // gcd(unit, length), 1
-    if c % group:
-        group, fold = c, unit // gcd(unit, c * length)
-    slots = group * fold * length // vector
-    ragged = n % fold != 0
-    if slots > THREADS or group > MAX_GROUP or (ragged and vector * itemsize < _VECTOR_BYTES):
+    channels, samples = unit // gcd(unit, length), 1
+    if c % channels:
+        channels, samples = c, unit // gcd(unit, c * length)
+    slots = channels * samples * length // vector
+    ragged = n % samples != 0
+    if slots > THREADS or channels > MAX_TILE_CHANNELS:
         return None
-    lines = _ceil(n, fold)
-    while group < c and 2 * slots <= THREADS and 2 * group <= MAX_GROUP:
+    if ragged and vector * itemsize < VECTOR_BYTES:
+        return None
+    lines = _ceil(n, samples)
+    while channels < c and 2 * slots <= THREADS and 2 * channels <= MAX_TILE_CHANNELS:
         too_short = slots * vector * itemsize < _RUN_BYTES
         idle = THREADS // slots > lines
-        if not (too_short or idle or _ceil(c, 2 * group) >= 2 * multiprocessors):
+        if not (too_short or idle or _ceil(c, 2 * channels) >= 2 * multiprocessors):
             break
-        group, slots = 2 * group, 2 * slots
+        channels, slots = 2 * channels, 2 * slots
     threads = _round_up(slots * min(THREADS // slots, lines), WARP)
     lanes = threads // slots
-    tiles = _ceil(c, group)
-    slices = _slices(tiles, n * min(group, c) * length * itemsize, multiprocessors)
-    span = _round_up(_ceil(lines, slices), lanes)
-    grid = (tiles, _ceil(lines, span))
-    return LaunchPlan(False, vector, ragged, grid, threads, span, group, fold)
+    tiles = _ceil(c, channels)
+    slices = _slices(tiles, n * min(channels, c) * length * itemsize, multiprocessors)
+    slice_length = _round_up(_ceil(lines, slices), lanes)
+    grid = (tiles, _ceil(lines, slice_length))
+    return LaunchPlan(False, vector, ragged, grid, threads, slice_length, channels, samples)
 
 
 def _plan_flat(shape: tuple[int, int, int]) -> LaunchPlan:
     n, c, length = shape
     blocks = _ceil(_ceil(n * c * length, BYTE), THREADS)
-    return LaunchPlan(False, 1, False, (blocks, 1), THREADS, 0, 0, 0, flat=True)
+    return LaunchPlan(False, 1, False, (blocks, 1), THREADS, 0, flat=True)
 
 
 def _slices(tiles: int, tile_bytes: int, multiprocessors: int) -> int:

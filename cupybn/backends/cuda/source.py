@@ -10,23 +10,13 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .launch import geometries
-
 OPTIONS = ("-std=c++17",)
-SCALARS = {
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-    "float32": "float",
-    "float64": "double",
-}
-_ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 # Kernels that one pass needs are compiled together: some of a module's time is our headers, and
 # whatever else the compiler does before it comes to the kernel.
-_TOGETHER = (("batch_moments", "normalize"), ("backward_reduce", "backward_input"))
+TOGETHER = (("batch_moments", "normalize"), ("backward_reduce", "backward_input"))
 
 _OWN_INCLUDE = re.compile(r'^#include "([\w.]+)"$')
 _kernels: dict[tuple[Any, ...], Any] = {}
@@ -39,7 +29,7 @@ def source_directory() -> Path:
     Raises:
         FileNotFoundError: neither is there.
     """
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     for directory in (package / "_cuda", package.parent / "cuda"):
         if (directory / "numeric.cuh").is_file():
             return directory
@@ -49,26 +39,10 @@ def source_directory() -> Path:
     )
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A module: kernels with their choices made; `defines` are macros and their values."""
-
-    kernels: tuple[str, ...]
-    defines: tuple[tuple[str, str | int], ...]
-
-    @property
-    def source(self) -> str:
-        lines = (f"#define {name} {value}\n" for name, value in self.defines)
-        return "".join(lines) + paste(*(f"{kernel}.cu" for kernel in self.kernels))
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        return OPTIONS
-
-    @property
-    def label(self) -> str:
-        choices = (f"{name}={value}" for name, value in self.defines)
-        return " ".join(["+".join(self.kernels), *choices])
+def module_text(kernels: tuple[str, ...], defines: tuple[tuple[str, str | int], ...]) -> str:
+    """The text of a module: kernels with their choices made, by macros and their values."""
+    lines = (f"#define {name} {value}\n" for name, value in defines)
+    return "".join(lines) + paste(*(f"{kernel}.cu" for kernel in kernels))
 
 
 def paste(*names: str, directory: Path | None = None) -> str:
@@ -100,8 +74,8 @@ def get_kernel(kernel: str, **defines: str | int) -> Any:
     if found is None:
         with _lock:
             if (kernel, choices) not in _kernels:
-                together = next((names for names in _TOGETHER if kernel in names), (kernel,))
-                module = compile_module(Variant(together, choices).source, together)
+                together = next((names for names in TOGETHER if kernel in names), (kernel,))
+                module = compile_module(module_text(together, choices), together)
                 for name in together:
                     _kernels[name, choices] = module.get_function(name)
             found = _kernels[kernel, choices]
@@ -121,20 +95,3 @@ def clear() -> None:
     """Forgets every kernel."""
     with _lock:
         _kernels.clear()
-
-
-def variants(dtype: str) -> Iterator[Variant]:
-    """Every module that there is for data of a dtype, or for parameters of it."""
-    scalar = ("SCALAR", SCALARS[dtype])
-    for rows, vector, ragged in geometries(_ITEMSIZES[dtype]):
-        shape = ("RAGGED_VECTORS", int(ragged)), ("ROWS", int(rows)), scalar, ("VECTOR", vector)
-        for kernels in _TOGETHER:
-            yield Variant(kernels, shape)
-        if dtype == "float64":
-            yield Variant(("normalize_recentred",), shape)
-    yield Variant(("normalize_flat",), (scalar,))
-    if dtype in ("float32", "float64"):
-        yield Variant(("finalize_moments",), (scalar,))
-    if dtype == "float64":
-        yield Variant(("normalize_recentred_flat",), (scalar,))
-        yield Variant(("recentre_moments",), ())

@@ -1,0 +1,189 @@
+"""Prepared launches: kernels, grids and constant arguments, found once for a signature; scratch.
+
+A call is a look-up among what is kept here, and the launches. Nothing is looked up by name in it,
+and nothing here makes a Python frame in it but :func:`scratch_for`. The current device is the one
+of the arrays.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...arrays import DATA_TYPES, Array
+from . import source
+from .plan import plan_launch
+
+NULL = np.uint64(0)
+NO_SCRATCH = NULL, NULL
+
+_THREADS_PER_CHANNEL_BLOCK = 128
+
+
+class Launch(NamedTuple):
+    """A kernel with everything that its calls have in common.
+
+    Attributes:
+        run: launches; takes the tuple of all arguments.
+        sizes: the last arguments.
+        values: of a channel, where the kernel is over tensors.
+        empty: ``cupy.ndarray``, which allocates at a third of the price of ``cupy.empty_like``.
+        partials, counters: how much scratch it needs; 0 where no channel is split.
+    """
+
+    run: Callable[[tuple[Any, ...]], None]
+    sizes: tuple[np.int64, ...]
+    values: np.float64
+    empty: Any
+    partials: int = 0
+    counters: int = 0
+
+
+@lru_cache(maxsize=4096)
+def tensor_launch(
+    kernel: str,
+    shape: tuple[int, int, int],
+    dtype: np.dtype[Any],
+    device: int,
+    some: int,
+    every: int,
+    whole_bytes: bool = False,
+) -> Launch:
+    """The launch of a kernel over tensors of a shape and dtype.
+
+    `some` has the bits that are set in the address of at least one tensor, `every` those that are
+    set in all, up to 16 bytes; `whole_bytes` is for a kernel that writes a mask.
+    """
+    alignment, congruence = some | 16, some & ~every | 16
+    plan = plan_launch(
+        shape,
+        dtype.itemsize,
+        alignment & -alignment,
+        congruence & -congruence,
+        _multiprocessors(device),
+        whole_bytes,
+    )
+    scalar = DATA_TYPES[dtype.name].cuda
+    sizes: tuple[int, ...] = shape
+    if plan.flat:
+        compiled = source.get_kernel(f"{kernel}_flat", SCALAR=scalar)
+    else:
+        compiled = source.get_kernel(
+            kernel,
+            SCALAR=scalar,
+            ROWS=int(plan.rows),
+            VECTOR=plan.vector,
+            RAGGED_VECTORS=int(plan.ragged),
+        )
+        sizes = (*shape, plan.slice_length, plan.tile_channels, plan.line_samples)
+    split = plan.slices > 1
+    return Launch(
+        partial(compiled, plan.grid, (plan.threads,)),
+        tuple(map(np.int64, sizes)),
+        np.float64(shape[0] * shape[2]),
+        sys.modules["cupy"].ndarray,
+        2 * shape[1] * plan.slices if split else 0,
+        plan.grid[0] if split else 0,
+    )
+
+
+@lru_cache(maxsize=4096)
+def channel_launch(kernel: str, channels: int, dtype: np.dtype[Any] | None = None) -> Launch:
+    """The launch of a kernel of one thread a channel; `dtype`: of its parameters, if it has any."""
+    scalar = {} if dtype is None else {"SCALAR": DATA_TYPES[dtype.name].cuda}
+    threads = _THREADS_PER_CHANNEL_BLOCK
+    grid = (-(-channels // threads),)
+    run = partial(source.get_kernel(kernel, **scalar), grid, (threads,))
+    return Launch(run, (np.int64(channels),), np.float64(0), sys.modules["cupy"].ndarray)
+
+
+@lru_cache(maxsize=4096)
+def forward_launches(
+    shape: tuple[int, int, int],
+    dtype: np.dtype[Any],
+    device: int,
+    x: int,
+    some: int,
+    every: int,
+    whole_bytes: bool,
+    running_dtype: np.dtype[Any],
+) -> tuple[Launch, Launch, Launch]:
+    """Those of ``local_forward``: the moments, what becomes of them, and y.
+
+    Bits as for :func:`tensor_launch`: of x alone, and of all tensors.
+    """
+    return (
+        tensor_launch("batch_moments", shape, dtype, device, x, x),
+        channel_launch("finalize_moments", shape[1], running_dtype),
+        tensor_launch("normalize", shape, dtype, device, some, every, whole_bytes),
+    )
+
+
+@lru_cache(maxsize=4096)
+def backward_launches(
+    shape: tuple[int, int, int],
+    dtype: np.dtype[Any],
+    device: int,
+    some_read: int,
+    every_read: int,
+    some: int,
+    every: int,
+) -> tuple[Launch, Launch]:
+    """Those of ``local_backward``: the sums over what is read, and dx."""
+    return (
+        tensor_launch("backward_reduce", shape, dtype, device, some_read, every_read),
+        tensor_launch("backward_input", shape, dtype, device, some, every),
+    )
+
+
+def clear_caches() -> None:
+    """Forgets plans, kernels and this thread's scratch."""
+    for kept in (forward_launches, backward_launches, tensor_launch, channel_launch):
+        kept.cache_clear()
+    _multiprocessors.cache_clear()
+    source.clear()
+    _kept.scratch.clear()
+    _kept.outgrown.clear()
+
+
+class _Kept(threading.local):
+    """Scratch of one thread, by device and stream."""
+
+    def __init__(self) -> None:
+        self.scratch: dict[tuple[int, int], tuple[Array, Array]] = {}
+        # A captured graph may still point at scratch that was outgrown. Sizes double, so that
+        # this holds no more than the scratch in use.
+        self.outgrown: list[tuple[Array, Array]] = []
+
+
+_kept = _Kept()
+
+
+def scratch_for(launch: Launch, device: int) -> tuple[Array, Array]:
+    """Partials and counters for a launch: of this thread, device and stream alone.
+
+    Counters are 0 between launches; a kernel sets them back itself.
+    """
+    cupy = sys.modules["cupy"]
+    key = device, cupy.cuda.get_current_stream().ptr
+    held = _kept.scratch.get(key)
+    partials, counters = launch.partials, launch.counters
+    if held is not None:
+        if held[0].size >= partials and held[1].size >= counters:
+            return held
+        _kept.outgrown.append(held)
+        partials, counters = max(partials, 2 * held[0].size), max(counters, 2 * held[1].size)
+    made = cupy.empty(max(partials, 4096)), cupy.zeros(max(counters, 1024), np.uint32)
+    _kept.scratch[key] = made
+    return made
+
+
+@lru_cache(maxsize=64)
+def _multiprocessors(device: int) -> int:
+    cupy = sys.modules["cupy"]
+    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])

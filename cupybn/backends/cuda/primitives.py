@@ -1,0 +1,466 @@
+"""The backend's functions on CuPy arrays: they allocate, and launch what ``launch.py`` prepared.
+
+Same names and meanings as in ``backends/numpy.py``. The current device must be the one of the
+arrays: callers see to that. Nothing here waits for the device, and nothing is allocated but outputs
+and scratch, which is kept; all of it before the first launch, so that nothing fails after a write.
+
+A kernel takes pointers. An array stands for its address, ``NULL`` for one that is not there. Arrays
+of one value a channel may be strided: :func:`_pointers` copies those. Tensors and messages that are
+strided come from the public primitives alone, and go through :func:`_with_copies`.
+"""
+
+from __future__ import annotations
+
+import sys
+from operator import attrgetter, is_
+from typing import Any
+
+import numpy as np
+
+from ...arrays import Array
+from ...statistics import BackwardSums, Moments, Transform
+from .. import numpy as reference
+from .launch import (
+    NO_SCRATCH,
+    NULL,
+    Launch,
+    backward_launches,
+    channel_launch,
+    forward_launches,
+    scratch_for,
+    tensor_launch,
+)
+
+_FLOAT64 = np.dtype(np.float64)
+_NONE = None, None
+_ZERO = np.float64(0)
+_RELU = np.int64(0), np.int64(1)
+# as in finalize.cuh
+_FORMS = {name: np.int64(i) for i, name in enumerate(("local", "pooled", "recentred", "running"))}
+_LOCAL = _FORMS["local"]
+
+_is_dense = attrgetter("flags.c_contiguous")  # in C: no frame; NULL has flags, too
+
+update_running = reference.update_running
+
+
+def batch_moments(x3: Array, *, payload: Array | None = None) -> Moments:
+    """Count, mean and m2 of each channel of an (N, C, L) array.
+
+    `payload`, float64, takes this rank's part of the first message: (2C,) for ``count * mean`` and
+    ``m2 + count * mean**2``, or (C,) for the first of them alone.
+    """
+    n, c, length = x3.shape
+    if x3.size == 0:
+        if payload is not None:
+            payload[...] = 0
+        zeros = sys.modules["cupy"].zeros((2, c))
+        return Moments(n * length, zeros[0], zeros[1])
+    weighted = NULL if payload is None else payload
+    if not (_is_dense(x3) and _is_dense(weighted)):
+        return _with_copies(batch_moments, x3, payload=payload)  # type: ignore[no-any-return]
+    x, device = x3.data.ptr & 15, x3.data.device_id
+    launch = tensor_launch("batch_moments", x3.shape, x3.dtype, device, x, x)
+    mean, m2 = launch.empty(c), launch.empty(c)
+    about_zero = NULL
+    if payload is not None and payload.size > c:
+        about_zero = np.uint64(payload.data.ptr + 8 * c)
+    scratch = scratch_for(launch, device) if launch.partials else NO_SCRATCH
+    launch.run((mean, m2, weighted, about_zero, *scratch, x3, *launch.sizes))
+    return Moments(n * length, mean, m2)
+
+
+def finalize_moments(
+    moments: Moments,
+    eps: float,
+    *,
+    running: tuple[Array, Array] | None = None,
+    factor: float = 0.0,
+    form: str = "local",
+) -> tuple[Array, Array, Array]:
+    """(mean, biased variance, invstd), (C,) float64 each; updates `running` in place.
+
+    `form` says what `moments.mean` and `moments.m2` hold: themselves (``"local"``); the sums over
+    the ranks of both halves of the message (``"pooled"``); the pooled first half, and the pooled
+    result of :func:`recentre_moments` (``"recentred"``).
+    """
+    c = moments.mean.size
+    dtype = _FLOAT64 if running is None else running[0].dtype
+    launch = channel_launch("finalize_moments", c, dtype)
+    first, second, *states = _pointers(moments.mean, moments.m2, *(running or _NONE))
+    mean = moments.mean if form == "local" else launch.empty(c)
+    var, invstd = launch.empty(c), launch.empty(c)
+    numbers = np.float64(moments.count), np.float64(eps), np.float64(factor), _FORMS[form]
+    launch.run((mean, var, invstd, *states, first, second, *numbers, *launch.sizes))
+    if running is not None:
+        _copy_back(running, states)
+    return mean, var, invstd
+
+
+def given_statistics(mean: Array, var: Array, eps: float) -> tuple[Array, Array, Array]:
+    """(mean, variance, invstd), (C,) float64 each, of a given mean and variance."""
+    c = mean.size
+    launch = channel_launch("finalize_moments", c, mean.dtype)
+    outputs = launch.empty(c), launch.empty(c), launch.empty(c)
+    numbers = _ZERO, np.float64(eps), _ZERO, _FORMS["running"]
+    launch.run((*outputs, *_pointers(mean, var), NULL, NULL, *numbers, *launch.sizes))
+    return outputs
+
+
+def recentre_moments(local: Moments, weighted: Array, count: int, payload: Array) -> None:
+    """Writes ``m2 + local.count * (mean - weighted / count)**2`` into `payload`, (C,) float64.
+
+    The second message of float64 data; `weighted` and `count` are what came back of the first.
+    """
+    launch = channel_launch("recentre_moments", local.mean.size)
+    pointers = _pointers(payload, local.mean, local.m2, weighted)
+    launch.run((*pointers, np.float64(local.count), np.float64(count), *launch.sizes))
+    if pointers[0] is not payload:
+        payload[...] = pointers[0]
+
+
+def normalize(
+    x3: Array,
+    transform: Transform,
+    *,
+    relu: bool = False,
+    residual3: Array | None = None,
+    out3: Array | None = None,
+    mask: Array | None = None,
+) -> Array:
+    """``activation((x - mean) * invstd * weight + bias + residual)``, (N, C, L).
+
+    `mask`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
+    """
+    y3 = sys.modules["cupy"].ndarray(x3.shape, x3.dtype) if out3 is None else out3
+    if x3.size == 0:
+        return y3
+    residual = NULL if residual3 is None else residual3
+    bits = NULL if mask is None else mask
+    if not all(map(_is_dense, (x3, residual, y3, bits))):
+        return _with_copies(
+            normalize, x3, transform, relu=relu, residual3=residual3, out3=y3, mask=mask
+        )
+    launch = _normalize_launch("normalize", x3, y3, residual3, mask)
+    channels = _pointers(*transform)
+    launch.run((y3, bits, x3, residual, *channels, _RELU[relu], *launch.sizes))
+    return y3
+
+
+def backward_reduce(
+    dy3: Array,
+    x3: Array,
+    transform: Transform,
+    *,
+    relu: bool = False,
+    mask: Array | None = None,
+    payload: Array | None = None,
+) -> BackwardSums:
+    """The sums of dy and of dy * (x - mean), after the activation's backward, per channel.
+
+    Where y passed a ReLU is read from `mask` if given, else computed again from x. `payload`,
+    (2C,) float64, takes a copy of both for the message.
+    """
+    c = x3.shape[1]
+    if x3.size == 0:
+        if payload is not None:
+            payload[...] = 0
+        return BackwardSums(*sys.modules["cupy"].zeros((2, c)))
+    bits = NULL if mask is None else mask
+    first = NULL if payload is None else payload
+    if not all(map(_is_dense, (dy3, x3, bits, first))):
+        return _with_copies(  # type: ignore[no-any-return]
+            backward_reduce, dy3, x3, transform, relu=relu, mask=mask, payload=payload
+        )
+    second = NULL if payload is None else np.uint64(payload.data.ptr + 8 * c)
+    dy, x, device = dy3.data.ptr, x3.data.ptr, x3.data.device_id
+    launch = tensor_launch(
+        "backward_reduce", x3.shape, x3.dtype, device, (dy | x) & 15, dy & x & 15
+    )
+    sums = BackwardSums(launch.empty(c), launch.empty(c))
+    channels = _pointers(*transform)
+    scratch = scratch_for(launch, device) if launch.partials else NO_SCRATCH
+    inputs = dy3, x3, bits, *channels, _RELU[relu]
+    launch.run((*sums, first, second, *scratch, *inputs, *launch.sizes))
+    return sums
+
+
+def backward_input(
+    dy3: Array,
+    x3: Array,
+    transform: Transform,
+    *,
+    sums: BackwardSums | None = None,
+    count: int = 0,
+    relu: bool = False,
+    mask: Array | None = None,
+    out3: Array | None = None,
+    dresidual3: Array | None = None,
+    local: BackwardSums | None = None,
+    dweight: Array | None = None,
+    dbias: Array | None = None,
+) -> Array:
+    """The gradient of x, (N, C, L); see ``backends/numpy.py``.
+
+    `dweight` and `dbias` are added to in the same launch.
+    """
+    dx3 = sys.modules["cupy"].ndarray(x3.shape, x3.dtype) if out3 is None else out3
+    if x3.size == 0:  # then the local sums are 0 and add nothing
+        return dx3
+    bits = NULL if mask is None else mask
+    dresidual = NULL if dresidual3 is None else dresidual3
+    if not all(map(_is_dense, (dy3, x3, dx3, bits, dresidual))):
+        return _with_copies(
+            backward_input,
+            dy3,
+            x3,
+            transform,
+            sums=sums,
+            count=count,
+            relu=relu,
+            mask=mask,
+            out3=dx3,
+            dresidual3=dresidual3,
+            local=local,
+            dweight=dweight,
+            dbias=dbias,
+        )
+    launch = _input_launch(dy3, x3, dx3, dresidual3)
+    gradients = _NONE if local is None else (dweight, dbias)
+    pointers = _pointers(*gradients, *transform, *(sums or _NONE), *(local or _NONE))
+    outputs, inputs = pointers[:2], pointers[2:]
+    numbers = np.float64(1 / max(count, 1)), _RELU[relu]
+    launch.run((dx3, dresidual, *outputs, dy3, x3, bits, *inputs, *numbers, *launch.sizes))
+    if not all(map(is_, gradients, outputs)):
+        _copy_back(gradients, outputs)
+    return dx3
+
+
+def finish_forward(
+    moments: Moments,
+    form: str,
+    x3: Array,
+    y3: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    *,
+    relu: bool = False,
+    residual3: Array | None = None,
+    mask: Array | None = None,
+    running: tuple[Array, Array] | None = None,
+    factor: float = 0.0,
+) -> tuple[Array, Array]:
+    """``finalize_moments`` and ``normalize`` into y3: (mean, invstd).
+
+    In one launch after the second message of float64 data, which took one more before it.
+    """
+    if x3.size == 0:
+        mean, _, invstd = finalize_moments(moments, eps, running=running, factor=factor, form=form)
+        return mean, invstd
+    x, y, device = x3.data.ptr, y3.data.ptr, x3.data.device_id
+    residual, r = (NULL, y) if residual3 is None else (residual3, residual3.data.ptr)
+    bits = NULL if mask is None else mask
+    kernel = "normalize_recentred" if form == "recentred" else "normalize"
+    where = device, (x | y | r) & 15, x & y & r & 15
+    launch = tensor_launch(kernel, x3.shape, x3.dtype, *where, mask is not None)
+    first, second, weight, bias, *states = _pointers(
+        moments.mean, moments.m2, weight, bias, *(running or _NONE)
+    )
+    numbers = np.float64(moments.count), np.float64(eps), np.float64(factor)
+    mean = moments.mean if form == "local" else launch.empty(x3.shape[1])
+    invstd = launch.empty(x3.shape[1])
+    # the variance goes where the same thread writes invstd over it
+    outputs = mean, invstd, invstd, *states
+    if form == "recentred":
+        inputs = x3, residual, first, second, weight, bias
+        launch.run((y3, bits, *outputs, *inputs, *numbers, _RELU[relu], *launch.sizes))
+    else:
+        dtype = _FLOAT64 if running is None else running[0].dtype
+        finalize = channel_launch("finalize_moments", x3.shape[1], dtype)
+        finalize.run((*outputs, first, second, *numbers, _FORMS[form], *finalize.sizes))
+        channels = mean, invstd, weight, bias
+        launch.run((y3, bits, x3, residual, *channels, _RELU[relu], *launch.sizes))
+    if running is not None and not all(map(is_, running, states)):
+        _copy_back(running, states)
+    return mean, invstd
+
+
+def local_forward(
+    x3: Array,
+    y3: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    *,
+    relu: bool = False,
+    residual3: Array | None = None,
+    mask: Array | None = None,
+    running: tuple[Array, Array] | None = None,
+    factor: float = 0.0,
+) -> tuple[Array, Array]:
+    """The forward of one rank into y3: (mean, invstd)."""
+    if x3.size == 0:
+        state: dict[str, Any] = {"running": running, "factor": factor}
+        return finish_forward(batch_moments(x3), "local", x3, y3, weight, bias, eps, **state)
+    x, y, device = x3.data.ptr, y3.data.ptr, x3.data.device_id
+    residual, r = (NULL, y) if residual3 is None else (residual3, residual3.data.ptr)
+    where = device, x & 15, (x | y | r) & 15, x & y & r & 15
+    dtype = _FLOAT64 if running is None else running[0].dtype
+    launches = forward_launches(x3.shape, x3.dtype, *where, mask is not None, dtype)
+    reduce, finalize, finish = launches
+    mean, invstd = reduce.empty(x3.shape[1]), reduce.empty(x3.shape[1])
+    scratch = scratch_for(reduce, device) if reduce.partials else NO_SCRATCH
+    weight, bias, *states = _pointers(weight, bias, *(running or _NONE))
+    # Where invstd ends up, m2 and the variance come first: a thread of finalize_moments reads its
+    # channel before it writes, and writes invstd last.
+    reduce.run((mean, invstd, NULL, NULL, *scratch, x3, *reduce.sizes))
+    numbers = reduce.values, np.float64(eps), np.float64(factor), _LOCAL
+    finalize.run((mean, invstd, invstd, *states, mean, invstd, *numbers, *finalize.sizes))
+    bits = NULL if mask is None else mask
+    channels = mean, invstd, weight, bias
+    finish.run((y3, bits, x3, residual, *channels, _RELU[relu], *finish.sizes))
+    if running is not None and not all(map(is_, running, states)):
+        _copy_back(running, states)
+    return mean, invstd
+
+
+def local_backward(
+    dy3: Array,
+    x3: Array,
+    dx3: Array,
+    transform: Transform,
+    *,
+    count: int,
+    relu: bool = False,
+    mask: Array | None = None,
+    dresidual3: Array | None = None,
+    dweight: Array | None = None,
+    dbias: Array | None = None,
+) -> None:
+    """The backward of one rank, into dx3; a count of 0: the statistics are constants."""
+    if x3.size == 0:
+        return
+    dy, x, dx, device = dy3.data.ptr, x3.data.ptr, dx3.data.ptr, x3.data.device_id
+    dresidual, r = (NULL, x) if dresidual3 is None else (dresidual3, dresidual3.data.ptr)
+    some, every = dy | x, dy & x
+    where = device, some & 15, every & 15, (some | dx | r) & 15, every & dx & r & 15
+    reduce, finish = backward_launches(x3.shape, x3.dtype, *where)
+    c = x3.shape[1]
+    sums = reduce.empty(2 * c)
+    sum_dy_xmu = np.uint64(sums.data.ptr + 8 * c)
+    scratch = scratch_for(reduce, device) if reduce.partials else NO_SCRATCH
+    mean, invstd, weight, bias = transform
+    weight, bias, *gradients = _pointers(weight, bias, dweight, dbias)
+    bits = NULL if mask is None else mask
+    inputs = dy3, x3, bits, mean, invstd, weight, bias
+    reduce.run((sums, sum_dy_xmu, NULL, NULL, *scratch, *inputs, _RELU[relu], *reduce.sizes))
+    pooled, share = ((sums, sum_dy_xmu), np.float64(1 / count)) if count else ((NULL, NULL), _ZERO)
+    numbers = share, _RELU[relu]
+    finish.run(
+        (dx3, dresidual, *gradients, *inputs, *pooled, sums, sum_dy_xmu, *numbers, *finish.sizes)
+    )
+    if not all(map(is_, (dweight, dbias), gradients)):
+        _copy_back((dweight, dbias), gradients)
+
+
+def prepare_forward(
+    x3: Array,
+    y3: Array,
+    *,
+    residual3: Array | None = None,
+    mask: Array | None = None,
+    relu: bool = False,
+    running_dtype: Any = None,
+    ranks: int = 1,
+) -> None:
+    """Compiles what comes after the first message of a forward, to fail before it, if at all.
+
+    With one rank there is none, and nothing may fail at all.
+    """
+    c = x3.shape[1]
+    recentred = x3.dtype == _FLOAT64 and ranks > 1
+    if recentred:
+        channel_launch("recentre_moments", c)
+    if not (recentred and x3.size):
+        channel_launch("finalize_moments", c, np.dtype(running_dtype or "float64"))
+    if x3.size:
+        kernel = "normalize_recentred" if recentred else "normalize"
+        _normalize_launch(kernel, x3, y3, residual3, mask)
+        if ranks == 1:
+            _prepare_reduction("batch_moments", x3, x3)
+
+
+def prepare_backward(
+    dy3: Array,
+    x3: Array,
+    dx3: Array,
+    *,
+    dresidual3: Array | None = None,
+    mask: Array | None = None,
+    relu: bool = False,
+    constant: bool = False,
+    ranks: int = 1,
+) -> None:
+    """As :func:`prepare_forward`, for a backward."""
+    if x3.size:
+        _input_launch(dy3, x3, dx3, dresidual3)
+        if ranks == 1:
+            _prepare_reduction("backward_reduce", dy3, x3)
+
+
+def _normalize_launch(
+    kernel: str, x3: Array, y3: Array, residual3: Array | None, mask: Array | None
+) -> Launch:
+    x, y, device = x3.data.ptr, y3.data.ptr, x3.data.device_id
+    r = y if residual3 is None else residual3.data.ptr
+    where = device, (x | y | r) & 15, x & y & r & 15
+    return tensor_launch(kernel, x3.shape, x3.dtype, *where, mask is not None)
+
+
+def _input_launch(dy3: Array, x3: Array, dx3: Array, dresidual3: Array | None) -> Launch:
+    dy, x, dx, device = dy3.data.ptr, x3.data.ptr, dx3.data.ptr, x3.data.device_id
+    r = x if dresidual3 is None else dresidual3.data.ptr
+    where = device, (dy | x | dx | r) & 15, dy & x & dx & r & 15
+    return tensor_launch("backward_input", x3.shape, x3.dtype, *where)
+
+
+def _prepare_reduction(kernel: str, a3: Array, x3: Array) -> None:
+    a, x, device = a3.data.ptr, x3.data.ptr, x3.data.device_id
+    launch = tensor_launch(kernel, x3.shape, x3.dtype, device, (a | x) & 15, a & x & 15)
+    if launch.partials:
+        scratch_for(launch, device)
+
+
+def _pointers(*arrays: Array | None) -> list[Array]:
+    """What a kernel takes for arrays of one value a channel: a copy of one that is strided."""
+    pointers = []
+    for array in arrays:
+        if array is None:
+            pointers.append(NULL)
+        else:
+            dense = array.strides[0] == array.itemsize
+            pointers.append(array if dense else array.copy())
+    return pointers
+
+
+def _copy_back(given: tuple[Array | None, ...], written: list[Array]) -> None:
+    for target, values in zip(given, written, strict=True):
+        if target is not None and values is not target:
+            target[...] = values
+
+
+def _with_copies(primitive: Any, *given: Any, **options: Any) -> Any:
+    """Calls a primitive with dense copies of what is strided; what it wrote is copied back."""
+    ndarray = sys.modules["cupy"].ndarray
+
+    def dense(value: Any) -> Any:
+        strided = isinstance(value, ndarray) and not _is_dense(value)
+        return value.copy() if strided else value
+
+    copies = {name: dense(value) for name, value in options.items()}
+    result = primitive(*map(dense, given), **copies)
+    for name, value in options.items():
+        if copies[name] is not value and name != "residual3":  # that may be the memory of out3
+            value[...] = copies[name]
+    return options.get("out3", result)
