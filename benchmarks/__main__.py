@@ -28,8 +28,9 @@ def main() -> None:
     parser = argument_parser()
     args = parser.parse_args()
     # Read when NumPy, PyTorch, Numba and XLA are imported, which is after this.
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "NPROC"):
-        os.environ[name] = str(args.threads)
+    for name in ("OMP", "OPENBLAS", "MKL", "NUMBA"):
+        os.environ[f"{name}_NUM_THREADS"] = str(args.threads)
+    os.environ["NPROC"] = str(args.threads)
     if problem := problem_with(args):
         parser.error(problem)
     from .report import Report

@@ -40,7 +40,7 @@ DEVICE = "cuda"  # of PyTorch's parameters
 PATHS = ("cupybn", "native", "cudnn")
 _ODD = "64x4x112x112 128x4x224x224 4x256x16x16 64x2048 4096x1024 2x64x32x256x256"
 _PAIRS = [("cupybn", "native"), ("cupybn", "cudnn")]
-_WARM_UP = 3
+_WARM_UP = 3  # rounds
 _COPIED = 1 << 30
 _STEPS = 20  # in a loop of Python calls
 _DELAY = """
@@ -50,9 +50,7 @@ extern "C" __global__ void delay(long long cycles) {
 }
 """
 _DELAY_CYCLES = 1_000_000  # about half a millisecond
-
-Both = tuple[Callable[[Tensors], Any], Callable[[Tensors, Any], Any]]
-"""``kept = forward(tensors)``, then ``backward(tensors, kept)``."""
+Both = tuple[Callable[[Tensors], Any], Callable[[Tensors, Any], Any]]  # backward(t, forward(t))
 
 
 def measure_gpu(args: argparse.Namespace, report: Report) -> None:
@@ -72,7 +70,7 @@ def measure_gpu(args: argparse.Namespace, report: Report) -> None:
         except Exception as error:  # for the other cases there may be memory
             failed = {"all": f"{type(error).__name__}: {error}"}
             found = {"us": {}, "ratio": {}, "issued us": {}, "failed": failed}
-        synchronize()
+        cupy.cuda.Device().synchronize()
         cupy.get_default_memory_pool().free_all_blocks()
         if torch is not None:
             torch.cuda.empty_cache()
@@ -86,10 +84,6 @@ def measure_gpu(args: argparse.Namespace, report: Report) -> None:
         report.row(f"ResNet-50 {group}", speedups)
 
 
-def synchronize() -> None:
-    cupy.cuda.Device().synchronize()
-
-
 def device_turn_of(parts: Parts) -> Turn:
     """The turn of one round of calls, in device time."""
     delay, cuda = cupy.RawKernel(_DELAY, "delay"), cupy.cuda
@@ -101,7 +95,7 @@ def device_turn_of(parts: Parts) -> Turn:
         for call in parts.values():
             call()
             marks.append(stream.record(cuda.Event()))
-        synchronize()
+        cupy.cuda.Device().synchronize()
         times = [cuda.get_elapsed_time(*pair) / 1e3 for pair in itertools.pairwise(marks)]
         return dict(zip(parts, times, strict=True))
 
@@ -127,7 +121,8 @@ def record(case: Case, names: list[str], repeat: int) -> dict[str, Any]:
     failed = without_failing(turns)
     interleave(turns, _WARM_UP, calls=1)
     found = figures(interleave(turns, repeat, calls=1), _PAIRS)
-    loops = {name: turn_of(parts[name], synchronize, synchronize) for name in turns}
+    wait = cupy.cuda.Device().synchronize
+    loops = {name: turn_of(parts[name], wait, wait) for name in turns}
     issued = figures(interleave(loops, 5, calls=_STEPS), [])["us"]
     return found | {"issued us": {n: us["both"] for n, us in issued.items()}, "failed": failed}
 
