@@ -141,16 +141,6 @@ def backward_launches(
     )
 
 
-def clear_caches() -> None:
-    """Forgets plans, kernels and this thread's scratch."""
-    for kept in (forward_launches, backward_launches, tensor_launch, channel_launch):
-        kept.cache_clear()
-    _multiprocessors.cache_clear()
-    source.clear()
-    _kept.scratch.clear()
-    _kept.outgrown.clear()
-
-
 class _Kept(threading.local):
     """Scratch of one thread, by device and stream."""
 
