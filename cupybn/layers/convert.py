@@ -79,9 +79,14 @@ def _replace(
 ) -> Layer:
     if not isinstance(root, Layer):
         raise TypeError(f"expected a Layer, got {type(root).__name__}")
-    names = "layer of the tree", "the root"
     replaced: Layer = replace_norms(
-        dict(root._walk("")), "children", _KNOWN, successor, skip, base=BatchNorm, names=names
+        dict(root._walk("")),
+        "children",
+        _KNOWN,
+        successor,
+        skip,
+        base=BatchNorm,
+        names=("layer of the tree", "the root"),
     )
     return replaced
 

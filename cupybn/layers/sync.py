@@ -42,7 +42,6 @@ class Synchronised:
 
     name: str | None
     training: bool
-    _comm: CommReference
 
     @property
     def comm(self) -> Any:

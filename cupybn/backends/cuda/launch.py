@@ -175,5 +175,4 @@ def scratch_for(launch: Launch, device: int) -> tuple[Array, Array]:
 
 @lru_cache(maxsize=64)
 def _multiprocessors(device: int) -> int:
-    cupy = sys.modules["cupy"]
-    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
+    return int(sys.modules["cupy"].cuda.Device(device).attributes["MultiProcessorCount"])

@@ -289,8 +289,7 @@ def local_forward(
     residual, r = (NULL, y) if residual3 is None else (residual3, residual3.data.ptr)
     where = device, x & 15, (x | y | r) & 15, x & y & r & 15
     dtype = _FLOAT64 if running is None else running[0].dtype
-    launches = forward_launches(x3.shape, x3.dtype, *where, mask is not None, dtype)
-    reduce, finalize, finish = launches
+    reduce, finalize, finish = forward_launches(x3.shape, x3.dtype, *where, mask is not None, dtype)
     mean, invstd = reduce.empty(x3.shape[1]), reduce.empty(x3.shape[1])
     scratch = scratch_for(reduce, device) if reduce.partials else NO_SCRATCH
     weight, bias, *states = _pointers(weight, bias, *(running or _NONE))
@@ -300,8 +299,7 @@ def local_forward(
     numbers = reduce.values, np.float64(eps), np.float64(factor), _LOCAL
     finalize.run((mean, invstd, invstd, *states, mean, invstd, *numbers, *finalize.sizes))
     bits = NULL if mask is None else mask
-    channels = mean, invstd, weight, bias
-    finish.run((y3, bits, x3, residual, *channels, _RELU[relu], *finish.sizes))
+    finish.run((y3, bits, x3, residual, mean, invstd, weight, bias, _RELU[relu], *finish.sizes))
     if running is not None and not all(map(is_, running, states)):
         _copy_back(running, states)
     return mean, invstd
@@ -332,10 +330,9 @@ def local_backward(
     sums = reduce.empty(2 * c)
     sum_dy_xmu = np.uint64(sums.data.ptr + 8 * c)
     scratch = scratch_for(reduce, device) if reduce.partials else NO_SCRATCH
-    mean, invstd, weight, bias = transform
-    weight, bias, *gradients = _pointers(weight, bias, dweight, dbias)
+    weight, bias, *gradients = _pointers(transform.weight, transform.bias, dweight, dbias)
     bits = NULL if mask is None else mask
-    inputs = dy3, x3, bits, mean, invstd, weight, bias
+    inputs = dy3, x3, bits, transform.mean, transform.invstd, weight, bias
     reduce.run((sums, sum_dy_xmu, NULL, NULL, *scratch, *inputs, _RELU[relu], *reduce.sizes))
     pooled, share = ((sums, sum_dy_xmu), np.float64(1 / count)) if count else ((NULL, NULL), _ZERO)
     numbers = share, _RELU[relu]

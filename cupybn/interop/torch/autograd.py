@@ -98,8 +98,7 @@ class Normalise(torch.autograd.Function):
         try:
             # Unpacking raises where a tensor was changed in place, or was given up by an earlier
             # backward, and runs a checkpoint's recomputation.
-            tensors = ctx.saved_tensors
-            return (*Gradients.apply(dy, *tensors, ctx.statistics, call), None, None)
+            return (*Gradients.apply(dy, *ctx.saved_tensors, ctx.statistics, call), None, None)
         except Exception as error:
             bound.leave(call, "backward", error)
             raise
@@ -136,7 +135,8 @@ class Gradients(torch.autograd.Function):
         )
 
     @staticmethod
-    def _backward(ctx: Any, ddx: Tensor, ddweight: Tensor, ddbias: Tensor) -> tuple[Tensor, ...]:
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, ddx: Tensor, ddweight: Tensor, ddbias: Tensor) -> tuple[Tensor, ...]:
         with double_backward_call(ctx.statistics) as call:
             dy, x, weight, bias = ctx.saved_tensors
             wide = WIDE[x.dtype]
@@ -152,8 +152,6 @@ class Gradients(torch.autograd.Function):
                 )
                 ddy, dx, dweight = map(tensor_of, grads)
         return ddy, dx, None if weight is None else dweight.to(weight.dtype), None, None, None
-
-    backward = staticmethod(once_differentiable(_backward))
 
 
 def _complete(saved: Saved, x: Tensor, weight: Tensor, bias: Tensor) -> Saved:

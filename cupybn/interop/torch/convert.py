@@ -13,9 +13,8 @@ from ...layers.convert import recast, replace_norms
 from ...layers.sync import CommReference
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 
-_PLAIN = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
-_THEIRS = tuple(getattr(torch.nn, cls.__name__) for cls in (*_PLAIN, SyncBatchNorm))
-_KNOWN = (*_PLAIN, SyncBatchNorm, *_THEIRS)
+_OURS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
+_KNOWN = (*_OURS, *(getattr(torch.nn, cls.__name__) for cls in _OURS))
 _STATE = ("_parameters", "_buffers", "_modules")
 
 
@@ -47,8 +46,12 @@ def convert_sync_batchnorm(module: Any, comm: Any = None, *, skip: Iterable[str]
         new.__dict__.pop("process_group", None)
         return new
 
-    paths = dict(module.named_modules(remove_duplicate=False))
-    names = "part of the module", "the module"
     return replace_norms(
-        paths, "_modules", _KNOWN, synchronised, skip, base=TorchBatchNorm, names=names
+        dict(module.named_modules(remove_duplicate=False)),
+        "_modules",
+        _KNOWN,
+        synchronised,
+        skip,
+        base=TorchBatchNorm,
+        names=("part of the module", "the module"),
     )
