@@ -250,8 +250,7 @@ def dtype_named(name: str, what: str = "what is asked for") -> np.dtype[Any]:
     if name != "bfloat16":
         return np.dtype(name)
     try:
-        dtype: np.dtype[Any] = np.dtype(import_module("ml_dtypes").bfloat16)
-        return dtype
+        return np.dtype(import_module("ml_dtypes").bfloat16)  # type: ignore[no-any-return]
     except ImportError as error:
         raise ImportError(
             f"{what} is bfloat16, which needs ml_dtypes: pip install 'cupybn[bfloat16]'"

@@ -14,7 +14,6 @@ An interrupt on one rank (Ctrl-C) leaves its NumPy arrays all as they were or al
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -31,7 +30,7 @@ from .arrays import (
 )
 from .checks import check_writeable
 from .collective import CollectiveCall
-from .communicators import Communicator, MpiCommunicator, ThreadCommunicator, resolve
+from .communicators import MpiCommunicator, ThreadCommunicator, resolve
 from .errors import CollectiveMismatchError, DeviceError, DTypeError
 from .launcher import local_rank
 from .layers import Layer
@@ -41,6 +40,7 @@ Named: TypeAlias = "list[tuple[str, Array]]"
 """Arrays with their paths, in an order that is the same on all ranks."""
 
 _HOST = np.zeros(0)
+_SHORTEST = padded_length(0)  # of a message that is the same whatever the ranks come with
 _PIECES = 3  # of 20 bits each, of the hash of one array
 
 
@@ -113,14 +113,13 @@ def broadcast_parameters(layer: Layer, comm: Any = None, root: int = 0) -> None:
         TypeError: `layer` is no Layer.
         PeerError, CollectiveMismatchError: see above. Nothing is changed then.
     """
-    _check_tree(layer)
     broadcast_arrays(_state_arrays(layer), comm, root)
 
 
 def broadcast_arrays(named: Named, comm: Any = None, root: int = 0) -> None:
     """:func:`broadcast_parameters` for arrays by name."""
     communicator = resolve(comm)
-    with _comparison(communicator, "broadcast_parameters") as call:
+    with CollectiveCall(communicator, "broadcast_parameters", _SHORTEST) as call:
         if not isinstance(root, int | np.integer) or not 0 <= root < communicator.size:
             raise ValueError(f"root must be a rank from 0 to {communicator.size - 1}, got {root!r}")
         for name, array in named:
@@ -155,14 +154,13 @@ def verify_sync(layer: Layer, comm: Any = None) -> None:
         PeerError: another rank failed.
         TypeError: `layer` is no Layer.
     """
-    _check_tree(layer)
     verify_arrays(_state_arrays(layer), comm)
 
 
 def verify_arrays(named: Named, comm: Any = None) -> None:
     """:func:`verify_sync` for arrays by name."""
     communicator = resolve(comm)
-    with _comparison(communicator, "verify_sync") as call:
+    with CollectiveCall(communicator, "verify_sync", _SHORTEST) as call:
         _compare(call, {"": outline(named)})
     if communicator.size == 1:
         return
@@ -171,7 +169,7 @@ def verify_arrays(named: Named, comm: Any = None) -> None:
         pieces = np.array([_hash_pieces(array) for _, array in named], np.float64).reshape(-1)
         sums = _allreduce(call, [pieces, pieces * pieces])
     total, squares = np.split(sums, 2)
-    mean = total / communicator.size  # the same integer on all ranks: see statistics.read_header
+    mean = total / communicator.size  # the same integer on all ranks: see statistics.words_of_all
     differs = (mean % 1 != 0) | (communicator.size * mean * mean != squares)
     differs = differs.reshape(-1, _PIECES).any(axis=1)
     names = [name for (name, _), differ in zip(named, differs, strict=True) if differ]
@@ -203,7 +201,7 @@ def split_comm(comm: Any, group_size: int) -> Any:
     communicator = resolve(comm)
     if not isinstance(communicator, MpiCommunicator | ThreadCommunicator):
         raise TypeError(f"comm must be a communicator of MPI or threads, got {type(comm).__name__}")
-    with _comparison(communicator, "split_comm") as call:
+    with CollectiveCall(communicator, "split_comm", _SHORTEST) as call:
         if not isinstance(group_size, int | np.integer) or group_size < 1:
             raise ValueError(f"group_size must be an integer of at least 1, got {group_size!r}")
         _compare(call, {"group_size": int(group_size)})
@@ -239,11 +237,6 @@ def _check_tree(layer: Any) -> None:
         )
 
 
-def _comparison(communicator: Communicator, what: str) -> CollectiveCall:
-    """A call whose message has the same length whatever the ranks come with."""
-    return CollectiveCall(communicator, what, padded_length(0))
-
-
 def _compare(call: CollectiveCall, settings: dict[str, object]) -> None:
     """Raises CollectiveMismatchError on every rank unless all have the same settings."""
     call.agree(settings)
@@ -261,16 +254,16 @@ def _allreduce(call: CollectiveCall, parts: list[Array], beside: Array = _HOST) 
 
 
 def _state_arrays(layer: Layer) -> Named:
+    _check_tree(layer)
     return [*layer.named_parameters(), *layer.named_buffers()]
 
 
-def outline(named: Iterable[tuple[str, Array]]) -> str:
+def outline(named: Named) -> str:
     """A short text that is the same for the same names, shapes and dtypes in the same order."""
-    arrays = list(named)
-    text = "; ".join(f"{name} {array.shape} {array.dtype}" for name, array in arrays)
+    text = "; ".join(f"{name} {array.shape} {array.dtype}" for name, array in named)
     digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-    values = sum(array.size for _, array in arrays)
-    return f"{len(arrays)} arrays with {values} values (outline {digest})"
+    values = sum(array.size for _, array in named)
+    return f"{len(named)} arrays with {values} values (outline {digest})"
 
 
 def _words(array: Array) -> Array:

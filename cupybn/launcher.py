@@ -35,8 +35,7 @@ def local_rank() -> int:
     Raises:
         ValueError: a launcher's variable is no number.
     """
-    for variable in LOCAL_RANK_VARIABLES:
-        text = os.environ.get(variable, "")
+    for variable, text in local_rank_variables().items():
         if text.isdecimal():
             return int(text)
         if text:
@@ -46,11 +45,8 @@ def local_rank() -> int:
 
 def local_size() -> int:
     """How many ranks share this machine, from the launcher's variables; 1 if unset."""
-    for variable in LOCAL_SIZE_VARIABLES:
-        number = leading_number(os.environ.get(variable, ""))
-        if number:
-            return number
-    return 1
+    numbers = (leading_number(os.environ.get(name, "")) for name in LOCAL_SIZE_VARIABLES)
+    return next(filter(None, numbers), 1)
 
 
 def leading_number(text: str) -> int:

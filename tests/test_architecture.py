@@ -30,18 +30,15 @@ LAYERS = [
 ]
 """The modules and packages of cupybn; each imports from earlier lines, and from itself."""
 
-STATEMENTS = 5930  # to become 5200
+STATEMENTS = 5923  # to become 5200
 IN_WORK = {  # files that other branches bring into shape; to become empty, and to go
-    "backends/composed.py",
-    "backends/cuda.py",
-    "backends/device.py",
     "forward_backward.py",
     "layers/batchnorm.py",
     "primitives.py",
 }
 LONGEST_FUNCTION = 60  # lines
 MOST_PARAMETERS = 8  # positional ones
-COMPILED = ("backends/cpu/", "backends/loops.py")  # loops in Numba, whose arguments are scalars
+COMPILED = "backends/cpu/"  # loops in Numba, whose arguments are arrays and scalars
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}

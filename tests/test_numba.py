@@ -6,10 +6,12 @@ That its numbers are right is in test_primitives.py.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,13 +21,15 @@ from hypothesis import strategies as st
 
 import cupybn
 from cupybn import backends, launcher
-from cupybn.backends import numba as compiled
+from cupybn.backends import cpu as compiled
 from cupybn.backends import numpy as plain
-from cupybn.backends import pieces, threads
+from cupybn.backends.cpu import plan as plans
+from cupybn.backends.cpu import pool
 from cupybn.errors import PeerError
-from cupybn.statistics import Transform
+from cupybn.statistics import BackwardSums, Moments, Transform
 from cupybn.testing import run_ranks
 
+PACKAGE = Path(cupybn.__file__).parent
 needs_numba = pytest.mark.skipif(not NUMBA, reason="Numba is not installed")
 SHAPES = [(8, 31, 100), (9, 5, 49), (300, 33, 1), (5, 40, 4), (3, 1, 200_003), (1, 2, 150_000)]
 SHAPES += [(2501, 3, 1), (40, 3000, 1), (70_000, 5, 1)]
@@ -37,7 +41,7 @@ def _as_before():
     backend = backends.cpu_backend()
     yield
     backends.use_cpu_backend(backend)
-    threads.set_threads(None)
+    pool.set_threads(None)
 
 
 def normal(shape, dtype=np.float32, seed=0):
@@ -131,37 +135,39 @@ def test_ranks_share_the_cores(monkeypatch, env, expected):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    threads.set_threads(None)
-    assert threads.thread_count() == expected
+    pool.set_threads(None)
+    assert pool.thread_count() == expected
 
 
 taking = threading.Lock()
 
 
 def in_python(work):
-    """A loop as the compiled ones are, of Python: work(*arguments, piece) for all it can take."""
+    """A kernel as the compiled ones are, of Python: work(*arguments, item) for all it can take."""
 
-    def loop(*arguments):
-        *arguments, pieces, taken = arguments
+    def kernel(*arguments):
+        *arguments, items, taken = arguments
         while True:
             with taking:
                 i = int(taken[0])
                 taken[0] += 1
-            if i >= len(pieces):
+            if i >= len(items):
                 return
-            work(*arguments, int(pieces[i]))
+            work(*arguments, int(items[i]))
 
-    return loop
+    return kernel
 
 
-def test_every_piece_is_done_once_whoever_calls():
-    threads.set_threads(3)
+def spread(kernel, arguments, number, at_most=None):
+    """`kernel` over the items 0 to `number`."""
+    pool.spread(kernel, at_most or number, *arguments, np.arange(number), np.zeros(1, np.int64))
+
+
+def test_every_item_is_done_once_whoever_calls():
+    pool.set_threads(3)
     done = []
-    loop = in_python(lambda call, piece: done.append((call, piece)) or time.sleep(1e-4))
-    callers = [
-        threading.Thread(target=threads.spread, args=(loop, (call,), np.arange(50), 50))
-        for call in range(6)
-    ]
+    kernel = in_python(lambda call, item: done.append((call, item)) or time.sleep(1e-4))
+    callers = [threading.Thread(target=spread, args=(kernel, (call,), 50)) for call in range(6)]
     for caller in callers:
         caller.start()
     for caller in callers:
@@ -169,24 +175,24 @@ def test_every_piece_is_done_once_whoever_calls():
     assert sorted(done) == [(call, i) for call in range(6) for i in range(50)]
 
 
-def test_an_error_in_any_piece_is_raised():
-    threads.set_threads(2)
+def test_an_error_in_any_item_is_raised():
+    pool.set_threads(2)
 
-    def work(piece):
-        if piece == 7:
-            raise MemoryError("piece 7")
+    def work(item):
+        if item == 7:
+            raise MemoryError("item 7")
         time.sleep(0.001)
 
     for _ in range(5):
-        with pytest.raises(MemoryError, match="piece 7"):
-            threads.spread(in_python(work), (), np.arange(10), 10)
+        with pytest.raises(MemoryError, match="item 7"):
+            spread(in_python(work), (), 10)
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        threads.set_threads(0)
+        pool.set_threads(0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads stay where they are put")
 def test_a_worker_leaves_the_core_of_its_caller(monkeypatch):
-    monkeypatch.setattr(threads, "_current_core", lambda: 3)
+    monkeypatch.setattr(pool, "_current_core", lambda: 3)
     moves = []
     monkeypatch.setattr(os, "sched_setaffinity", lambda who, cores: moves.append((who, cores)))
     for allowed, caller, moved in (
@@ -194,17 +200,17 @@ def test_a_worker_leaves_the_core_of_its_caller(monkeypatch):
     ):  # fmt: skip
         monkeypatch.setattr(os, "sched_getaffinity", lambda who, allowed=allowed: set(allowed))
         moves.clear()
-        threads._leave_core(caller)
+        pool._leave_core(caller)
         assert moves == moved
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads stay where they are put")
 def test_only_workers_are_moved():
-    threads.set_threads(2)
+    pool.set_threads(2)
     allowed, at = os.sched_getaffinity(0), set()
     for _ in range(20):
         work = in_python(lambda _: at.add(threading.get_ident()) or time.sleep(0.001))
-        threads.spread(work, (), np.arange(4), 4)
+        spread(work, (), 4)
         assert os.sched_getaffinity(0) == allowed
     assert len(at) == 2
 
@@ -214,37 +220,38 @@ def test_only_workers_are_moved():
 @pytest.mark.parametrize("relu", [False, True])
 def test_the_bits_do_not_depend_on_the_number_of_threads(shape, relu):
     x, dy = normal(shape), normal(shape, seed=4)
-    threads.set_threads(1)
+    pool.set_threads(1)
     expected = everything(compiled, x, dy, relu)
     for number in (2, 5):
-        threads.set_threads(number)
+        pool.set_threads(number)
         for actual, value in zip(everything(compiled, x, dy, relu), expected, strict=True):
             np.testing.assert_array_equal(actual, value)
 
 
 @needs_numba
-def test_compiled_loops_take_every_piece_once():
+def test_kernels_take_every_item_once():
     import numba
 
+    from cupybn.backends.cpu.intrinsics import take
+
     @numba.njit(nogil=True)
-    def loop(times, pieces, taken):
+    def kernel(times, items, taken):
         i = take(taken)
-        while i < len(pieces):
-            times[pieces[i]] += 1
+        while i < len(items):
+            times[items[i]] += 1
             i = take(taken)
 
-    take = compiled.load().take
     for number in (1, 2, 5):
-        threads.set_threads(number)
+        pool.set_threads(number)
         times = np.zeros(200_000, np.int64)
-        threads.spread(loop, (times,), np.arange(times.size), number)
+        spread(kernel, (times,), times.size, number)
         assert (times == 1).all()
 
 
 @needs_numba
 def test_ranks_that_are_threads_compute_at_once():
     backends.use_cpu_backend("numba")
-    threads.set_threads(3)
+    pool.set_threads(3)
     x, dy = normal((32, 8, 50, 50)), normal((32, 8, 50, 50), seed=1)
     whole = cupybn.BatchNorm2d(8)
     y, dx = whole(x), whole.backward(dy)
@@ -266,8 +273,8 @@ def test_ranks_that_are_threads_compute_at_once():
 def test_a_forked_process_has_threads_of_its_own():
     code = """if True:
         import os, numpy as np, cupybn
-        from cupybn.backends import threads
-        threads.set_threads(2)
+        from cupybn.backends.cpu import pool
+        pool.set_threads(2)
         warnings.simplefilter("ignore")
         layer, x = cupybn.BatchNorm2d(40), np.ones((32, 40, 40, 40), np.float32)
         layer(x)
@@ -318,9 +325,11 @@ def off_by_one(shape, dtype):
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_goes_past_the_caches_arrives(shape, dtype):
+    from cupybn.backends.cpu.forward import STREAMED
+
     wide = np.float64 if dtype == np.float64 else np.float32
     x, dy = normal(shape, wide).astype(dtype), normal(shape, wide, seed=4).astype(dtype)
-    assert x.nbytes > compiled.load().STREAMED or dtype.itemsize == 2
+    assert x.nbytes > STREAMED or dtype.itemsize == 2
     mean, invstd = normal(shape[1], np.float64), np.abs(normal(shape[1], np.float64, 1)) + 1
     y, dx = off_by_one(shape, dtype), off_by_one(shape, dtype)
     sums = compiled.backward_reduce(dy, x, Transform(mean, invstd))
@@ -406,6 +415,13 @@ def test_past_the_caches_or_not_is_the_same(shape, dtype, in_place):
     np.testing.assert_array_equal(mask, np.packbits(whole[0] > 0))
 
 
+SIGNATURES = """
+def there():
+    from cupybn.backends.cpu import compiler
+    return sum(len(kernel.signatures) for kernel in compiler._kernels)
+"""
+
+
 @needs_numba
 @pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("direction", compiled.DIRECTIONS)
@@ -413,31 +429,28 @@ def test_a_rehearsal_compiles_what_is_played(direction, columns):
     shape = (4, 3, 1) if columns else (4, 3, 200)
     code = f"""if True:
         import numpy as np
-        from cupybn.backends import numba
-        from cupybn.layers import BatchNorm1d
+        from cupybn.backends import cpu
         from cupybn.statistics import Transform
-        numba.rehearse({direction!r}, np.dtype("float32"), {columns})
-        def known():
-            return {{kernel: len(kernel.signatures) for kernel in numba.load()._kernels}}
-        before = known()
+        cpu.rehearse({direction!r}, np.dtype("float32"), {columns})
+        before = there()
         x = np.ones({shape}, np.float32)
-        y, one = x.copy(), np.ones(3, np.float32)
-        transform = Transform(*np.ones((2, 3)), one, one)
+        y, one, numbers = x.copy(), np.ones(3, np.float32), np.zeros(6)
+        transform = Transform(np.ones(3), np.ones(3), one, one)
         if {direction!r} == "local forward":
-            numba.local_forward(x, y, one, one, 1e-5, running=(one, one), factor=0.1)
+            cpu.local_forward(x, y, one, one, 1e-5, running=(one, one), factor=0.1)
         elif {direction!r} == "local backward":
-            numba.local_backward(x, x, y, transform, count=4, dweight=one, dbias=one)
+            cpu.local_backward(x, x, y, transform, count=4, dweight=one, dbias=one)
         elif {direction!r} == "forward":
-            moments = numba.batch_moments(x, payload=np.zeros(6))
-            numba.finalize_moments(moments, 1e-5, running=(one, one))
-            numba.normalize(x, transform)
+            moments = cpu.batch_moments(x, payload=numbers)
+            cpu.finish_forward(moments, "local", x, y, one, None, 1e-5, running=(one, one))
+            cpu.normalize(x, transform)
         else:
-            sums = numba.backward_reduce(x, x, transform, payload=np.zeros(6))
+            sums = cpu.backward_reduce(x, x, transform, payload=numbers)
             options = dict(sums=sums, count=4, local=sums, dweight=one, dbias=one)
-            numba.backward_input(x, x, transform, **options)
-        assert known() == before, [k for k, n in known().items() if n != before[k]]
+            cpu.backward_input(x, x, transform, **options)
+        assert there() == before
     """
-    process = chosen(f"exec({code!r})", CUPYBN_CPU_BACKEND="numba")
+    process = chosen(f"exec({SIGNATURES!r}); exec({code!r})", CUPYBN_CPU_BACKEND="numba")
     assert not process.returncode, process.stderr
 
 
@@ -544,17 +557,25 @@ def test_every_16_bit_value_is_read_and_rounded_as_by_numpy(dtype, scale):
     n=st.integers(1, 5000), c=st.integers(1, 3000), length=st.integers(1, 5000),
 )  # fmt: skip
 @settings(deadline=None, max_examples=300)
-def test_pieces_cover_every_value_once(n, c, length):
+def test_items_cover_every_value_once(n, c, length):
     n = min(n, max(1, 20_000_000 // (c * length)))
-    plan = pieces.plan_for(n, c, length)
+    plan = plans.plan_for(n, c, length)
     assert sum(plan.counts) == n * length
     seen = np.zeros(n * c * length, np.uint8)
     per_segment = np.zeros(len(plan.counts))
-    for s, start, channels, run, c0, c1, n0, n1, l0, l1 in plan.pieces:
-        whole = seen[start:][: seen[start:].size // (channels * run) * channels * run]
-        whole.reshape(-1, channels, run)[n0:n1, c0:c1, l0:l1] += 1
-        per_segment[s] += (c1 - c0) * (n1 - n0) * (l1 - l0)
-        assert not plan.columns or l1 - l0 <= pieces.WIDE
+    for item in map(plans.WorkItem._make, plan.items):
+        row = item.length if plan.columns else item.channels * item.length
+        whole = seen[item.start :][: seen[item.start :].size // row * row]
+        c0, c1 = (0, 1) if plan.columns else (item.c0, item.c1)
+        block = whole.reshape(-1, row // item.length, item.length)
+        block = block[item.n0 : item.n1, c0:c1, item.l0 : item.l1]
+        block += 1
+        per_segment[item.segment // c] += block.size
+        assert (item.l1 - item.l0 if plan.columns else item.step) <= plans.WIDE
+        if plan.columns:
+            of = np.arange(item.l0, item.l1) // length % c  # the channel of each column
+            assert (of.min(), of.max() + 1) == (item.c0, item.c1)
+            assert item.step == length
     assert (seen == 1).all()
     np.testing.assert_array_equal(per_segment, np.array(plan.counts) * c)
 
@@ -569,17 +590,16 @@ def test_preparing_compiles_all_that_comes_after_a_message(columns, dtype):
     code = f"""if True:
         import numpy as np
         from cupybn.statistics import Transform
-        from cupybn.backends import numba as b
-        def there():
-            return sum(len(kernel.signatures) for kernel in b.load()._kernels)
+        from cupybn.backends import cpu as b
         x = np.ones((6, 2, {1 if columns else 60}), "{dtype}")
         w, mask = np.ones(2, "{dtype}"), np.zeros(100, np.uint8)
         moments = b.batch_moments(x, payload=np.zeros(4))
         b.prepare_forward(x, x, residual3=x, mask=mask, relu=True, ranks=2)
         before = there()
-        mean, var, invstd = b.finalize_moments(moments, 1.0, running=(w, w))
-        b.finalize_moments(moments, 1.0)
-        b.normalize(x, Transform(mean, invstd, w), relu=True, residual3=x, mask=mask)
+        options = dict(relu=True, residual3=x, mask=mask)
+        mean, invstd = b.finish_forward(moments, "pooled", x, x, w, None, 1.0, **options)
+        b.finish_forward(moments, "local", x, x, None, w, 1.0, running=(w, w))
+        b.normalize(x, Transform(mean, invstd, w), **options)
         assert there() == before, "forward"
         sums = b.backward_reduce(x, x, Transform(mean, invstd), payload=np.zeros(4))
         b.prepare_backward(x, x, x, ranks=2)
@@ -594,10 +614,64 @@ def test_preparing_compiles_all_that_comes_after_a_message(columns, dtype):
         b.local_forward(x, x.copy(), w, None, 1.0, mask=mask, running=(w, w), relu=True)
         b.local_backward(x, x, x.copy(), of, count=6, dweight=w, dresidual3=x)
         assert there() == before, "alone"
+        for odd in (x[::-1], np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape)):
+            b.local_forward(odd, odd.copy(), w[::-1], w, 1)
+            b.local_backward(odd, odd, x.copy(), of, count=6)
+            b.batch_moments(odd, payload=np.zeros(8)[::2])
+            b.backward_reduce(odd, x, Transform(mean[::-1], invstd))
+            b.backward_input(x, odd, of, sums=sums)
+            b.normalize(odd, of, residual3=odd)
+        assert there() == before, "arrays of another kind"
         print("done")
     """
-    process = chosen(f"exec({code!r})")
+    process = chosen(f"exec({SIGNATURES!r}); exec({code!r})")
     assert process.stdout.split() == ["done"], process.stderr
+
+
+@needs_numba
+@pytest.mark.parametrize("shape", [(8, 16, 1), (4, 3, 200)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_call_enters_one_function_and_its_kernel(shape, dtype):
+    x = normal(shape).astype(dtype)
+    y, dx, c = np.empty_like(x), np.empty_like(x), shape[1]
+    w, b, mean, var, dw, db = np.ones((6, c), np.float64 if dtype == np.float64 else np.float32)
+    mask, message = np.empty(-(-x.size // 8), np.uint8), np.zeros(2 * c)
+    total = BackwardSums(message[:c], message[c:])
+    moments = Moments(9, message[:c], message[c:])
+    extra, running = {"relu": True, "mask": mask}, {"running": (mean, var), "factor": 0.1}
+
+    def forward(**extra):
+        return compiled.local_forward(x, y, w, b, 1e-5, **running, **extra)
+
+    of = Transform(*forward(residual3=x, **extra), w, b)
+
+    def backward(**extra):
+        compiled.local_backward(x, x, dx, of, count=9, dweight=dw, dbias=db, **extra)
+
+    calls = [
+        (forward, 2), (backward, 2),
+        (lambda: forward(residual3=x, **extra), 4), (lambda: backward(dresidual3=y, **extra), 2),
+        (lambda: compiled.batch_moments(x, payload=message), 3),
+        (lambda: compiled.finish_forward(moments, "pooled", x, y, w, b, 1e-5, **running), 3),
+        (lambda: compiled.backward_reduce(x, x, of, payload=message), 3),
+        (lambda: compiled.backward_input(
+            x, x, of, sums=total, count=9, out3=dx, local=total, dweight=dw, dbias=db), 3),
+    ]  # fmt: skip
+    for call, most in calls:
+        call()
+        entered = []
+
+        def note(frame, event, _, entered=entered):
+            name = frame.f_code.co_filename
+            if event == "call" and ("numpy" in name or "cupybn/backends" in name):
+                entered.append(frame.f_code.co_name)
+
+        sys.setprofile(note)
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
+        assert len(entered) <= most, entered
 
 
 @needs_numba
@@ -633,8 +707,8 @@ def test_a_rank_that_cannot_compile_tells_the_others(monkeypatch):
 
 
 @needs_numba
-def test_compiling_is_told(caplog):
-    compiled._ready.clear()
+def test_compiling_is_logged(caplog):
+    compiled.rehearse.cache_clear()
     x = normal((4, 3, 8))
     with caplog.at_level("DEBUG", logger="cupybn"):
         for ranks in (1, 1, 2, 2):
@@ -644,14 +718,48 @@ def test_compiling_is_told(caplog):
 
 
 @needs_numba
-def test_compile_command(capsys):
+def test_compiling_is_told_once_and_done_again_where_any_file_changed(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "cupybn", ignore=shutil.ignore_patterns("__pycache__"))
+    code = """if True:
+        import numpy as np
+        from cupybn.backends import cpu
+        print(sum(cpu.rehearse("local forward", np.dtype("float32"), c, False)[0] for c in (0, 1)))
+    """
+
+    def run(**env):
+        env = {"first_path": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache"), **env}
+        process = chosen(f"exec({code!r})", **env)
+        assert not process.returncode, process.stderr
+        return int(process.stdout), process.stderr.splitlines()
+
+    compilations, told = run()
+    assert compilations == 2
+    assert len(told) == 1, told
+    assert told[0].startswith("cupybn: compiling for float32, once; kept in " + str(tmp_path))
+    assert run() == (0, [])
+    with (tmp_path / "cupybn/backends/cpu/intrinsics.py").open("a") as file:
+        file.write("# changed\n")
+    assert run(MPI_LOCALRANKID="1") == (2, [])  # one rank of a machine says it
+    assert run() == (0, [])
+
+
+@needs_numba
+@pytest.mark.parametrize("bar", [False, True])
+def test_compile_command(capsys, monkeypatch, bar):
+    from cupybn.cli import compile as command
     from cupybn.cli import main
 
+    found = command.find_spec
+    monkeypatch.setattr(
+        command, "find_spec", lambda name: None if name == "tqdm" and not bar else found(name)
+    )
     assert main(["compile", "--dtypes", "float32"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    kinds = [line.split(" compiled")[0].split()[:-1] for line in lines]
-    assert kinds == [
+    said = capsys.readouterr()
+    kinds = [line.split(":")[0].split() for line in said.out.splitlines()]
+    expected = [
         ["float32", layout, *direction.split()]
         for layout in ("rows", "columns")
         for direction in compiled.DIRECTIONS
     ]
+    assert kinds == ([] if bar else expected) + [["compiled"]]
+    assert ("float32 columns backward" in said.err) == bar

@@ -12,22 +12,59 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cupybn import CollectiveMismatchError, PeerError
 from cupybn.backends import numpy as backend
+from cupybn.collective import CollectiveCall
+from cupybn.communicators.base import refused
 from cupybn.statistics import (
+    COUNT,
     HEADER,
     Moments,
-    header,
+    failed_ranks,
+    failure_header,
+    header_words,
     message_length,
     pack_texts,
     padded_length,
-    poison,
-    read_header,
     unpack_texts,
 )
 
 
 def summed(messages):
     return np.sum(messages, axis=0, dtype=messages[0].dtype)
+
+
+def header(dtype, text, count):
+    words = header_words(dtype, text).copy()
+    words[COUNT] = count
+    return words
+
+
+class Answering:
+    """A communicator whose messages all add up to the same header."""
+
+    rank = 0
+
+    def __init__(self, total, ranks):
+        self.total, self.size = total, ranks
+
+    def allreduce(self, message, label=""):
+        if "mismatch" in label:
+            return np.zeros_like(message)
+        return np.concatenate([self.total, message[HEADER:]])
+
+
+def read(total, text, ranks):
+    """What a rank that sent `text` makes of a summed header: the count, or what it raises."""
+    comm = Answering(total, ranks)
+    call = CollectiveCall(comm, "a call", padded_length(0), text, dtype=total.dtype)
+    call.payload(np.zeros(0), 0)
+    try:
+        return call.allreduce()[0]
+    except (PeerError, CollectiveMismatchError) as error:
+        return type(error)
+    finally:
+        refused.pop(id(comm), None)
 
 
 @pytest.mark.parametrize("c", [1, 100, 128, 129, 1000, 2048, 2049, 70000])
@@ -46,14 +83,12 @@ def test_length_is_a_header_and_a_power_of_two_that_fits(c):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7, 64, 4096])
 def test_fingerprints_agree_exactly_when_equal(ranks, dtype):
     same = [header(dtype, "forward of 'bn1'", 5)] * ranks
-    result = read_header(summed(same), ranks)
-    assert result.agree
-    assert result.failed == 0
-    assert result.count == 5 * ranks
+    assert read(summed(same), "forward of 'bn1'", ranks) == 5 * ranks
     if ranks > 1:
         for odd in (0, ranks // 2, ranks - 1):
             mixed = same[:odd] + [header(dtype, "forward of 'bn2'", 5)] + same[odd + 1 :]
-            assert not read_header(summed(mixed), ranks).agree
+            for own in ("forward of 'bn1'", "forward of 'bn2'"):  # every rank sees it
+                assert read(summed(mixed), own, ranks) is CollectiveMismatchError
 
 
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=9))
@@ -61,7 +96,9 @@ def test_fingerprints_agree_exactly_when_equal(ranks, dtype):
 def test_any_mixture_of_calls_is_seen(calls):
     for dtype in (np.float64, np.float32):
         messages = [header(dtype, f"call {call}", 1) for call in calls]
-        assert read_header(summed(messages), len(calls)).agree == (len(set(calls)) == 1)
+        expected = len(calls) if len(set(calls)) == 1 else CollectiveMismatchError
+        for own in set(calls):
+            assert read(summed(messages), f"call {own}", len(calls)) == expected
 
 
 def summed_pieces(pieces):
@@ -77,9 +114,11 @@ def test_fingerprints_that_nearly_agree_do_not(odd_one):
     for ranks in (2, 3, 4, 1000, *range(4000, 4097)):
         for f in ((1 << 20) - 1, (1 << 20) - 2, 1_000_001, 3):
             same = [f] * ranks
-            assert read_header(summed_pieces(same), ranks).agree
+            assert (summed_pieces(same) == ranks * summed_pieces([f])).all()
             off = same[2:] + [[f - 1, f], [f - 1, f + 1], [f - 2, f - 1]][odd_one]
-            assert not read_header(summed_pieces(off), ranks).agree, (ranks, f)
+            for own in set(off):
+                differs = summed_pieces(off) != ranks * summed_pieces([own])
+                assert differs.any(), (ranks, f, own)
 
 
 def test_different_names_have_different_fingerprints():
@@ -88,18 +127,20 @@ def test_different_names_have_different_fingerprints():
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int64, np.float32])
-def test_poison_names_a_single_rank(dtype):
+def test_a_failure_names_a_single_rank(dtype):
     good = [header(dtype, "a", 5)] * 3
-    result = read_header(summed([*good, poison(dtype, 3)]), 4)
-    assert (result.failed, result.failed_rank) == (1, 3)
-    result = read_header(summed([*good[:2], poison(dtype, 0), poison(dtype, 2)]), 4)
-    assert (result.failed, result.failed_rank) == (2, None)
+    total = summed([*good, failure_header(dtype, 3)])
+    assert failed_ranks(total) == (1, 3)
+    assert read(total, "a", 4) is PeerError
+    total = summed([*good[:2], failure_header(dtype, 0), failure_header(dtype, 2)])
+    assert failed_ranks(total)[0] == 2
+    assert read(total, "a", 4) is PeerError
 
 
 def test_the_fingerprint_is_the_same_in_every_process():
     code = (
-        "import numpy as np; from cupybn.statistics import header;"
-        "print(header(np.float64, 'x', 0).tobytes().hex())"
+        "import numpy as np; from cupybn.statistics import header_words;"
+        "print(header_words(np.float64, 'x').tobytes().hex())"
     )
     runs = [
         subprocess.run(
@@ -165,10 +206,8 @@ def through_the_message(moments):
     ]
     while len(messages) > 1:
         messages = [a + b for a, b in zip(messages[::2], messages[1::2], strict=True)]
-    summed = read_header(messages[0][:HEADER], RANKS)
-    assert summed.agree
-    assert summed.failed == 0
-    return Moments.unpack(summed.count, messages[0][HEADER:])
+    count = read(messages[0][:HEADER], "forward of 'bn'", RANKS)
+    return Moments.unpack(count, messages[0][HEADER:])
 
 
 @pytest.mark.parametrize("pooled", [one_after_the_other, in_pairs, through_the_message])
@@ -204,15 +243,14 @@ def test_the_moments_of_4096_ranks(sizes, pooled):
 @pytest.mark.parametrize("odd", [0, 2047, 4095])
 def test_one_of_4096_ranks_is_found_out(odd):
     headers = [header(np.float64, "forward of 'bn'", 5) for _ in range(RANKS)]
-    headers[odd] = poison(np.float64, odd)
-    result = read_header(summed(headers), RANKS)
-    assert (result.failed, result.failed_rank) == (1, odd)
+    headers[odd] = failure_header(np.float64, odd)
+    assert failed_ranks(summed(headers)) == (1, odd)
+    assert read(summed(headers), "forward of 'bn'", RANKS) is PeerError
     headers[odd] = header(np.float64, "forward of 'bm'", 5)
-    assert not read_header(summed(headers), RANKS).agree
+    for own in ("forward of 'bn'", "forward of 'bm'"):
+        assert read(summed(headers), own, RANKS) is CollectiveMismatchError
     headers[odd] = header(np.float64, "forward of 'bn'", 2**40)
-    result = read_header(summed(headers), RANKS)
-    assert result.agree
-    assert result.count == 2**40 + 5 * (RANKS - 1)
+    assert read(summed(headers), "forward of 'bn'", RANKS) == 2**40 + 5 * (RANKS - 1)
 
 
 def test_merge_is_chan():

@@ -1,8 +1,8 @@
 """Which module computes: the backends offer the same five primitives under the same names.
 
-On NumPy arrays that is ``cpu`` where Numba is installed (extra ``cpu``), else ``numpy.py``.
-The environment variable ``CUPYBN_CPU_BACKEND``, read at the first call, forces one: "numpy" or
-"numba"; "auto" is the default.
+On NumPy arrays that is the package ``cpu`` where Numba is installed (extra ``cpu``), else
+``numpy.py``. The environment variable ``CUPYBN_CPU_BACKEND``, read at the first call, forces one:
+"numpy" or "numba"; "auto" is the default.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from types import ModuleType
 import numpy as np
 
 from ..arrays import Array, is_cupy
-from . import cuda as cuda_backend
 from . import cpu as compiled_backend
+from . import cuda as cuda_backend
 from . import numpy as numpy_backend
 
 _VARIABLE = "CUPYBN_CPU_BACKEND"

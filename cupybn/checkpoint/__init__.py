@@ -61,7 +61,13 @@ def save(state_dict: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         with suppress(OSError):
             os.unlink(temporary)
         raise
-    _sync_folder(folder)
+    if hasattr(os, "O_DIRECTORY"):  # other systems cannot open folders
+        # Puts the new name on the disk; without it, a power cut may bring the old file back.
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def load(path: str | os.PathLike[str]) -> StateDict:
@@ -103,14 +109,3 @@ def _format_of(path: str | os.PathLike[str]) -> Any:
     if suffix not in _FORMATS:
         raise CheckpointError(f"{path}: the name must end in .npz or .safetensors")
     return _FORMATS[suffix]
-
-
-def _sync_folder(folder: str) -> None:
-    """Puts the new name on the disk; without it, a power cut may bring the old file back."""
-    if not hasattr(os, "O_DIRECTORY"):  # such systems cannot open folders
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

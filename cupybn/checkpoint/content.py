@@ -107,7 +107,13 @@ def pack(state: Mapping[str, Any]) -> Content:
             raise ValueError(f"cannot save an array under the name {name!r}: {reason}")
         array = as_array(value, name)
         array = array.get() if is_cupy(array) else array
-        described = Description(name, _dtype_name(array.dtype, name), array.shape)
+        dtype = "bfloat16" if array.dtype.name == "bfloat16" else array.dtype.str
+        if dtype.replace(">", "<") not in SAFETENSORS_NAMES:
+            raise DTypeError(
+                f"{name} is {array.dtype}; files hold booleans, integers, float16, float32, "
+                "float64, bfloat16"
+            )
+        described = Description(name, dtype, array.shape)
         if described.dtype == "bfloat16":
             array = np.asarray(array, order="C").view(np.uint16)
         arrays[name] = described, array.astype(described.stored, order="C", copy=False)
@@ -138,15 +144,6 @@ def name_fault(name: Any) -> str:
         if re.search(pattern, name):
             return reason
     return "it is longer than 1000 bytes" if len(name.encode()) > 1000 else ""
-
-
-def _dtype_name(dtype: np.dtype[Any], what: str) -> str:
-    name = "bfloat16" if dtype.name == "bfloat16" else dtype.str
-    if name.replace(">", "<") not in SAFETENSORS_NAMES:
-        raise DTypeError(
-            f"{what} is {dtype}; files hold booleans, integers, float16, float32, float64, bfloat16"
-        )
-    return name
 
 
 def _as_json(metadata: Any) -> Any:

@@ -5,10 +5,9 @@ The header is the first member, ``cupybn.json``; then comes one ``NAME.npy`` for
 
 from __future__ import annotations
 
-from typing import Any, BinaryIO
+from typing import BinaryIO
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
-import numpy as np
 from numpy.lib import format as npy
 
 from ..errors import CheckpointError
@@ -58,7 +57,11 @@ def read(file: BinaryIO, size: int) -> StateDict:
             raise CheckpointError("altered: its arrays are not those that its header lists")
         for described, member in zip(listed, members[1:], strict=True):
             _check_npy_header(archive, member, described)
-        return unpack(fields, listed, [_read_array(archive, member) for member in members[1:]])
+        arrays = []
+        for member in members[1:]:
+            with archive.open(member) as array:
+                arrays.append(npy.read_array(array, max_header_size=_NPY_HEADER_LIMIT))
+    return unpack(fields, listed, arrays)
 
 
 def _check_members(archive: ZipFile, size: int) -> None:
@@ -106,10 +109,3 @@ def _check_npy_header(archive: ZipFile, member: ZipInfo, described: Description)
             f"{member.filename} claims an array of {described.nbytes} bytes in "
             f"{member.file_size} bytes"
         )
-
-
-def _read_array(archive: ZipFile, member: ZipInfo) -> np.ndarray[Any, Any]:
-    """The array of a member whose header was checked."""
-    with archive.open(member) as file:
-        array: np.ndarray[Any, Any] = npy.read_array(file, max_header_size=_NPY_HEADER_LIMIT)
-        return array

@@ -9,32 +9,44 @@ from __future__ import annotations
 import argparse
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
+from typing import Any
 
-import numpy as np
-
+from ..arrays import DATA_TYPES, dtype_named
 from ..backends import cpu as backend
-
-_DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtypes", nargs="+", choices=_DTYPES, help="of the data; all")
+    parser.add_argument("--dtypes", nargs="+", choices=DATA_TYPES, help="of the data; all")
 
 
 def run(args: argparse.Namespace) -> int:
     try:
-        backend.load()
+        kernels = backend.load()
     except ImportError as error:
         print(f"Numba cannot be used ({error}): pip install 'cupybn[cpu]'")
         return 1
-    for name in args.dtypes or _DTYPES:
-        if name == "bfloat16" and find_spec("ml_dtypes") is None:
-            print("bfloat16 needs ml_dtypes: pip install 'cupybn[bfloat16]'")
-            continue
-        dtype = np.dtype(import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name)
-        for columns in (False, True):
-            for direction in backend.DIRECTIONS:
-                compiled, seconds = backend.rehearse(direction, dtype, columns)
-                layout = "columns" if columns else "rows"
-                print(f"{name:9}{layout:8}{direction:15}{compiled:3} compiled {seconds:6.1f} s")
+    names = list(args.dtypes or DATA_TYPES)
+    if "bfloat16" in names and find_spec("ml_dtypes") is None:
+        print("bfloat16 needs ml_dtypes: pip install 'cupybn[bfloat16]'")
+        names.remove("bfloat16")
+    kernels.announced.update(names)  # the bar says it
+    work = list(product(names, (False, True), backend.DIRECTIONS))
+    bar: Any = None
+    if find_spec("tqdm") is not None:
+        bar = import_module("tqdm").tqdm(total=len(work), unit="call")
+    total = 0
+    for name, columns, direction in work:
+        what = f"{name} {'columns' if columns else 'rows'} {direction}"
+        if bar is not None:
+            bar.set_description(what)
+        compiled, seconds = backend.rehearse(direction, dtype_named(name, "it"), columns)
+        total += compiled
+        if bar is None:
+            print(f"{what}: {compiled} compiled in {seconds:.1f} s")
+        else:
+            bar.update()
+    if bar is not None:
+        bar.close()
+    print(f"compiled: {total} kernels, kept in {kernels.folder() or 'no folder'}")
     return 0

@@ -104,7 +104,7 @@ def cpu_backend_line() -> str:
         name = backends.cpu_backend().__name__.rpartition(".")[2]
     except (ImportError, ValueError) as error:
         return f"none: {error}"
-    if name != "numba":
+    if name != "cpu":
         missing = find_spec("numba") is None
         return f"{name} (pip install 'cupybn[cpu]' for the fast one)" if missing else name
     return f"numba {metadata.version('numba')}, {thread_count()} threads"

@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _selftest(world: Any, args: argparse.Namespace) -> int:
-    say: Callable[..., Any] = partial(print, flush=True) if world.rank == 0 else _keep_quiet
+    # Rank 0 speaks for all of them.
+    say: Callable[..., Any] = partial(print, flush=True) if world.rank == 0 else lambda *words: None
     machines = len(set(world.allgather(load_mpi().Get_processor_name())))
     say(
         f"cupybn {__version__} selftest: {world.size} rank{'s' * (world.size > 1)} on {machines} "
@@ -93,10 +94,6 @@ def _selftest(world: Any, args: argparse.Namespace) -> int:
     if not problems:
         say("all is well" + (" (with one rank: try mpiexec -n 4)" if world.size == 1 else ""))
     return int(world.bcast(bool(problems)))
-
-
-def _keep_quiet(*words: str) -> None:
-    pass
 
 
 def _cuda_device(world: Any) -> tuple[str | None, str]:

@@ -166,17 +166,16 @@ class MpiCommunicator(OfOneProcess):
 
     def _allreduce_other(self, message: Array, label: str) -> None:
         """The same for a CuPy array, by the transport, or a subclass of NumPy's."""
-        if not is_cupy(message):
-            if not isinstance(message, np.ndarray):
-                raise DTypeError(f"{label}: a message is an array, got {type(message).__name__}")
-            self._sum(message)
-        elif self.transport == "device":
+        transport = self.transport if is_cupy(message) else "host"
+        if transport == "device":
             sum_on_device(message, self._sum)
-        elif self.transport == "pinned":
+        elif transport == "pinned":
             host = sum_through_pinned(message, self._sum)
             self._first = message, host[:HEADER].copy()
-        else:
+        elif is_cupy(message) or isinstance(message, np.ndarray):
             sum_on_host(message, self._sum)
+        else:
+            raise DTypeError(f"{label}: a message is an array, got {type(message).__name__}")
 
     def _sum(self, values: Array) -> Array:
         self._dup.Allreduce(self._in_place, values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass, field
 from functools import reduce
 
 import numpy as np
@@ -12,18 +13,19 @@ from ..errors import CollectiveMismatchError, CollectiveTimeoutError, PeerError
 from .base import OfOneProcess, seconds_to_wait, sum_on_host
 
 
+@dataclass(eq=False)
 class _Meeting:
     """Where the ranks of a group meet: one sum at a time, added up in the order of the ranks."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.condition = threading.Condition()
-        self.messages: dict[int, Array] = {}
-        self.generation = 0
-        self.total: Array = None
-        self.fault: str | None = None
-        self.left: dict[int, str] = {}
-        self.groups: dict[tuple[int, int], _Meeting] = {}  # by the number of the split, and color
+    size: int
+    condition: threading.Condition = field(default_factory=threading.Condition)
+    messages: dict[int, Array] = field(default_factory=dict)
+    generation: int = 0
+    total: Array = None
+    fault: str | None = None
+    left: dict[int, str] = field(default_factory=dict)
+    # By the number of the split, and the color.
+    groups: dict[tuple[int, int], _Meeting] = field(default_factory=dict)
 
     def sum(self, rank: int, message: Array, label: str, timeout: float) -> Array:
         with self.condition:
@@ -37,7 +39,8 @@ class _Meeting:
             if self.generation == generation:
                 missing = sorted(set(range(self.size)) - set(self.messages))
                 del self.messages[rank]
-                for peer, how in self.left.items():
+                if self.left:
+                    peer, how = next(iter(self.left.items()))
                     raise PeerError(f"{label}: rank {peer} {how} while this rank waited for it")
                 raise CollectiveTimeoutError(
                     f"{label}: waited {timeout:g} s for the ranks {missing}"

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import as_array, on_device_of
+from ..arrays import Array, as_array, on_device_of
 from ..checkpoint import StateDict
 
 COUNTER = "num_batches_tracked"
@@ -145,8 +145,7 @@ def _by_layer(
 
     A batch norm is what has running statistics: a weight and a bias alone are anybody's.
     """
-    layers: dict[tuple[str, ...], dict[str, Any]] = {}
-    keys: dict[tuple[str, ...], list[str]] = {}
+    found: dict[tuple[str, ...], dict[str, tuple[str, Array]]] = {}  # with their keys
     others = []
     for key, value in state.items():
         parsed = convention.parse(key)
@@ -156,14 +155,17 @@ def _by_layer(
         path, name = parsed
         if any(not part or "." in part or "/" in part for part in path):
             raise ValueError(f"{key!r}: dots and slashes in a layer's name would not come back")
-        if name in layers.setdefault(path, {}):
-            raise ValueError(f"{key!r} is there twice: {keys[path]}")
-        layers[path][name] = as_array(value, key)
-        keys.setdefault(path, []).append(key)
-    for path in list(layers):
-        if not {"running_mean", "running_var"} <= layers[path].keys():
-            others += keys[path]
-            del layers[path]
+        layer = found.setdefault(path, {})
+        if name in layer:
+            raise ValueError(f"{key!r} is there twice: {[known for known, _ in layer.values()]}")
+        layer[name] = key, as_array(value, key)
+    layers = {
+        path: {name: array for name, (_, array) in layer.items()}
+        for path, layer in found.items()
+        if {"running_mean", "running_var"} <= layer.keys()
+    }
+    for path, layer in found.items():
+        others += [key for key, _ in layer.values()] if path not in layers else []
     return layers, others
 
 

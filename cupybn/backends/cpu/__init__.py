@@ -1,7 +1,7 @@
 """The primitives on NumPy arrays, compiled by Numba: the fast path on the CPU (extra ``cpu``).
 
-Same names and meanings as in ``backends/numpy.py``. ``kernels.py`` has the compiled loops, each made
-for a dtype when it is first needed and kept on disk; ``plan.py`` cuts the work, from the shape
+Same names and meanings as in ``backends/numpy.py``. ``kernels.py`` names the compiled loops, each
+made for a dtype when it is first needed and kept on disk; ``plan.py`` cuts the work, from the shape
 alone, so the bits of a result do not depend on the number of threads; ``pool.py`` has the threads.
 
 A call has to be short where arrays are small: each function here looks up what the calls of its
@@ -13,23 +13,23 @@ from __future__ import annotations
 
 import logging
 import time
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...arrays import parameter_dtype
+from ...arrays import DATA_TYPES, parameter_dtype
 from ...statistics import BackwardSums, Moments, Transform
 from .. import numpy as reference
 from ..numpy import Data, PerChannel
-from .plain import call_plainly, copy_back, plain
+from .plain import call_plainly, copy_back, is_plain, plain
 from .plan import SHORT, mask_items, plan_for
 from .pool import spread
 
 DIRECTIONS = ("local forward", "local backward", "forward", "backward")
 
-_SEEN_AS = {"float16": np.int16, "bfloat16": np.uint16}
 _FORMS = {"local": 0, "pooled": 1, "recentred": 2}
 _MOMENTS, _NORMALIZE = _SUMS, _INPUT = 1, 2  # the stages of the kernels
 _WHOLE = 3
@@ -58,43 +58,35 @@ class _Bound(NamedTuple):
     """What calls on arrays of one shape and dtype have in common.
 
     Attributes:
-        seen: the dtype that the kernels see in place of a 16-bit one, or None.
+        forward, backward: the kernels, with their items; on several threads where that pays.
         counts: values per channel of each segment.
-        whole: whether each work item has all values of its channels.
+        seen: the dtype that the kernels see in place of a 16-bit one, or None.
         no_data, no_parameter: what stands for an absent array.
     """
 
-    forward: Any
-    backward: Any
-    channels: int
-    count: int
-    items: Data
+    forward: Callable[..., None]
+    backward: Callable[..., None]
     counts: Data
-    threads: int
     seen: np.dtype[Any] | None
-    whole: bool
     no_data: Data
     no_parameter: Data
 
 
 @lru_cache(maxsize=1024)
 def _bound(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Bound:
-    n, channels, length = shape
-    plan, kernels = plan_for(n, channels, length), load()
-    seen = np.dtype(_SEEN_AS[dtype.name]) if dtype.name in _SEEN_AS else None
-    return _Bound(
-        forward=kernels.column_forward if plan.columns else kernels.row_forward,
-        backward=kernels.column_backward if plan.columns else kernels.row_backward,
-        channels=channels,
-        count=n * length,
-        items=plan.items,
-        counts=plan.counts,
-        threads=plan.threads,
-        seen=seen,
-        whole=len(plan.counts) == 1,
-        no_data=np.empty((0, 0, 0), seen or dtype),
-        no_parameter=np.empty(0, parameter_dtype(dtype)),
-    )
+    plan, kernels = plan_for(*shape), load()
+    constant = True if plan.columns else None, plan.items
+    bits = DATA_TYPES[dtype.name].bits
+    seen = np.dtype(bits) if bits else None
+
+    def on_threads(kernel: Callable[..., None]) -> Callable[..., None]:
+        if plan.threads > 1:
+            return partial(spread, kernel, plan.threads, *constant)
+        return partial(kernel, *constant)
+
+    no_data, no_parameter = np.empty((0, 0, 0), seen or dtype), np.empty(0, parameter_dtype(dtype))
+    forward, backward = on_threads(kernels.forward), on_threads(kernels.backward)
+    return _Bound(forward, backward, plan.counts, seen, no_data, no_parameter)
 
 
 # ---- the primitives ------------------------------------------------------------------------------
@@ -106,24 +98,19 @@ def batch_moments(x3: Data, *, payload: PerChannel | None = None) -> Moments:
     `payload` takes this rank's part of the first message: (2C,) for ``count * mean`` and
     ``m2 + count * mean**2``, or (C,) for the first of them alone.
     """
-    if not (x3.flags.carray and (payload is None or payload.flags.carray)):
+    message = _NO_NUMBERS if payload is None else payload
+    if not all(map(is_plain, (x3, message))):
         return call_plainly(batch_moments, ("payload",), x3=x3, payload=payload)
     bound = _bound(x3.shape, x3.dtype)
-    c, segments, none = bound.channels, max(1, len(bound.counts)), bound.no_parameter
+    n, c, length = x3.shape
+    segments, none = max(1, len(bound.counts)), bound.no_parameter
     mean, m2 = np.zeros(c * segments), np.zeros(c * segments)
     x3 = x3 if bound.seen is None else x3.view(bound.seen)
-    arguments = (
-        _MOMENTS, x3, x3, bound.no_data, False, mean, m2, none, none, none, none, 0.0, 0.0,
-        bound.items, np.zeros(1, _INT64),
-    )
-    if bound.threads > 1:
-        spread(bound.forward, arguments, bound.threads)
-    else:
-        bound.forward(*arguments)
+    arrays = x3, x3, bound.no_data, none, none, none, none, mean, m2, np.zeros(1, _INT64)
+    bound.forward(*arrays, _MOMENTS, False, 0.0, 0.0, 0.0)
     if segments > 1 or payload is not None:
-        message = _NO_NUMBERS if payload is None else payload
-        load().merge_moments(mean, m2, c, bound.counts, float(bound.count), message)
-    return Moments(bound.count, mean[:c], m2[:c])
+        load().merge_moments(mean, m2, c, bound.counts, message)
+    return Moments(n * length, mean[:c], m2[:c])
 
 
 def finalize_moments(
@@ -138,13 +125,11 @@ def finalize_moments(
 
     `form` says what `moments.mean` and `moments.m2` hold; see ``backends/numpy.py``.
     """
-    first, second, states = plain(moments.mean), plain(moments.m2), plain(running)
-    running_mean, running_var = states or (_NO_STATE, _NO_STATE)
+    first, second, states = plain((moments.mean, moments.m2, running))
     mean, var, invstd = np.empty(first.size), np.empty(first.size), np.empty(first.size)
-    load().finalize_moments(
-        first, second, float(moments.count), float(eps), _FORMS[form], mean, var, invstd,
-        running_mean, running_var, float(factor),
-    )
+    given = first, second, float(moments.count), float(eps), _FORMS[form]
+    written = mean, var, invstd, *(states or (_NO_STATE, _NO_STATE))
+    load().finalize_moments(*given, *written, float(factor), 0, first.size)
     copy_back(running, states)
     return mean, var, invstd
 
@@ -170,11 +155,8 @@ def normalize(
     mean, invstd, weight, bias = plain(transform)
     residual = bound.no_data if residual3 is None else residual3.view(seen)
     weight, bias = none if weight is None else weight, none if bias is None else bias
-    arguments = (
-        _NORMALIZE, out.view(seen), x3.view(seen), residual, relu, mean, invstd, weight, bias,
-        none, none, 0.0, 0.0, bound.items, np.zeros(1, _INT64),
-    )
-    spread(bound.forward, arguments, bound.threads)
+    arrays = out.view(seen), x3.view(seen), residual, weight, bias, none, none, mean, invstd
+    bound.forward(*arrays, np.zeros(1, _INT64), _NORMALIZE, relu, 0.0, 0.0, 0.0)
     if mask is not None:
         _pack_mask(out.view(seen), mask)
     copy_back(given, (out, mask))
@@ -196,32 +178,20 @@ def backward_reduce(
     (2C,), takes a copy of both for the message.
     """
     bound = _bound(x3.shape, x3.dtype)
-    none, nothing, numbers = bound.no_parameter, bound.no_data, _NO_NUMBERS
+    none, nothing = bound.no_parameter, bound.no_data
     mean, invstd, weight, bias = transform
     weight, bias = none if weight is None else weight, none if bias is None else bias
-    bits = _NO_BITS if mask is None else mask
-    if not (
-        x3.flags.carray and dy3.flags.carray and bits.flags.carray and mean.flags.carray
-        and invstd.flags.carray and weight.flags.carray and bias.flags.carray
-    ):
-        return call_plainly(
-            backward_reduce, (), dy3=dy3, x3=x3, transform=transform, relu=relu, mask=mask,
-            payload=payload,
-        )
+    arrays = dy3, x3, _NO_BITS if mask is None else mask, mean, invstd, weight, bias
+    if not all(map(is_plain, arrays)):
+        given = {"dy3": dy3, "x3": x3, "transform": transform, "relu": relu, "mask": mask}
+        return call_plainly(backward_reduce, ("payload",), **given, payload=payload)
     if bound.seen is not None:
-        dy3, x3 = dy3.view(bound.seen), x3.view(bound.seen)
-    c, segments = bound.channels, len(bound.counts)
-    sums = np.zeros((2, max(1, segments) * c))
-    sum_dy, sum_dy_xmu = sums[0], sums[1]
-    arguments = (
-        _SUMS, nothing, nothing, dy3, x3, bits, relu, mean, invstd, weight, bias,
-        sum_dy, sum_dy_xmu, 0.0, none, none, bound.items, np.zeros(1, _INT64),
-    )
-    if bound.threads > 1:
-        spread(bound.backward, arguments, bound.threads)
-    else:
-        bound.backward(*arguments)
-    load().merge_sums(sum_dy, sum_dy_xmu, mean, none)
+        arrays = dy3.view(bound.seen), x3.view(bound.seen), *arrays[2:]
+    c, segments = mean.size, max(1, len(bound.counts))
+    sum_dy, sum_dy_xmu = np.zeros(c * segments), np.zeros(c * segments)
+    sums = none, none, sum_dy, sum_dy_xmu, np.zeros(1, _INT64)
+    bound.backward(nothing, nothing, *arrays, *sums, _SUMS, relu, 0.0)
+    load().merge_sums(sum_dy, sum_dy_xmu, mean, none, 0, c)
     if payload is not None:
         payload[:c], payload[c:] = sum_dy[:c], sum_dy_xmu[:c]
     return BackwardSums(sum_dy[:c], sum_dy_xmu[:c])
@@ -245,40 +215,38 @@ def backward_input(
     """The gradient of x, (N, C, L); see ``backends/numpy.py``."""
     dx3 = np.empty(x3.shape, x3.dtype) if out3 is None else out3
     bound = _bound(x3.shape, x3.dtype)
-    none = bound.no_parameter
+    none, bits = bound.no_parameter, _NO_BITS if mask is None else mask
     mean, invstd, weight, bias = transform
-    weight, bias = none if weight is None else weight, none if bias is None else bias
+    coefficients = mean, invstd, none if weight is None else weight, none if bias is None else bias
     dresidual = bound.no_data if dresidual3 is None else dresidual3
-    bits = _NO_BITS if mask is None else mask
-    sum_dy, sum_dy_xmu = (mean, mean) if sums is None else sums
-    into_weight, into_bias = none if dweight is None else dweight, none if dbias is None else dbias
-    if not (
-        x3.flags.carray and dy3.flags.carray and dx3.flags.carray and dresidual.flags.carray
-        and bits.flags.carray and mean.flags.carray and invstd.flags.carray
-        and weight.flags.carray and bias.flags.carray and sum_dy.flags.carray
-        and sum_dy_xmu.flags.carray and into_weight.flags.carray and into_bias.flags.carray
-    ):
+    given = (mean, mean) if sums is None else (sums[0], sums[1])
+    gradients = none if dweight is None else dweight, none if dbias is None else dbias
+    arrays = dx3, dresidual, dy3, x3, bits, *coefficients, none, none, *given
+    if not all(map(is_plain, (*arrays, *gradients, *(local or ())))):
         call_plainly(
-            backward_input, ("dweight", "dbias", "dresidual3", "out3"), dy3=dy3, x3=x3,
-            transform=transform, sums=sums, count=count, relu=relu, mask=mask, out3=dx3,
-            dresidual3=dresidual3, local=local, dweight=dweight, dbias=dbias,
+            backward_input,
+            ("dweight", "dbias", "dresidual3", "out3"),
+            dy3=dy3,
+            x3=x3,
+            transform=transform,
+            sums=sums,
+            count=count,
+            relu=relu,
+            mask=mask,
+            out3=dx3,
+            dresidual3=dresidual3,
+            local=local,
+            dweight=dweight,
+            dbias=dbias,
         )
         return dx3
+    if (seen := bound.seen) is not None:
+        data = dx3.view(seen), dresidual.view(seen), dy3.view(seen), x3.view(seen)
+        arrays = *data, *arrays[4:]
+    taken, divisor = np.zeros(1, _INT64), 0.0 if sums is None else float(max(count, 1))
     if local is not None:
-        load().add_gradients(into_weight, into_bias, local[0], local[1], invstd)
-    dx = dx3
-    if bound.seen is not None:
-        dy3, x3, dx = dy3.view(bound.seen), x3.view(bound.seen), dx3.view(bound.seen)
-        dresidual = dresidual.view(bound.seen)
-    arguments = (
-        _INPUT, dx, dresidual, dy3, x3, bits, relu, mean, invstd, weight, bias, sum_dy,
-        sum_dy_xmu, 0.0 if sums is None else float(max(count, 1)), none, none, bound.items,
-        np.zeros(1, _INT64),
-    )
-    if bound.threads > 1:
-        spread(bound.backward, arguments, bound.threads)
-    else:
-        bound.backward(*arguments)
+        load().add_gradients(*gradients, local[0], local[1], invstd, 0, invstd.size)
+    bound.backward(*arrays, taken, _INPUT, relu, divisor)
     return dx3
 
 
@@ -302,40 +270,40 @@ def finish_forward(
 ) -> tuple[PerChannel, PerChannel]:
     """``finalize_moments`` and ``normalize`` into y3: (mean, invstd)."""
     bound = _bound(x3.shape, x3.dtype)
-    none = bound.no_parameter
+    none, c = bound.no_parameter, x3.shape[1]
     weight, bias = none if weight is None else weight, none if bias is None else bias
     residual = bound.no_data if residual3 is None else residual3
     running_mean, running_var = (none, none) if running is None else running
-    if not (
-        x3.flags.carray and y3.flags.carray and residual.flags.carray and weight.flags.carray
-        and bias.flags.carray and running_mean.flags.carray and running_var.flags.carray
-        and moments.mean.flags.carray and moments.m2.flags.carray
-        and (mask is None or mask.flags.carray)
-    ):
+    arrays = y3, x3, residual, weight, bias
+    bits = _NO_BITS if mask is None else mask
+    others = running_mean, running_var, moments.mean, moments.m2, bits
+    if not all(map(is_plain, (*arrays, *others))):
         moments = Moments(moments.count, plain(moments.mean), plain(moments.m2))
         return call_plainly(
-            finish_forward, ("y3", "mask", "running"), moments=moments, form=form, x3=x3, y3=y3,
-            weight=weight, bias=bias, eps=eps, relu=relu, residual3=residual3, mask=mask,
-            running=running, factor=factor,
+            finish_forward,
+            ("y3", "mask", "running"),
+            moments=moments,
+            form=form,
+            x3=x3,
+            y3=y3,
+            weight=weight,
+            bias=bias,
+            eps=eps,
+            relu=relu,
+            residual3=residual3,
+            mask=mask,
+            running=running,
+            factor=factor,
         )
-    c = bound.channels
-    mean, var, invstd = np.empty(c), np.empty(c), np.empty(c)
-    if bound.seen is not None:
-        x3, y3, residual = x3.view(bound.seen), y3.view(bound.seen), residual.view(bound.seen)
-    arguments = (
-        _NORMALIZE, y3, x3, residual, relu, mean, invstd, weight, bias, none, none, 0.0, 0.0,
-        bound.items, np.zeros(1, _INT64),
-    )
-    load().finalize_moments(
-        moments.mean, moments.m2, float(moments.count), float(eps), _FORMS[form], mean, var,
-        invstd, running_mean, running_var, float(factor),
-    )
-    if bound.threads > 1:
-        spread(bound.forward, arguments, bound.threads)
-    else:
-        bound.forward(*arguments)
+    if (seen := bound.seen) is not None:
+        arrays = y3.view(seen), x3.view(seen), residual.view(seen), weight, bias
+    mean, var, invstd, taken = np.empty(c), np.empty(c), np.empty(c), np.zeros(1, _INT64)
+    given = moments.mean, moments.m2, float(moments.count), float(eps), _FORMS[form]
+    written = mean, var, invstd, running_mean, running_var
+    load().finalize_moments(*given, *written, float(factor), 0, c)
+    bound.forward(*arrays, none, none, mean, invstd, taken, _NORMALIZE, relu, 0.0, 0.0, 0.0)
     if mask is not None:
-        _pack_mask(y3, mask)
+        _pack_mask(arrays[0], mask)
     return mean, invstd
 
 
@@ -357,32 +325,34 @@ def local_forward(
     In one go where a thread has all values of a channel: it reads them again from its cache.
     """
     bound = _bound(x3.shape, x3.dtype)
-    none = bound.no_parameter
+    none, (n, c, length) = bound.no_parameter, x3.shape
     weight, bias = none if weight is None else weight, none if bias is None else bias
     residual = bound.no_data if residual3 is None else residual3
     running_mean, running_var = (none, none) if running is None else running
-    if not (
-        bound.whole and x3.flags.carray and y3.flags.carray and residual.flags.carray
-        and weight.flags.carray and bias.flags.carray and running_mean.flags.carray
-        and running_var.flags.carray and (mask is None or mask.flags.carray)
-    ):
+    arrays = y3, x3, residual, weight, bias, running_mean, running_var
+    bits = _NO_BITS if mask is None else mask
+    if len(bound.counts) != 1 or not (bits.flags.carray and all(map(is_plain, arrays))):
         return finish_forward(
-            batch_moments(x3), "local", x3, y3, weight, bias, eps, relu=relu, residual3=residual3,
-            mask=mask, running=running, factor=factor,
+            batch_moments(x3),
+            "local",
+            x3,
+            y3,
+            weight,
+            bias,
+            eps,
+            relu=relu,
+            residual3=residual3,
+            mask=mask,
+            running=running,
+            factor=factor,
         )
-    mean, invstd = np.empty(bound.channels), np.empty(bound.channels)
-    if bound.seen is not None:
-        x3, y3, residual = x3.view(bound.seen), y3.view(bound.seen), residual.view(bound.seen)
-    arguments = (
-        _WHOLE, y3, x3, residual, relu, mean, invstd, weight, bias, running_mean, running_var,
-        float(eps), float(factor), bound.items, np.zeros(1, _INT64),
-    )
-    if bound.threads > 1:
-        spread(bound.forward, arguments, bound.threads)
-    else:
-        bound.forward(*arguments)
+    if (seen := bound.seen) is not None:
+        arrays = y3.view(seen), x3.view(seen), residual.view(seen), *arrays[3:]
+    mean, invstd, taken = np.empty(c), np.empty(c), np.zeros(1, _INT64)
+    numbers = float(eps), float(n * length), float(factor)
+    bound.forward(*arrays, mean, invstd, taken, _WHOLE, relu, *numbers)
     if mask is not None:
-        _pack_mask(y3, mask)
+        _pack_mask(arrays[0], mask)
     return mean, invstd
 
 
@@ -404,41 +374,44 @@ def local_backward(
     A count of 0: the statistics are constants.
     """
     bound = _bound(x3.shape, x3.dtype)
-    none = bound.no_parameter
+    none, c = bound.no_parameter, x3.shape[1]
     mean, invstd, weight, bias = transform
     weight, bias = none if weight is None else weight, none if bias is None else bias
+    gradients = none if dweight is None else dweight, none if dbias is None else dbias
     dresidual = bound.no_data if dresidual3 is None else dresidual3
     bits = _NO_BITS if mask is None else mask
-    into_weight, into_bias = none if dweight is None else dweight, none if dbias is None else dbias
-    if not (
-        bound.whole and x3.flags.carray and dy3.flags.carray and dx3.flags.carray
-        and dresidual.flags.carray and bits.flags.carray and mean.flags.carray
-        and invstd.flags.carray and weight.flags.carray and bias.flags.carray
-        and into_weight.flags.carray and into_bias.flags.carray
-    ):
-        sums = backward_reduce(dy3, x3, transform, relu=relu, mask=mask)
+    arrays = dx3, dresidual, dy3, x3, bits, mean, invstd, weight, bias, *gradients
+    if len(bound.counts) != 1 or not all(map(is_plain, arrays)):
+        local = backward_reduce(dy3, x3, transform, relu=relu, mask=mask)
         backward_input(
-            dy3, x3, transform, sums=sums if count else None, count=count, relu=relu, mask=mask,
-            out3=dx3, dresidual3=dresidual3, local=sums, dweight=dweight, dbias=dbias,
+            dy3,
+            x3,
+            transform,
+            sums=local if count else None,
+            count=count,
+            relu=relu,
+            mask=mask,
+            out3=dx3,
+            dresidual3=dresidual3,
+            local=local,
+            dweight=dweight,
+            dbias=dbias,
         )
         return
-    sum_dy, sum_dy_xmu = np.empty(bound.channels), np.empty(bound.channels)
-    if bound.seen is not None:
-        dy3, x3, dx3 = dy3.view(bound.seen), x3.view(bound.seen), dx3.view(bound.seen)
-        dresidual = dresidual.view(bound.seen)
-    arguments = (
-        _WHOLE, dx3, dresidual, dy3, x3, bits, relu, mean, invstd, weight, bias, sum_dy,
-        sum_dy_xmu, float(count), into_weight, into_bias, bound.items, np.zeros(1, _INT64),
-    )
-    if bound.threads > 1:
-        spread(bound.backward, arguments, bound.threads)
-    else:
-        bound.backward(*arguments)
+    if (seen := bound.seen) is not None:
+        data = dx3.view(seen), dresidual.view(seen), dy3.view(seen), x3.view(seen)
+        arrays = *data, *arrays[4:]
+    sums = np.empty(c), np.empty(c), np.zeros(1, _INT64)
+    bound.backward(*arrays, *sums, _WHOLE, relu, float(count))
 
 
 def _pack_mask(y: Data, mask: Data) -> None:
     items = mask_items(mask.size)
-    spread(load().pack_mask, (y, mask, items, np.zeros(1, _INT64)), len(items))
+    arguments = y, mask, items, np.zeros(1, _INT64)
+    if len(items) > 1:
+        spread(load().pack_mask, len(items), *arguments)
+    else:
+        load().pack_mask(*arguments)
 
 
 # ---- compiling in time ---------------------------------------------------------------------------
@@ -477,7 +450,7 @@ def prepare_backward(
 
 
 def _prepare(direction: str, x3: Data, ranks: int, mask: bool) -> None:
-    local = "local " if ranks == 1 and _bound(x3.shape, x3.dtype).whole else ""
+    local = "local " if ranks == 1 and len(_bound(x3.shape, x3.dtype).counts) == 1 else ""
     rehearse(local + direction, x3.dtype, x3.shape[2] < SHORT, mask)
 
 
@@ -509,6 +482,10 @@ def rehearse(
     _log.log(
         logging.INFO if compiled else logging.DEBUG,
         "%s of %s %s: %d kernels compiled, the others read from disk, in %.1f s",
-        direction, dtype, "columns" if columns else "rows", compiled, seconds,
+        direction,
+        dtype,
+        "columns" if columns else "rows",
+        compiled,
+        seconds,
     )
     return compiled, seconds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compiler import inside, kernel, shared
+from .compiler import inside, kernel
 from .intrinsics import buffer
 
 
@@ -18,25 +18,25 @@ def merge_one(mean, m2, c, count, other_count, other_mean, other_m2):
 
 
 @kernel
-def merge_moments(mean, m2, channels, counts, count, payload):
+def merge_moments(mean, m2, channels, counts, payload):
     """All segments into the first, in their order; then what goes into the message.
 
     `payload` takes ``count * mean`` and, where it is long enough, ``m2 + count * mean**2``.
     """
-    merged = 0.0
+    count = 0.0
     for s in range(len(counts)):
         for c in range(channels if s > 0 else 0):
             other = s * channels + c
-            merge_one(mean, m2, c, merged, counts[s], mean[other], m2[other])
-        merged += counts[s]
+            merge_one(mean, m2, c, count, counts[s], mean[other], m2[other])
+        count += counts[s]
     for c in range(min(channels, payload.size)):
         payload[c] = mean[c] * count
     for c in range(channels if payload.size > channels else 0):
         payload[channels + c] = m2[c] + payload[c] * mean[c]
 
 
-@shared
-def finalize(
+@kernel
+def finalize_moments(
     first, second, count, eps, form, mean, var, invstd, running_mean, running_var, factor, c0, c1
 ):
     """`form`: 0 local, 1 pooled, 2 recentred; see ``backends/numpy.py``."""
@@ -55,16 +55,6 @@ def finalize(
             running_var[c] = (1.0 - factor) * running_var[c] + factor * (var[c] * unbiased)
 
 
-@kernel
-def finalize_moments(
-    first, second, count, eps, form, mean, var, invstd, running_mean, running_var, factor
-):
-    finalize(
-        first, second, count, eps, form, mean, var, invstd, running_mean, running_var, factor,
-        0, mean.size,
-    )
-
-
 @inside
 def fill_affine(high, scale, shift, size, step, mean, invstd, weight, bias, c0, c1):
     """High, scale and shift, as ``_Affine`` of ``backends/numpy.py``, of `size` columns.
@@ -74,56 +64,47 @@ def fill_affine(high, scale, shift, size, step, mean, invstd, weight, bias, c0, 
     j = 0
     while j < size:
         for c in range(c0, c1):
-            high[j] = mean[c]
             scaled = invstd[c] * weight[c] if weight.size else invstd[c]
-            scale[j] = scaled
-            shift[j] = (bias[c] if bias.size else 0.0) - (mean[c] - high[j]) * scaled
-            for k in range(j + 1, j + step):
-                high[k] = high[j]
-                scale[k] = scale[j]
-                shift[k] = shift[j]
+            for k in range(j, j + step):
+                high[k] = mean[c]
+                scale[k] = scaled
+                shift[k] = (bias[c] if bias.size else 0.0) - (mean[c] - high[k]) * scaled
             j += step
 
 
 @inside
-def fill_slope(high, slope, offset, size, step, mean, invstd, sum_dy, sum_dy_xmu, count, c0, c1):
+def fill_slope(high, slope, offset, size, step, mean, invstd, sums, count, c0, c1):
     """Slope and offset of ``dx = ((x - high) * slope + dy + offset) * scale``, in the same way."""
+    sum_dy, sum_dy_xmu = sums
     j = 0
     while j < size:
         for c in range(c0, c1):
             steep = sum_dy_xmu[c] * invstd[c] * invstd[c] / count
-            slope[j] = -steep
-            offset[j] = (mean[c] - high[j]) * steep - sum_dy[c] / count
-            for k in range(j + 1, j + step):
-                slope[k] = slope[j]
-                offset[k] = offset[j]
+            for k in range(j, j + step):
+                slope[k] = -steep
+                offset[k] = (mean[c] - high[k]) * steep - sum_dy[c] / count
             j += step
 
 
 @kernel
-def merge_sums(sum_dy, sum_dy_xmu, mean, parameter):
+def merge_sums(sum_dy, sum_dy_xmu, mean, parameter, c0, c1):
     """All segments into the first, in their order; then about the mean, not its high part.
 
     `parameter` is an array of the dtype of the arithmetic.
     """
-    rounded = buffer(parameter)
-    for c in range(mean.size):
+    high = buffer(parameter)
+    for c in range(c0, c1):
         for other in range(mean.size + c, sum_dy.size, mean.size):
             sum_dy[c] += sum_dy[other]
             sum_dy_xmu[c] += sum_dy_xmu[other]
-        rounded[0] = mean[c]
-        sum_dy_xmu[c] -= (mean[c] - rounded[0]) * sum_dy[c]
-
-
-@inside
-def add_one(dweight, dbias, sum_dy, sum_dy_xmu, invstd, c):
-    if dweight.size:
-        dweight[c] += sum_dy_xmu[c] * invstd[c]
-    if dbias.size:
-        dbias[c] += sum_dy[c]
+        high[0] = mean[c]
+        sum_dy_xmu[c] -= (mean[c] - high[0]) * sum_dy[c]
 
 
 @kernel
-def add_gradients(dweight, dbias, sum_dy, sum_dy_xmu, invstd):
-    for c in range(invstd.size):
-        add_one(dweight, dbias, sum_dy, sum_dy_xmu, invstd, c)
+def add_gradients(dweight, dbias, sum_dy, sum_dy_xmu, invstd, c0, c1):
+    for c in range(c0, c1):
+        if dweight.size:
+            dweight[c] += sum_dy_xmu[c] * invstd[c]
+        if dbias.size:
+            dbias[c] += sum_dy[c]

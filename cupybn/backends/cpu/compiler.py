@@ -15,8 +15,9 @@ from typing import Any
 
 import numba
 from numba import types
-from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 
+from ...arrays import DATA_TYPES
 from ...launcher import local_rank
 
 if numba.config.DISABLE_JIT:
@@ -26,9 +27,10 @@ if numba.config.DISABLE_JIT:
 # Differences from a pivot or mean are taken as written; nothing may assume that no value is NaN or
 # Inf.
 _options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
-_SEEN_AS = {"int16": "float16", "uint16": "bfloat16"}
+_NAMES = {dtype.bits: name for name, dtype in DATA_TYPES.items()}  # where Numba sees the bits
 _kernels: list[Any] = []
-_announced: set[str] = set()
+announced: set[str] = set()
+"""Names of the dtypes whose compiling the user was told of."""
 
 inside = numba.njit(inline="always", **_options)
 """For functions of kernels: their statements become the kernel's, which is compiled as one."""
@@ -37,9 +39,7 @@ inside = numba.njit(inline="always", **_options)
 shared = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_options)
 """For functions that kernels call in several places: compiled once, as a function."""
 
-summed = numba.njit(
-    forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_options
-)
+summed = numba.njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_options)
 
 
 def kernel(function):
@@ -58,6 +58,11 @@ def compiled() -> int:
     return sum(sum(made.stats.cache_misses.values()) for made in _kernels)
 
 
+def folder() -> str:
+    """Where the compiled kernels are kept; empty where there is no such place."""
+    return str(_kernels[0].stats.cache_path or "")
+
+
 def _digest() -> bytes:
     found = sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
@@ -65,7 +70,7 @@ def _digest() -> bytes:
     return found.digest()
 
 
-class _Cache(FunctionCache):
+class _Cache(FunctionCache):  # type: ignore[misc]
     def __init__(self, function):
         super().__init__(function)
         self._cache_file = IndexDataCacheFile(
@@ -81,17 +86,17 @@ class _Cache(FunctionCache):
         return kept
 
 
-class _Nowhere(numba.core.caching.NullCache):
+class _Nowhere(NullCache):  # type: ignore[misc]
     def load_overload(self, sig, target_context):
         _announce(sig, "in this process alone: there is no folder to keep it in (NUMBA_CACHE_DIR)")
 
 
 def _announce(sig: Any, kept: str) -> None:
     """One line on stderr for each dtype, from one rank of a machine, before the long kernels."""
-    data = [kind.dtype.name for kind in sig if isinstance(kind, types.Array) and kind.ndim == 3]
-    if not data or data[0] in _announced:
-        return
-    _announced.add(data[0])
-    if local_rank() == 0:
-        name = _SEEN_AS.get(data[0], data[0])
-        print(f"cupybn: compiling for {name}, {kept}", file=sys.stderr, flush=True)
+    for kind in sig:
+        if not isinstance(kind, types.Array) or kind.ndim != 3:
+            continue
+        name = _NAMES.get(kind.dtype.name, kind.dtype.name)
+        if name not in announced and local_rank() == 0:
+            print(f"cupybn: compiling for {name}, {kept}", file=sys.stderr, flush=True)
+        announced.add(name)

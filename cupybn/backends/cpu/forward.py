@@ -1,4 +1,4 @@
-"""The kernels of the forward: each call takes work items until none is left.
+"""The kernels of the forward. Each call takes work items until none is left.
 
 A kernel does the stages it is asked for. Where a work item has all values of its channels, it does
 all of them at once, and the second reading of x finds the values in the cache.
@@ -6,7 +6,7 @@ all of them at once, and the second reading of x finds the values in the cache.
 
 from __future__ import annotations
 
-from .channels import fill_affine, finalize
+from .channels import fill_affine, finalize_moments
 from .compiler import inside, kernel
 from .intrinsics import (
     added,
@@ -18,6 +18,7 @@ from .intrinsics import (
     line,
     load,
     moved,
+    of_channel,
     pointer,
     rectified,
     store,
@@ -47,15 +48,14 @@ def whole_lines(y, size, streaming):
 
 
 @inside
-def _normalize_run(y, x, residual, size, streaming, fused, relu, high, scale, shift):
+def _normalize_run(y, x, residual, size, streaming, fused, relu, coefficients):
+    high, scale, shift = coefficients
     head, last = whole_lines(y, size, streaming)
     for i in range(head, last, lanes(y)):
         z = affine(line(y, x, i), line(y, high, i), line(y, scale, i), line(y, shift, i))
         if fused:
             z = added(z, line(y, residual, i))
-        if relu:
-            z = rectified(z)
-        store_line(y, i, z, streaming)
+        store_line(y, i, rectified(z) if relu else z, streaming)
     i = 0 if head > 0 else last
     while i < size:  # what is no whole line
         one = affine(load(x, i), load(high, i), load(scale, i), load(shift, i))
@@ -66,73 +66,65 @@ def _normalize_run(y, x, residual, size, streaming, fused, relu, high, scale, sh
 
 
 @kernel
-def row_forward(
-    stages, y, x, residual, relu, mean, second, weight, bias, running_mean, running_var, eps,
-    factor, items, taken,
+def forward(
+    columns,
+    items,
+    y,
+    x,
+    residual,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    mean,
+    second,
+    taken,
+    stages,
+    relu,
+    eps,
+    count,
+    factor,
 ):
-    """`second` takes m2, and invstd in its place where both stages are done."""
+    """`columns` is None for items of rows. `second` takes m2, then invstd where both stages are."""
     high, scale, shift, var = buffer(x), buffer(x), buffer(x), double_buffer(x)
     at = take(taken)
     while at < len(items):
-        segment, _, channels, length, c0, c1, n0, n1, l0, l1, group = items[at]
-        count = float((n1 - n0) * (l1 - l0))
+        _, start, channels, length, c0, c1, n0, n1, l0, l1, step, group = item = items[at]
         streaming, fused = streams(y, l1 - l0), residual.size > 0
         for a in range(c0, c1, group):
             b = min(a + group, c1)
             if stages & FIRST:
-                row_moments(
-                    pointer(x, 0), mean, second, segment, channels, length, a, b, n0, n1, l0, l1
-                )
-            if stages & FIRST and stages & SECOND:
-                finalize(
-                    mean, second, count, eps, 0, mean, moved(var, -a), second, running_mean,
-                    running_var, factor, a, b,
+                if columns is None:
+                    row_moments(pointer(x, 0), mean, second, item, a, b)
+                else:
+                    column_moments(pointer(x, start + l0), mean, second, item)
+            if stages == FIRST | SECOND:
+                finalize_moments(
+                    mean,
+                    second,
+                    count,
+                    eps,
+                    0,
+                    mean,
+                    moved(var, -a),
+                    second,
+                    running_mean,
+                    running_var,
+                    factor,
+                    a,
+                    b,
                 )
             if stages & SECOND:
-                fill_affine(high, scale, shift, b - a, 1, mean, second, weight, bias, a, b)
+                first, last, size = (a, b, b - a) if columns is None else (0, 1, l1 - l0)
+                fill_affine(high, scale, shift, size, step, mean, second, weight, bias, a, b)
                 for n in range(n0, n1):
-                    for c in range(a, b):
+                    for c in range(first, last):
+                        of = of_channel(columns, (high, scale, shift), c - first)
                         for i in range(l0, l1, WIDE):
-                            begin = (n * channels + c) * length + i
-                            _normalize_run(
-                                pointer(y, begin), pointer(x, begin), pointer(residual, begin),
-                                min(WIDE, l1 - i), streaming, fused, relu,
-                                high[c - a], scale[c - a], shift[c - a],
-                            )
-        at = take(taken)
-    fence()
-
-
-@kernel
-def column_forward(
-    stages, y, x, residual, relu, mean, second, weight, bias, running_mean, running_var, eps,
-    factor, items, taken,
-):
-    """As :func:`row_forward`."""
-    high, scale, shift, var = buffer(x), buffer(x), buffer(x), double_buffer(x)
-    at = take(taken)
-    while at < len(items):
-        segment, start, _, width, c0, c1, m0, m1, j0, j1, step = items[at]
-        size = j1 - j0
-        count = float((m1 - m0) * size // (c1 - c0))
-        streaming, fused = streams(y, size), residual.size > 0
-        if stages & FIRST:
-            column_moments(
-                pointer(x, start + j0), mean, second, segment, c0, c1, width, m0, m1, size, step
-            )
-        if stages & FIRST and stages & SECOND:
-            finalize(
-                mean, second, count, eps, 0, mean, moved(var, -c0), second, running_mean,
-                running_var, factor, c0, c1,
-            )
-        if stages & SECOND:
-            fill_affine(high, scale, shift, size, step, mean, second, weight, bias, c0, c1)
-            for m in range(m0, m1):
-                begin = start + m * width + j0
-                _normalize_run(
-                    pointer(y, begin), pointer(x, begin), pointer(residual, begin),
-                    size, streaming, fused, relu, high, scale, shift,
-                )
+                            begin, size = start + (n * channels + c) * length + i, min(WIDE, l1 - i)
+                            there, z = pointer(y, begin), pointer(residual, begin)
+                            values = pointer(x, begin)
+                            _normalize_run(there, values, z, size, streaming, fused, relu, of)
         at = take(taken)
     fence()
 

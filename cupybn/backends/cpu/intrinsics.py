@@ -9,6 +9,8 @@ so it may write over what it reads.
 
 from __future__ import annotations
 
+import inspect
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -27,8 +29,8 @@ def _arithmetic(dtype):
 
 
 @intrinsic
-def pointer(_, array, offset):
-    """To value `offset`. The array must be an argument of the kernel: those live long enough."""
+def pointer(_, array, i):
+    """To value i. The array must be an argument of the kernel: those live long enough."""
 
     def code(context, builder, signature, arguments):
         data = context.make_array(array)(context, builder, arguments[0]).data
@@ -47,9 +49,28 @@ def moved(_, x, i):
     return x(x, types.intp), code
 
 
+@intrinsic
+def of_channel(_, columns, coefficients, c):
+    """Of rows, where `columns` is None, what each points to for channel c; else the pointers."""
+    result = coefficients
+    if columns is types.none:
+        result = types.UniTuple(coefficients.dtype.dtype, coefficients.count)
+
+    def code(context, builder, signature, arguments):
+        if signature.return_type == signature.args[1]:
+            return arguments[1]
+        pointers = cgutils.unpack_tuple(builder, arguments[1])
+        numbers = [builder.load(builder.gep(p, [arguments[2]])) for p in pointers]
+        return context.make_tuple(builder, result, numbers)
+
+    return result(columns, coefficients, types.intp), code
+
+
 def _on_the_stack(dtype, x):
     def code(context, builder, signature, arguments):
-        return cgutils.alloca_once(builder, context.get_data_type(dtype), size=WIDE + 16)
+        made = cgutils.alloca_once(builder, context.get_data_type(dtype), size=WIDE + 16)
+        made.align = LINE
+        return made
 
     return types.CPointer(dtype)(x), code
 
@@ -67,25 +88,14 @@ def double_buffer(_, x):
 
 
 @intrinsic
-def either(_, converted, buffer, x):
-    """`buffer` if it has to be `converted` to, else x: a pointer in the dtype of the arithmetic.
-
-    A 16-bit x always has to be; see ``is_narrow``.
-    """
+def either(_, staged, buffer, x):
+    """`buffer` if `staged`, as a 16-bit x has to be, else x: in the dtype of the arithmetic."""
 
     def code(context, builder, signature, arguments):
-        if signature.args[1] == signature.args[2]:
-            return builder.select(*arguments)
-        return arguments[1]
+        same = signature.args[1] == signature.args[2]
+        return builder.select(*arguments) if same else arguments[1]
 
     return buffer(types.boolean, buffer, x), code
-
-
-@intrinsic
-def is_narrow(_, x):
-    """Whether x has to be converted to the dtype of the arithmetic."""
-    narrow = x.dtype != _arithmetic(x.dtype)
-    return types.boolean(x), lambda context, *_: context.get_constant(types.boolean, narrow)
 
 
 @intrinsic
@@ -273,63 +283,45 @@ def store_line(_, y, i, values, streaming):
 _CONTRACT = ("contract",)  # a product and a sum may become one instruction, as in all the loops
 
 
-@intrinsic
-def plus(_, total, value):
-    """``total + value``, in any order with the other terms of the sum."""
+def _operation(emit):
+    """An intrinsic that takes numbers or lines, all of one type, and returns one more."""
 
-    def code(context, builder, signature, arguments):
-        return builder.fadd(*arguments, flags=("reassoc", "nsz", "contract"))
+    def operation(_, *values):
+        def code(context, builder, signature, arguments):
+            return emit(builder, *arguments)
 
-    return total(total, total), code
+        return values[0](*values[:1] * len(values)), code
 
-
-@intrinsic
-def added(_, a, b):
-    def code(context, builder, signature, arguments):
-        return builder.fadd(*arguments, flags=_CONTRACT)
-
-    return a(a, a), code
+    vars(operation)["__signature__"] = inspect.signature(emit)  # Numba asks how many there are
+    return intrinsic(operation)
 
 
-@intrinsic
-def times(_, a, b):
-    def code(context, builder, signature, arguments):
-        return builder.fmul(*arguments, flags=_CONTRACT)
-
-    return a(a, a), code
+def _plus(builder, total, value):
+    return builder.fadd(total, value, flags=("reassoc", "nsz", "contract"))
 
 
-@intrinsic
-def affine(_, x, high, scale, shift):
-    """``(x - high) * scale + shift``."""
-
-    def code(context, builder, signature, arguments):
-        x, high, scale, shift = arguments
-        centred = builder.fsub(x, high, flags=_CONTRACT)
-        return builder.fadd(builder.fmul(centred, scale, flags=_CONTRACT), shift, flags=_CONTRACT)
-
-    return x(x, x, x, x), code
+def _affine(builder, x, high, scale, shift):
+    scaled = builder.fmul(builder.fsub(x, high, flags=_CONTRACT), scale, flags=_CONTRACT)
+    return builder.fadd(scaled, shift, flags=_CONTRACT)
 
 
-@intrinsic
-def rectified(_, a):
-    """0 where a is below 0."""
-
-    def code(context, builder, signature, arguments):
-        zeros = _constant(arguments[0].type, 0.0)
-        below = builder.fcmp_ordered("<", arguments[0], zeros)
-        return builder.select(below, zeros, arguments[0])
-
-    return a(a), code
+def _rectified(builder, a):
+    zeros = _constant(a.type, 0.0)
+    return builder.select(builder.fcmp_ordered("<", a, zeros), zeros, a)
 
 
-@intrinsic
-def where_positive(_, a, b):
-    """b where a is above 0, else 0."""
+def _where_positive(builder, a, b):
+    zeros = _constant(a.type, 0.0)
+    return builder.select(builder.fcmp_ordered(">", a, zeros), b, zeros)
 
-    def code(context, builder, signature, arguments):
-        zeros = _constant(arguments[0].type, 0.0)
-        above = builder.fcmp_ordered(">", arguments[0], zeros)
-        return builder.select(above, arguments[1], zeros)
 
-    return a(a, a), code
+plus = _operation(_plus)
+"""``total + value``, in any order with the other terms of the sum."""
+added = _operation(lambda builder, a, b: builder.fadd(a, b, flags=_CONTRACT))
+times = _operation(lambda builder, a, b: builder.fmul(a, b, flags=_CONTRACT))
+affine = _operation(_affine)
+"""``(x - high) * scale + shift``."""
+rectified = _operation(_rectified)
+"""0 where a is below 0."""
+where_positive = _operation(_where_positive)
+"""b where a is above 0, else 0."""

@@ -3,20 +3,20 @@
 Data are C-contiguous (N, C, L) arrays, everything per channel is (C,), absent arrays are empty.
 """
 
-from .backward import column_backward, row_backward
+from .backward import backward
 from .channels import add_gradients, finalize_moments, merge_moments, merge_sums
-from .compiler import compiled
-from .forward import column_forward, pack_mask, row_forward
+from .compiler import announced, compiled, folder
+from .forward import forward, pack_mask
 
 __all__ = [
     "add_gradients",
-    "column_backward",
-    "column_forward",
+    "announced",
+    "backward",
     "compiled",
     "finalize_moments",
+    "folder",
     "merge_moments",
     "merge_sums",
+    "forward",
     "pack_mask",
-    "row_backward",
-    "row_forward",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .channels import merge_one
-from .compiler import inside, summed
+from .compiler import inside, shared, summed
 from .intrinsics import buffer, double_buffer, load, moved, plus, zero
 
 RUN = 4096  # values in one float32 sum, at most
@@ -23,8 +23,9 @@ def _deviations(x, begin, size, pivot):
 
 
 @inside
-def row_moments(x, mean, m2, segment, channels, length, c0, c1, n0, n1, l0, l1):
-    """Into mean and m2, at segment + c; at most WIDE channels."""
+def row_moments(x, mean, m2, item, c0, c1):
+    """Of the channels c0 to c1 of an item, WIDE at most, into mean and m2, at segment + c."""
+    segment, _, channels, length, _, _, n0, n1, l0, l1, _, _ = item
     pivot, sums, squares = buffer(x), double_buffer(x), double_buffer(x)
     for c in range(segment + c0, segment + c1):
         mean[c] = 0.0
@@ -61,8 +62,10 @@ def row_moments(x, mean, m2, segment, channels, length, c0, c1, n0, n1, l0, l1):
 
 
 @inside
-def column_moments(x, mean, m2, segment, c0, c1, width, m0, m1, columns, step):
-    """Into mean and m2, at segment + c. x begins at the item's columns, WIDE of them at most."""
+def column_moments(x, mean, m2, item):
+    """Into mean and m2, at segment + c; x begins at the item's columns, WIDE of them at most."""
+    segment, _, _, width, c0, c1, m0, m1, j0, j1, step, _ = item
+    columns = j1 - j0
     pivot, sums, squares = buffer(x), double_buffer(x), double_buffer(x)
     repeat = (c1 - c0) * step
     _fill_pivot(x, pivot, width, m0, m1, columns, repeat, step)
@@ -103,7 +106,7 @@ def column_moments(x, mean, m2, segment, c0, c1, width, m0, m1, columns, step):
         j += step
 
 
-@inside
+@shared
 def _fill_pivot(x, pivot, width, m0, m1, columns, repeat, step):
     """A value near the mean of each channel, from the first row and a few more."""
     first = moved(x, m0 * width)
@@ -125,7 +128,7 @@ def _fill_pivot(x, pivot, width, m0, m1, columns, repeat, step):
         pivot[k] = pivot[k - repeat]
 
 
-@inside
+@shared
 def add_columns(sums, products, columns, repeat, step):
     """Adds up the columns of each channel, into its first one.
 

@@ -7,12 +7,14 @@ all right; the public primitives may pass on others.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
 
 _Result = TypeVar("_Result")
+is_plain = attrgetter("flags.carray")
 
 
 def plain(value: Any) -> Any:
@@ -42,7 +44,7 @@ def copy_back(given: Any, taken: Any) -> None:
 def call_plainly(
     function: Callable[..., _Result], written: tuple[str, ...], /, **arguments: Any
 ) -> _Result:
-    """``function(**arguments)`` with plain arrays; the arguments named `written` take the results."""
+    """``function(**arguments)`` with plain arrays; those named `written` take the results."""
     taken = {name: plain(value) for name, value in arguments.items()}
     result = function(**taken)
     for name in written:

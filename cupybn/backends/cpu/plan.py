@@ -24,15 +24,15 @@ _MASK = 1 << 15  # bytes of a mask in an item
 
 
 class WorkItem(NamedTuple):
-    """A block of the array that one thread does at a time.
+    """A block of the array that one thread does at a time, as the kernels read it.
 
-    Of rows (long runs of one channel) it is ``x3[n0:n1, c0:c1, l0:l1]``. Of columns it is
-    ``[n0:n1, l0:l1]`` of a matrix that begins at value `start`, with `length` columns; each channel
-    has `step` of them side by side, and all channels may be repeated.
+    Values ``start + (n * channels + c) * length + l``, for n0 <= n < n1, l0 <= l < l1, and, of
+    rows, c0 <= c < c1. Of columns channels is 1, a row has `length` of them, each channel has
+    `step` side by side, and all channels may be repeated; c0 and c1 say which channels they are of.
 
     Attributes:
         segment: where the sums of its segment begin: the number of the segment times C.
-        step: of rows, so many channels that their values stay in the cache together.
+        group: so many channels are done together; of rows, as many as stay in the cache.
     """
 
     segment: int
@@ -46,6 +46,7 @@ class WorkItem(NamedTuple):
     l0: int
     l1: int
     step: int
+    group: int
 
 
 class Plan(NamedTuple):
@@ -53,7 +54,7 @@ class Plan(NamedTuple):
 
     Attributes:
         columns: which loops.
-        items: one a row, (items, 11), in the order of ``WorkItem``.
+        items: one a row, in the order of ``WorkItem``.
         counts: values per channel of each segment. Sums over a segment are merged in this order.
         threads: at most, that are of use.
     """
@@ -98,7 +99,7 @@ def _rows(n: int, channels: int, length: int) -> tuple[list[WorkItem], list[floa
             for c in range(0, channels, step):
                 c1 = min(c + step, channels)
                 items.append(
-                    WorkItem(segment, 0, channels, length, c, c1, n0, n1, l0, l1, group)
+                    WorkItem(segment, 0, channels, length, c, c1, n0, n1, l0, l1, 1, group)
                 )
             counts.append(float(count))
     return items, counts
@@ -123,7 +124,7 @@ def _columns(n: int, channels: int, length: int) -> tuple[list[WorkItem], list[f
                 j1 = min(j + tile, wide)
                 c0, c1 = j // length, min(j1 // length, channels)
                 items.append(
-                    WorkItem(segment, start, channels, wide, c0, c1, m0, m1, j, j1, length)
+                    WorkItem(segment, start, 1, wide, c0, c1, m0, m1, j, j1, length, channels)
                 )
             counts.append(float((m1 - m0) * wide // channels))
     return items, counts

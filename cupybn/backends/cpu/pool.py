@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -42,7 +42,7 @@ def set_threads(number: int | None) -> None:
     _forget_pool()
 
 
-def spread(kernel: Callable[..., Any], arguments: Sequence[Any], at_most: int) -> None:
+def spread(kernel: Callable[..., Any], at_most: int, *arguments: Any) -> None:
     """``kernel(*arguments)``, on as many threads as there may be, `at_most` so many.
 
     Each call takes work items, by a counter among the arguments, until there are none.
