@@ -15,7 +15,7 @@ import numpy as np
 from hostcuda.build import host_modules
 
 from cupybn.backends import cuda
-from cupybn.backends.cuda import launch
+from cupybn.backends.cuda import launch, source
 from cupybn.statistics import BackwardSums, Moments, Transform
 
 NS = (1, 2, 3, 8, 33)
@@ -305,6 +305,16 @@ def run_recentred(case, fused):
     return results
 
 
+def clear_caches():
+    """Forgets plans, kernels and this thread's scratch."""
+    for name in ("forward_launches", "backward_launches", "tensor_launch", "channel_launch"):
+        getattr(launch, name).cache_clear()
+    launch._multiprocessors.cache_clear()
+    source._kernels.clear()
+    launch._kept.scratch.clear()
+    launch._kept.outgrown.clear()
+
+
 @contextmanager
 def host_kernels(build=None):
     """The stand-in for CuPy, its kernels those of the host build, or of ``build(text, names)``."""
@@ -312,11 +322,11 @@ def host_kernels(build=None):
     fake_cupy.install()
     if build is not None:
         fake_cupy.build_with(build)
-    launch.clear_caches()
+    clear_caches()
     try:
         yield fake_cupy
     finally:
-        launch.clear_caches()
+        clear_caches()
         sys.modules.pop("cupy")
         if before is not None:
             sys.modules["cupy"] = before

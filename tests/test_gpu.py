@@ -33,6 +33,7 @@ from kernel_cases import (
     NS,
     ODD_ONES,
     SPLIT,
+    clear_caches,
     covering,
     in_two_launches,
     parameter_dtype,
@@ -365,18 +366,18 @@ def fail_with(failures, ran):
 def allocating_with(allocator):
     """CuPy's memory comes from an allocator, scratch included; None: straight from CUDA."""
     before = cp.cuda.get_allocator()
-    launch.clear_caches()
+    clear_caches()
     cp.cuda.set_allocator(allocator)
     try:
         yield
     finally:
         cp.cuda.Device().synchronize()
-        launch.clear_caches()
+        clear_caches()
         cp.cuda.set_allocator(before)
 
 
 def free_blocks():
-    launch.clear_caches()
+    clear_caches()
     cp.get_default_memory_pool().free_all_blocks()
 
 
@@ -765,7 +766,7 @@ def test_public_primitives_take_the_cuda_backend():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_runs_give_the_same_bits_and_counters_return_to_zero(dtype):
-    launch.clear_caches()
+    clear_caches()
     for shape, mode in product((*SPLIT, *LAYOUTS), MODES):
         case = Case(shape, dtype, mode)
         first, second = run(cuda, case), run(cuda, case)

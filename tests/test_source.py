@@ -25,9 +25,9 @@ def copied(tmp_path, monkeypatch):
     """A copy of cuda/, where kernels come from during a test."""
     directory = shutil.copytree(source.source_directory(), tmp_path / "cuda")
     monkeypatch.setattr(source, "source_directory", lambda: directory)
-    source.clear()
+    source._kernels.clear()
     yield directory
-    source.clear()
+    source._kernels.clear()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -68,7 +68,7 @@ def test_a_changed_header_is_a_changed_kernel(copied, monkeypatch):
     monkeypatch.setattr(source, "compile_module", host_module)
 
     def invstd():
-        source.clear()
+        source._kernels.clear()
         kernel = source.get_kernel("finalize_moments", SCALAR="float")
         out, one, m2 = np.zeros((3, 1)), np.ones(1), np.full(1, 4.0)
         null = np.uint64(0)

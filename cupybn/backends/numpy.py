@@ -83,10 +83,7 @@ def batch_moments(x3: Data, *, payload: PerChannel | None = None) -> Moments:
     """
     moments = _moments(x3)
     if payload is not None:
-        c = moments.mean.size
-        weighted = moments.mean * moments.count
-        payload[:c] = weighted
-        payload[c:] = (moments.m2 + weighted * moments.mean)[: payload.size - c]
+        payload[...] = moments.pack()[: payload.size]
     return moments
 
 
@@ -103,27 +100,23 @@ def _moments(x3: Data) -> Moments:
         n, _, length = block.shape
         count = n * length
         first = block[0, :, 0]
+        ones = _ones(n if length == 1 else length, dtype)
         if length == 1:
-            ones = _ones(n, dtype)
             rough = (ones @ (block - first[:, None])[:, :, 0]).astype(np.float64) / count
             pivot = (first + rough).astype(dtype)
             columns = (block - pivot[:, None])[:, :, 0]
             mean = (ones @ columns).astype(np.float64) / count
             squares = _einsum("nc,nc->c", columns, columns).astype(np.float64)
         else:
-            ones = _ones(length, dtype)
             rows = (block - first[:, None]) @ ones
             rough = np.add.reduce(rows, axis=0, dtype=np.float64) / count
             pivot = (first + rough).astype(dtype)
             deviation = block - pivot[:, None]
             mean = np.add.reduce(deviation @ ones, axis=0, dtype=np.float64) / count
-            rows = np.vecdot(deviation, deviation)
-            squares = np.add.reduce(rows, axis=0, dtype=np.float64)
+            squares = np.add.reduce(np.vecdot(deviation, deviation), axis=0, dtype=np.float64)
         found = Moments(count, pivot + mean, squares - count * mean * mean)
         moments = found if moments is None else moments.merge(found)
-    if moments is None:
-        return Moments(0, np.zeros(x3.shape[1]), np.zeros(x3.shape[1]))
-    return moments
+    return moments or Moments(0, np.zeros(x3.shape[1]), np.zeros(x3.shape[1]))
 
 
 @_quiet
@@ -285,9 +278,11 @@ def _reduce(dy3: Data, x3: Data, affine: _Affine, relu: bool, mask: Data | None)
     c, dtype = x3.shape[1], affine.scale.dtype
     sum_dy, sum_dy_xmu = np.zeros(c), np.zeros(c)
     for part in _blocks(x3.shape, dtype.itemsize):
-        dy = dy3[part].astype(dtype, copy=False)
-        if relu:
-            dy = _apply_relu_grad(dy3, x3, part, affine, mask)
+        dy = (
+            _apply_relu_grad(dy3, x3, part, affine, mask)
+            if relu
+            else dy3[part].astype(dtype, copy=False)
+        )
         deviation = x3[part] - affine.high
         n, _, length = dy.shape
         if length == 1:
@@ -295,10 +290,8 @@ def _reduce(dy3: Data, x3: Data, affine: _Affine, relu: bool, mask: Data | None)
             sum_dy += (_ones(n, dtype) @ dy).astype(np.float64)
             sum_dy_xmu += _einsum("nc,nc->c", dy, deviation).astype(np.float64)
         else:
-            rows = dy @ _ones(length, dtype)
-            sum_dy += np.add.reduce(rows, axis=0, dtype=np.float64)
-            rows = np.vecdot(dy, deviation)
-            sum_dy_xmu += np.add.reduce(rows, axis=0, dtype=np.float64)
+            sum_dy += np.add.reduce(dy @ _ones(length, dtype), axis=0, dtype=np.float64)
+            sum_dy_xmu += np.add.reduce(np.vecdot(dy, deviation), axis=0, dtype=np.float64)
     sum_dy_xmu -= affine.low * sum_dy
     return BackwardSums(sum_dy, sum_dy_xmu)
 
@@ -328,11 +321,18 @@ def backward_input(
     """
     dx3 = np.empty_like(x3) if out3 is None else out3
     affine = _Affine.of(x3, transform)
-    _input((dy3, x3, dx3, dresidual3), affine, transform.invstd, sums, count, relu, mask)
-    if local is not None and dweight is not None:
-        dweight += (local.sum_dy_xmu * transform.invstd).astype(dweight.dtype)
-    if local is not None and dbias is not None:
-        dbias += local.sum_dy.astype(dbias.dtype)
+    _input(
+        (dy3, x3, dx3, dresidual3),
+        affine,
+        transform.invstd,
+        sums,
+        local,
+        count=count,
+        relu=relu,
+        mask=mask,
+        dweight=dweight,
+        dbias=dbias,
+    )
     return dx3
 
 
@@ -341,11 +341,15 @@ def _input(
     affine: _Affine,
     invstd: PerChannel,
     sums: BackwardSums | None,
+    local: BackwardSums | None,
+    *,
     count: int,
     relu: bool,
     mask: Data | None,
+    dweight: Data | None,
+    dbias: Data | None,
 ) -> None:
-    """Fills the last two of `arrays`: dy3, x3, dx3, dresidual3."""
+    """Fills the last two of `arrays`: dy3, x3, dx3, dresidual3. Adds to `dweight` and `dbias`."""
     dy3, x3, dx3, dresidual3 = arrays
     dtype = affine.scale.dtype
     if sums is not None:
@@ -354,9 +358,11 @@ def _input(
         slope = -slope64.astype(dtype)[:, None]
         offset = (affine.low * slope64 - sums.sum_dy * per_value).astype(dtype)[:, None]
     for part in _blocks(x3.shape, dtype.itemsize):
-        dy = dy3[part].astype(dtype, copy=False)
-        if relu:
-            dy = _apply_relu_grad(dy3, x3, part, affine, mask)
+        dy = (
+            _apply_relu_grad(dy3, x3, part, affine, mask)
+            if relu
+            else dy3[part].astype(dtype, copy=False)
+        )
         if dresidual3 is not None:
             dresidual3[part] = dy
         if sums is None:
@@ -368,6 +374,10 @@ def _input(
             dx += offset
             dx *= affine.scale
         dx3[part] = dx
+    if local is not None and dweight is not None:
+        dweight += (local.sum_dy_xmu * invstd).astype(dweight.dtype)
+    if local is not None and dbias is not None:
+        dbias += local.sum_dy.astype(dbias.dtype)
 
 
 # ---- whole stretches of a forward and a backward -------------------------------------------------
@@ -432,12 +442,18 @@ def local_backward(
     """The backward of one rank, into dx3; a count of 0: the statistics are constants."""
     affine = _Affine.of(x3, transform)
     sums = _reduce(dy3, x3, affine, relu, mask)
-    total = sums if count else None
-    _input((dy3, x3, dx3, dresidual3), affine, transform.invstd, total, count, relu, mask)
-    if dweight is not None:
-        dweight += (sums.sum_dy_xmu * transform.invstd).astype(dweight.dtype)
-    if dbias is not None:
-        dbias += sums.sum_dy.astype(dbias.dtype)
+    _input(
+        (dy3, x3, dx3, dresidual3),
+        affine,
+        transform.invstd,
+        sums if count else None,
+        sums,
+        count=count,
+        relu=relu,
+        mask=mask,
+        dweight=dweight,
+        dbias=dbias,
+    )
 
 
 def prepare_forward(

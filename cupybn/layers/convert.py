@@ -11,6 +11,7 @@ from .batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .sync import CommReference, SyncBatchNorm
 
 _KNOWN = (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
+_STATE = ("params", "grads", "buffers", "children")
 
 
 def convert_sync_batchnorm(layer: Layer, comm: Any = None, *, skip: Iterable[str] = ()) -> Layer:
@@ -32,13 +33,12 @@ def convert_sync_batchnorm(layer: Layer, comm: Any = None, *, skip: Iterable[str
     """
     check_comm(comm)
 
-    def converted(old: BatchNorm) -> BatchNorm:
+    def converted(old: BatchNorm, path: str) -> Any:
         if isinstance(old, SyncBatchNorm):
             old.comm = comm
             return old
-        return _recast(
-            old, SyncBatchNorm, name=None, _comm=CommReference(comm), _converted_from=type(old)
-        )
+        changes = {"name": None, "_comm": CommReference(comm), "_converted_from": type(old)}
+        return recast(old, SyncBatchNorm, _STATE, changes)
 
     return _replace(layer, converted, skip)
 
@@ -50,13 +50,13 @@ def revert_sync_batchnorm(layer: Layer, *, skip: Iterable[str] = ()) -> Layer:
     :func:`convert_sync_batchnorm`.
     """
 
-    def reverted(old: BatchNorm) -> BatchNorm:
+    def reverted(old: BatchNorm, path: str) -> BatchNorm:
         if not isinstance(old, SyncBatchNorm):
             return old
         if old._converted_from is None:
             old.comm = SelfCommunicator()
             return old
-        new = _recast(old, old._converted_from)
+        new: BatchNorm = recast(old, old._converted_from, _STATE, {})
         for name in ("name", "_comm", "_converted_from"):
             del new.__dict__[name]
         return new
@@ -64,40 +64,75 @@ def revert_sync_batchnorm(layer: Layer, *, skip: Iterable[str] = ()) -> Layer:
     return _replace(layer, reverted, skip)
 
 
-def _recast(old: BatchNorm, cls: type[BatchNorm], **changes: Any) -> BatchNorm:
+def recast(old: Any, cls: Any, kinds: tuple[str, ...], changes: dict[str, Any]) -> Any:
+    """The state of a layer or module as one of another class; dicts of these `kinds` are copied."""
     new = cls.__new__(cls)
     state = old.__dict__ | changes
-    for kind in ("params", "grads", "buffers", "children"):
-        state[kind] = dict(state[kind])
+    for kind in kinds:
+        state[kind] = state[kind].copy()
     new.__setstate__(state)
     return new
 
 
 def _replace(
-    root: Layer, successor: Callable[[BatchNorm], BatchNorm], skip: Iterable[str]
+    root: Layer, successor: Callable[[BatchNorm, str], BatchNorm], skip: Iterable[str]
 ) -> Layer:
-    """The tree with each batch norm replaced by its successor; checks all of it first."""
     if not isinstance(root, Layer):
         raise TypeError(f"expected a Layer, got {type(root).__name__}")
-    paths = dict(root._walk(""))
+    replaced: Layer = replace_norms(
+        dict(root._walk("")),
+        "children",
+        _KNOWN,
+        successor,
+        skip,
+        base=BatchNorm,
+        names=("layer of the tree", "the root"),
+    )
+    return replaced
+
+
+def replace_norms(
+    paths: dict[str, Any],
+    children: str,
+    known: tuple[type, ...],
+    successor: Callable[[Any, str], Any],
+    skip: Iterable[str],
+    *,
+    base: type,
+    names: tuple[str, str],
+) -> Any:
+    """The root of a tree with each batch norm replaced by its successor; checks all of it first.
+
+    Args:
+        paths: every layer or module by its path, the root first, a shared one once a path.
+        children: the attribute with the dict of a part's children.
+        known: the classes of batch norms without behaviour of a user's; `base` is that of all.
+        successor: takes a batch norm and its first path.
+        skip: paths to leave as they are.
+        names: what errors call a part, and the root.
+    """
     skip = {skip} if isinstance(skip, str) else set(skip)
     if unknown := sorted(skip - set(paths)):
-        raise ValueError(f"skip names no layer of the tree: {', '.join(map(repr, unknown))}")
-    unique = {id(layer): layer for layer in paths.values()}
+        raise ValueError(f"skip names no {names[0]}: {', '.join(map(repr, unknown))}")
     kept = {id(paths[path]) for path in skip}
     norms = {
-        key: layer
-        for key, layer in unique.items()
-        if isinstance(layer, BatchNorm) and key not in kept
+        path: part
+        for path, part in paths.items()
+        if isinstance(part, base) and id(part) not in kept
     }
-    for path, layer in paths.items():
-        if id(layer) in norms and type(layer) not in _KNOWN:
+    for path, norm in norms.items():
+        if type(norm) not in known:
             raise TypeError(
-                f"{path or 'the root'!r} is a {type(layer).__name__}, a subclass whose own "
+                f"{path or names[1]!r} is a {type(norm).__name__}, a subclass whose own "
                 "behaviour would be lost; name its path in skip=, or replace it yourself"
             )
-    successors = {key: successor(norm) for key, norm in norms.items()}
-    for parent in unique.values():
-        for name, child in parent.children.items():
-            parent.children[name] = successors.get(id(child), child)
+    successors: dict[int, Any] = {}
+    for path, norm in norms.items():
+        if id(norm) not in successors:
+            successors[id(norm)] = successor(norm, path)
+    for part in paths.values():
+        parts = getattr(part, children)
+        for name, child in parts.items():
+            parts[name] = successors.get(id(child), child)
+    root = paths[""]
     return successors.get(id(root), root)

@@ -37,7 +37,33 @@ class CommReference:
         return CommReference, (None, self.comm is not None or self.detached)
 
 
-class SyncBatchNorm(BatchNorm):
+class Synchronised:
+    """The communicator and the name of a synchronised batch norm, a layer or a module."""
+
+    name: str | None
+    training: bool
+
+    @property
+    def comm(self) -> Any:
+        """The communicator as it was given; set it to change it."""
+        return self._comm.comm
+
+    @comm.setter
+    def comm(self, comm: Any) -> None:
+        check_comm(comm)
+        self._comm = CommReference(comm)
+
+    @property
+    def label(self) -> str:
+        """What errors call it."""
+        return self.name or super().label  # type: ignore[misc]
+
+    def communicator(self) -> Communicator:
+        """Who takes part in the next forward."""
+        return self._comm.resolve(self.label) if self.training else ALONE
+
+
+class SyncBatchNorm(Synchronised, BatchNorm):
     __doc__ = (
         """Batch norm over the batches of all ranks; input of 2 or more dimensions.
 
@@ -58,7 +84,6 @@ class SyncBatchNorm(BatchNorm):
 """
     )
 
-    _binds = True
     convert_sync_batchnorm: ClassVar[Callable[..., Layer]]
     """:func:`cupybn.convert_sync_batchnorm`, where PyTorch's users look for it."""
 
@@ -77,25 +102,8 @@ class SyncBatchNorm(BatchNorm):
         check_comm(comm)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **keywords)
         self.name = name
-        self._comm = CommReference(comm)
+        self.comm = comm
         self._converted_from: type[BatchNorm] | None = None
-
-    @property
-    def comm(self) -> Any:
-        """The communicator as it was given; set it to change it."""
-        return self._comm.comm
-
-    @comm.setter
-    def comm(self, comm: Any) -> None:
-        check_comm(comm)
-        self._comm = CommReference(comm)
-
-    @property
-    def label(self) -> str:
-        return self.name or super().label
-
-    def communicator(self) -> Communicator:
-        return self._comm.resolve(self.label) if self.training else ALONE
 
     def _keywords(self) -> list[tuple[str, Any, Any]]:
         return [*super()._keywords(), ("comm", self.comm, None), ("name", self.name, None)]

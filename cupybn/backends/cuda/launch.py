@@ -141,16 +141,6 @@ def backward_launches(
     )
 
 
-def clear_caches() -> None:
-    """Forgets plans, kernels and this thread's scratch."""
-    for kept in (forward_launches, backward_launches, tensor_launch, channel_launch):
-        kept.cache_clear()
-    _multiprocessors.cache_clear()
-    source.clear()
-    _kept.scratch.clear()
-    _kept.outgrown.clear()
-
-
 class _Kept(threading.local):
     """Scratch of one thread, by device and stream."""
 
@@ -185,5 +175,4 @@ def scratch_for(launch: Launch, device: int) -> tuple[Array, Array]:
 
 @lru_cache(maxsize=64)
 def _multiprocessors(device: int) -> int:
-    cupy = sys.modules["cupy"]
-    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
+    return int(sys.modules["cupy"].cuda.Device(device).attributes["MultiProcessorCount"])

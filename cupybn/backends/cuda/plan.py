@@ -121,11 +121,10 @@ def _plan_runs(
     vector = max(1, min(alignment, VECTOR_BYTES) // itemsize)
     while vector:
         unit = max(vector, BYTE) if whole_bytes else vector
-        if length > 1:
-            if vector < row_vector and not (whole_bytes and length % BYTE):
-                return None
-            if length % unit == 0 and length * itemsize >= _SHORT_ROW_BYTES:
-                return None
+        narrower = vector < row_vector and not (whole_bytes and length % BYTE)
+        long = length % unit == 0 and length * itemsize >= _SHORT_ROW_BYTES
+        if length > 1 and (narrower or long):
+            return None
         found = _fit_run(shape, itemsize, vector, unit, multiprocessors)
         if found is not None:
             return found
@@ -143,9 +142,8 @@ def _fit_run(
         channels, samples = c, unit // gcd(unit, c * length)
     slots = channels * samples * length // vector
     ragged = n % samples != 0
-    if slots > THREADS or channels > MAX_TILE_CHANNELS:
-        return None
-    if ragged and vector * itemsize < VECTOR_BYTES:
+    too_large = slots > THREADS or channels > MAX_TILE_CHANNELS
+    if too_large or (ragged and vector * itemsize < VECTOR_BYTES):
         return None
     lines = _ceil(n, samples)
     while channels < c and 2 * slots <= THREADS and 2 * channels <= MAX_TILE_CHANNELS:
@@ -155,10 +153,9 @@ def _fit_run(
             break
         channels, slots = 2 * channels, 2 * slots
     threads = _round_up(slots * min(THREADS // slots, lines), WARP)
-    lanes = threads // slots
     tiles = _ceil(c, channels)
     slices = _slices(tiles, n * min(channels, c) * length * itemsize, multiprocessors)
-    slice_length = _round_up(_ceil(lines, slices), lanes)
+    slice_length = _round_up(_ceil(lines, slices), threads // slots)
     grid = (tiles, _ceil(lines, slice_length))
     return LaunchPlan(False, vector, ragged, grid, threads, slice_length, channels, samples)
 

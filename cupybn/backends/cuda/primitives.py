@@ -52,20 +52,15 @@ def batch_moments(x3: Array, *, payload: Array | None = None) -> Moments:
     """
     n, c, length = x3.shape
     if x3.size == 0:
-        if payload is not None:
-            payload[...] = 0
-        zeros = sys.modules["cupy"].zeros((2, c))
-        return Moments(n * length, zeros[0], zeros[1])
+        return Moments(n * length, *_zeros(c, payload))
     weighted = NULL if payload is None else payload
     if not (_is_dense(x3) and _is_dense(weighted)):
         return _with_copies(batch_moments, x3, payload=payload)  # type: ignore[no-any-return]
-    x, device = x3.data.ptr & 15, x3.data.device_id
-    launch = tensor_launch("batch_moments", x3.shape, x3.dtype, device, x, x)
+    launch, scratch = _reduction("batch_moments", x3)
     mean, m2 = launch.empty(c), launch.empty(c)
     about_zero = NULL
     if payload is not None and payload.size > c:
         about_zero = np.uint64(payload.data.ptr + 8 * c)
-    scratch = scratch_for(launch, device) if launch.partials else NO_SCRATCH
     launch.run((mean, m2, weighted, about_zero, *scratch, x3, *launch.sizes))
     return Moments(n * length, mean, m2)
 
@@ -92,8 +87,7 @@ def finalize_moments(
     var, invstd = launch.empty(c), launch.empty(c)
     numbers = np.float64(moments.count), np.float64(eps), np.float64(factor), _FORMS[form]
     launch.run((mean, var, invstd, *states, first, second, *numbers, *launch.sizes))
-    if running is not None:
-        _copy_back(running, states)
+    _copy_back(running or _NONE, states)
     return mean, var, invstd
 
 
@@ -115,8 +109,7 @@ def recentre_moments(local: Moments, weighted: Array, count: int, payload: Array
     launch = channel_launch("recentre_moments", local.mean.size)
     pointers = _pointers(payload, local.mean, local.m2, weighted)
     launch.run((*pointers, np.float64(local.count), np.float64(count), *launch.sizes))
-    if pointers[0] is not payload:
-        payload[...] = pointers[0]
+    _copy_back((payload,), pointers[:1])
 
 
 def normalize(
@@ -141,7 +134,7 @@ def normalize(
         return _with_copies(
             normalize, x3, transform, relu=relu, residual3=residual3, out3=y3, mask=mask
         )
-    launch = _normalize_launch("normalize", x3, y3, residual3, mask)
+    launch = _launch("normalize", x3, y3, residual3, writes_mask=mask is not None)
     channels = _pointers(*transform)
     launch.run((y3, bits, x3, residual, *channels, _RELU[relu], *launch.sizes))
     return y3
@@ -163,9 +156,7 @@ def backward_reduce(
     """
     c = x3.shape[1]
     if x3.size == 0:
-        if payload is not None:
-            payload[...] = 0
-        return BackwardSums(*sys.modules["cupy"].zeros((2, c)))
+        return BackwardSums(*_zeros(c, payload))
     bits = NULL if mask is None else mask
     first = NULL if payload is None else payload
     if not all(map(_is_dense, (dy3, x3, bits, first))):
@@ -173,14 +164,9 @@ def backward_reduce(
             backward_reduce, dy3, x3, transform, relu=relu, mask=mask, payload=payload
         )
     second = NULL if payload is None else np.uint64(payload.data.ptr + 8 * c)
-    dy, x, device = dy3.data.ptr, x3.data.ptr, x3.data.device_id
-    launch = tensor_launch(
-        "backward_reduce", x3.shape, x3.dtype, device, (dy | x) & 15, dy & x & 15
-    )
+    launch, scratch = _reduction("backward_reduce", x3, dy3)
     sums = BackwardSums(launch.empty(c), launch.empty(c))
-    channels = _pointers(*transform)
-    scratch = scratch_for(launch, device) if launch.partials else NO_SCRATCH
-    inputs = dy3, x3, bits, *channels, _RELU[relu]
+    inputs = dy3, x3, bits, *_pointers(*transform), _RELU[relu]
     launch.run((*sums, first, second, *scratch, *inputs, *launch.sizes))
     return sums
 
@@ -225,14 +211,13 @@ def backward_input(
             dweight=dweight,
             dbias=dbias,
         )
-    launch = _input_launch(dy3, x3, dx3, dresidual3)
+    launch = _launch("backward_input", x3, dy3, dx3, dresidual3)
     gradients = _NONE if local is None else (dweight, dbias)
     pointers = _pointers(*gradients, *transform, *(sums or _NONE), *(local or _NONE))
     outputs, inputs = pointers[:2], pointers[2:]
     numbers = np.float64(1 / max(count, 1)), _RELU[relu]
     launch.run((dx3, dresidual, *outputs, dy3, x3, bits, *inputs, *numbers, *launch.sizes))
-    if not all(map(is_, gradients, outputs)):
-        _copy_back(gradients, outputs)
+    _copy_back(gradients, outputs)
     return dx3
 
 
@@ -258,12 +243,10 @@ def finish_forward(
     if x3.size == 0:
         mean, _, invstd = finalize_moments(moments, eps, running=running, factor=factor, form=form)
         return mean, invstd
-    x, y, device = x3.data.ptr, y3.data.ptr, x3.data.device_id
-    residual, r = (NULL, y) if residual3 is None else (residual3, residual3.data.ptr)
+    residual = NULL if residual3 is None else residual3
     bits = NULL if mask is None else mask
     kernel = "normalize_recentred" if form == "recentred" else "normalize"
-    where = device, (x | y | r) & 15, x & y & r & 15
-    launch = tensor_launch(kernel, x3.shape, x3.dtype, *where, mask is not None)
+    launch = _launch(kernel, x3, y3, residual3, writes_mask=mask is not None)
     first, second, weight, bias, *states = _pointers(
         moments.mean, moments.m2, weight, bias, *(running or _NONE)
     )
@@ -279,10 +262,9 @@ def finish_forward(
         dtype = _FLOAT64 if running is None else running[0].dtype
         finalize = channel_launch("finalize_moments", x3.shape[1], dtype)
         finalize.run((*outputs, first, second, *numbers, _FORMS[form], *finalize.sizes))
-        channels = mean, invstd, weight, bias
-        launch.run((y3, bits, x3, residual, *channels, _RELU[relu], *launch.sizes))
-    if running is not None and not all(map(is_, running, states)):
-        _copy_back(running, states)
+        inputs = x3, residual, mean, invstd, weight, bias
+        launch.run((y3, bits, *inputs, _RELU[relu], *launch.sizes))
+    _copy_back(running or _NONE, states)
     return mean, invstd
 
 
@@ -307,8 +289,7 @@ def local_forward(
     residual, r = (NULL, y) if residual3 is None else (residual3, residual3.data.ptr)
     where = device, x & 15, (x | y | r) & 15, x & y & r & 15
     dtype = _FLOAT64 if running is None else running[0].dtype
-    launches = forward_launches(x3.shape, x3.dtype, *where, mask is not None, dtype)
-    reduce, finalize, finish = launches
+    reduce, finalize, finish = forward_launches(x3.shape, x3.dtype, *where, mask is not None, dtype)
     mean, invstd = reduce.empty(x3.shape[1]), reduce.empty(x3.shape[1])
     scratch = scratch_for(reduce, device) if reduce.partials else NO_SCRATCH
     weight, bias, *states = _pointers(weight, bias, *(running or _NONE))
@@ -318,8 +299,7 @@ def local_forward(
     numbers = reduce.values, np.float64(eps), np.float64(factor), _LOCAL
     finalize.run((mean, invstd, invstd, *states, mean, invstd, *numbers, *finalize.sizes))
     bits = NULL if mask is None else mask
-    channels = mean, invstd, weight, bias
-    finish.run((y3, bits, x3, residual, *channels, _RELU[relu], *finish.sizes))
+    finish.run((y3, bits, x3, residual, mean, invstd, weight, bias, _RELU[relu], *finish.sizes))
     if running is not None and not all(map(is_, running, states)):
         _copy_back(running, states)
     return mean, invstd
@@ -350,10 +330,9 @@ def local_backward(
     sums = reduce.empty(2 * c)
     sum_dy_xmu = np.uint64(sums.data.ptr + 8 * c)
     scratch = scratch_for(reduce, device) if reduce.partials else NO_SCRATCH
-    mean, invstd, weight, bias = transform
-    weight, bias, *gradients = _pointers(weight, bias, dweight, dbias)
+    weight, bias, *gradients = _pointers(transform.weight, transform.bias, dweight, dbias)
     bits = NULL if mask is None else mask
-    inputs = dy3, x3, bits, mean, invstd, weight, bias
+    inputs = dy3, x3, bits, transform.mean, transform.invstd, weight, bias
     reduce.run((sums, sum_dy_xmu, NULL, NULL, *scratch, *inputs, _RELU[relu], *reduce.sizes))
     pooled, share = ((sums, sum_dy_xmu), np.float64(1 / count)) if count else ((NULL, NULL), _ZERO)
     numbers = share, _RELU[relu]
@@ -386,9 +365,9 @@ def prepare_forward(
         channel_launch("finalize_moments", c, np.dtype(running_dtype or "float64"))
     if x3.size:
         kernel = "normalize_recentred" if recentred else "normalize"
-        _normalize_launch(kernel, x3, y3, residual3, mask)
+        _launch(kernel, x3, y3, residual3, writes_mask=mask is not None)
         if ranks == 1:
-            _prepare_reduction("batch_moments", x3, x3)
+            _reduction("batch_moments", x3)
 
 
 def prepare_backward(
@@ -404,43 +383,41 @@ def prepare_backward(
 ) -> None:
     """As :func:`prepare_forward`, for a backward."""
     if x3.size:
-        _input_launch(dy3, x3, dx3, dresidual3)
+        _launch("backward_input", x3, dy3, dx3, dresidual3)
         if ranks == 1:
-            _prepare_reduction("backward_reduce", dy3, x3)
+            _reduction("backward_reduce", x3, dy3)
 
 
-def _normalize_launch(
-    kernel: str, x3: Array, y3: Array, residual3: Array | None, mask: Array | None
-) -> Launch:
-    x, y, device = x3.data.ptr, y3.data.ptr, x3.data.device_id
-    r = y if residual3 is None else residual3.data.ptr
-    where = device, (x | y | r) & 15, x & y & r & 15
-    return tensor_launch(kernel, x3.shape, x3.dtype, *where, mask is not None)
+def _launch(kernel: str, x3: Array, *others: Array | None, writes_mask: bool = False) -> Launch:
+    """The launch of a kernel over x3 and tensors like it."""
+    some = every = x3.data.ptr
+    for array in others:
+        if array is not None:
+            some, every = some | array.data.ptr, every & array.data.ptr
+    where = x3.data.device_id, some & 15, every & 15
+    return tensor_launch(kernel, x3.shape, x3.dtype, *where, writes_mask)
 
 
-def _input_launch(dy3: Array, x3: Array, dx3: Array, dresidual3: Array | None) -> Launch:
-    dy, x, dx, device = dy3.data.ptr, x3.data.ptr, dx3.data.ptr, x3.data.device_id
-    r = x if dresidual3 is None else dresidual3.data.ptr
-    where = device, (dy | x | dx | r) & 15, dy & x & dx & r & 15
-    return tensor_launch("backward_input", x3.shape, x3.dtype, *where)
+def _reduction(kernel: str, *tensors: Array) -> tuple[Launch, tuple[Array, Array]]:
+    """The launch of a kernel that sums over tensors, and its scratch."""
+    launch, device = _launch(kernel, *tensors), tensors[0].data.device_id
+    return launch, scratch_for(launch, device) if launch.partials else NO_SCRATCH
 
 
-def _prepare_reduction(kernel: str, a3: Array, x3: Array) -> None:
-    a, x, device = a3.data.ptr, x3.data.ptr, x3.data.device_id
-    launch = tensor_launch(kernel, x3.shape, x3.dtype, device, (a | x) & 15, a & x & 15)
-    if launch.partials:
-        scratch_for(launch, device)
+def _zeros(channels: int, payload: Array | None) -> Array:
+    """Two sums over nothing, (2, C), which `payload` takes too."""
+    if payload is not None:
+        payload[...] = 0
+    return sys.modules["cupy"].zeros((2, channels))
 
 
 def _pointers(*arrays: Array | None) -> list[Array]:
     """What a kernel takes for arrays of one value a channel: a copy of one that is strided."""
     pointers = []
     for array in arrays:
-        if array is None:
-            pointers.append(NULL)
-        else:
-            dense = array.strides[0] == array.itemsize
-            pointers.append(array if dense else array.copy())
+        if array is not None and array.strides[0] != array.itemsize:
+            array = array.copy()
+        pointers.append(NULL if array is None else array)
     return pointers
 
 

@@ -45,10 +45,10 @@ def module_text(kernels: tuple[str, ...], defines: tuple[tuple[str, str | int], 
     return "".join(lines) + paste(*(f"{kernel}.cu" for kernel in kernels))
 
 
-def paste(*names: str, directory: Path | None = None) -> str:
+def paste(*names: str) -> str:
     """The text of source files, one after the other, with every own header in it once."""
     seen: set[str] = set()
-    root = source_directory() if directory is None else directory
+    root = source_directory()
 
     def lines_of(file: str) -> Iterator[str]:
         seen.add(file)
@@ -70,16 +70,13 @@ def paste(*names: str, directory: Path | None = None) -> str:
 def get_kernel(kernel: str, **defines: str | int) -> Any:
     """The compiled kernel of these choices, from this process' memory if it was used before."""
     choices = tuple(sorted(defines.items()))
-    found = _kernels.get((kernel, choices))
-    if found is None:
-        with _lock:
-            if (kernel, choices) not in _kernels:
-                together = next((names for names in TOGETHER if kernel in names), (kernel,))
-                module = compile_module(module_text(together, choices), together)
-                for name in together:
-                    _kernels[name, choices] = module.get_function(name)
-            found = _kernels[kernel, choices]
-    return found
+    with _lock:
+        if (kernel, choices) not in _kernels:
+            together = next((names for names in TOGETHER if kernel in names), (kernel,))
+            module = compile_module(module_text(together, choices), together)
+            for name in together:
+                _kernels[name, choices] = module.get_function(name)
+        return _kernels[kernel, choices]
 
 
 def compile_module(text: str, kernels: tuple[str, ...]) -> Any:
@@ -89,9 +86,3 @@ def compile_module(text: str, kernels: tuple[str, ...]) -> Any:
     module = cupy.RawModule(code=text, options=OPTIONS, name_expressions=None)
     module.compile()
     return module
-
-
-def clear() -> None:
-    """Forgets every kernel."""
-    with _lock:
-        _kernels.clear()

@@ -30,8 +30,15 @@ WIDE = {getattr(torch, name): getattr(torch, kind.arithmetic) for name, kind in 
 """The dtype of the arithmetic, and of what is per channel, for data of a dtype."""
 
 
-def array_of(tensor: Tensor, what: str = "input") -> Array:
-    """The tensor's memory as a NumPy or CuPy array."""
+def array_of(tensor: Tensor, what: str = "input", dtype: torch.dtype | None = None) -> Array:
+    """The tensor's memory as a NumPy or CuPy array.
+
+    With `dtype` what may be absent, None, is, and a tensor of another dtype is converted.
+    """
+    if dtype is not None:
+        if tensor is None:
+            return None
+        tensor = tensor.to(dtype)
     if type(tensor) in PLAIN and tensor.dtype is not torch.bfloat16 and not tensor.is_cuda:
         try:
             return tensor.detach().numpy()
@@ -91,8 +98,7 @@ class Normalise(torch.autograd.Function):
         try:
             # Unpacking raises where a tensor was changed in place, or was given up by an earlier
             # backward, and runs a checkpoint's recomputation.
-            tensors = ctx.saved_tensors
-            return (*Gradients.apply(dy, *tensors, ctx.statistics, call), None, None)
+            return (*Gradients.apply(dy, *ctx.saved_tensors, ctx.statistics, call), None, None)
         except Exception as error:
             bound.leave(call, "backward", error)
             raise
@@ -110,61 +116,50 @@ class Gradients(torch.autograd.Function):
             dx = torch.empty_strided(layout.shape, layout.strides, dtype=x.dtype, device=x.device)
             dx3 = array_of(dx)
             dx3 = dx3.reshape(layout.shape3) if bound.in_order else layout.view(dx3)
-            dweight, dbias = weight, bias
-            if weight is not None:
-                dweight = torch.zeros_like(weight, dtype=wide)
-            if bias is not None:
-                dbias = torch.zeros_like(bias, dtype=wide)
+            dweight = None if weight is None else torch.zeros_like(weight, dtype=wide)
+            dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
             bound.backward(
                 call,
                 array_of(dy, "dy"),
                 _complete(saved, x, weight, bias),
                 dx3=dx3,
-                dweight=None if weight is None else array_of(dweight),
-                dbias=None if bias is None else array_of(dbias),
+                dweight=array_of(dweight, dtype=wide),
+                dbias=array_of(dbias, dtype=wide),
             )
         ctx.save_for_backward(dy, x, weight, bias)
         ctx.statistics = saved
-        if weight is not None and weight.dtype is not wide:
-            dweight = dweight.to(weight.dtype)
-        if bias is not None and bias.dtype is not wide:
-            dbias = dbias.to(bias.dtype)
-        return dx, dweight, dbias
+        return (
+            dx,
+            None if dweight is None else dweight.to(weight.dtype),
+            None if dbias is None else dbias.to(bias.dtype),
+        )
 
     @staticmethod
-    def _backward(ctx: Any, ddx: Tensor, ddweight: Tensor, ddbias: Tensor) -> tuple[Tensor, ...]:
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, ddx: Tensor, ddweight: Tensor, ddbias: Tensor) -> tuple[Tensor, ...]:
         with double_backward_call(ctx.statistics) as call:
             dy, x, weight, bias = ctx.saved_tensors
+            wide = WIDE[x.dtype]
             with on_stream_of(x):
                 saved = _complete(ctx.statistics, x, weight, bias)
                 grads = double_backward(
                     call,
                     array_of(ddx, "ddx"),
-                    _per_channel(ddweight, weight, x, "ddweight"),
-                    _per_channel(ddbias, bias, x, "ddbias"),
+                    array_of(ddweight, "ddweight", wide),
+                    array_of(ddbias, "ddbias", wide),
                     saved,
                     array_of(dy, "dy"),
                 )
                 ddy, dx, dweight = map(tensor_of, grads)
         return ddy, dx, None if weight is None else dweight.to(weight.dtype), None, None, None
 
-    backward = staticmethod(once_differentiable(_backward))
-
 
 def _complete(saved: Saved, x: Tensor, weight: Tensor, bias: Tensor) -> Saved:
     """The context with its arrays; a hook may have put x into another memory order since."""
     layout, wide, array = saved.bound.layout, WIDE[x.dtype], array_of(x)
-    if saved.bound.in_order and array.flags.c_contiguous:
-        x3 = array.reshape(layout.shape3)
-    else:
-        x3 = layout.view(array)
-    if weight is not None:
-        weight = array_of(weight if weight.dtype is wide else weight.to(wide), "weight")
-    if bias is not None:
-        bias = array_of(bias if bias.dtype is wide else bias.to(wide), "bias")
-    return saved._replace(x3=x3, weight=weight, bias=bias)
-
-
-def _per_channel(values: Tensor, parameter: Tensor, x: Tensor, what: str) -> Array | None:
-    """Values of a parameter's shape in the dtype of the arithmetic; None without the parameter."""
-    return None if parameter is None else array_of(values.to(WIDE[x.dtype]), what)
+    in_order = saved.bound.in_order and array.flags.c_contiguous
+    return saved._replace(
+        x3=array.reshape(layout.shape3) if in_order else layout.view(array),
+        weight=array_of(weight, "weight", wide),
+        bias=array_of(bias, "bias", wide),
+    )

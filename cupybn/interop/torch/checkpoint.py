@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,60 +10,49 @@ import torch
 from ...forward_backward import Saved
 
 
-@dataclass(frozen=True)
-class _Record:
-    label: str
-    shape: tuple[int, ...]
-    saved: Saved
-
-
 class _Active(threading.local):
     """The contexts this thread is in, the innermost last."""
 
     def __init__(self) -> None:
-        self.contexts: list[_Recording | _Recomputation] = []
+        self.contexts: list[_Recording] = []
 
 
 _active = _Active()
 
 
-class _Entered:
-    def __enter__(self) -> None:
-        _active.contexts.append(self)  # type: ignore[arg-type]
-
-    def __exit__(self, *error: object) -> None:
-        _active.contexts.remove(self)  # type: ignore[arg-type]
-
-
-class _Recording(_Entered):
+class _Recording:
     """Writes down the statistics of the batch norms that run inside it."""
 
     def __init__(self) -> None:
-        self.records: list[_Record] = []
+        self.records: list[Saved] = []
+
+    def __enter__(self) -> None:
+        _active.contexts.append(self)
+
+    def __exit__(self, *error: object) -> None:
+        _active.contexts.remove(self)
 
 
-class _Recomputation(_Entered):
+class _Recomputation(_Recording):
     """Hands out what a recording wrote down, in its order; from the start each time."""
 
     def __init__(self, recording: _Recording) -> None:
-        self.recording = recording
-        self.position = 0
+        self.records = recording.records
 
     def __enter__(self) -> None:
         self.position = 0
         super().__enter__()
 
     def next(self, label: str, shape: tuple[int, ...]) -> Saved:
-        records = self.recording.records
-        record = records[self.position] if self.position < len(records) else None
-        if record is None or (record.label, record.shape) != (label, shape):
-            was = f"{record.label} with input {record.shape}" if record else "at its end"
+        saved = self.records[self.position] if self.position < len(self.records) else None
+        if saved is None or (saved.bound.name, saved.layout.shape) != (label, shape):
+            was = f"{saved.bound.name} with input {saved.layout.shape}" if saved else "at its end"
             raise RuntimeError(
                 f"a checkpoint is recomputed otherwise than it was computed: now {label} with "
                 f"input {shape}, where the forward was {was}"
             )
         self.position += 1
-        return record.saved
+        return saved
 
 
 def recompute_contexts() -> tuple[Any, Any]:
@@ -102,7 +90,7 @@ def remembered(label: str, shape: tuple[int, ...]) -> Saved | None:
     return None
 
 
-def remember(label: str, shape: tuple[int, ...], saved: Saved) -> None:
+def remember(saved: Saved) -> None:
     """Writes down a forward for every recording that this thread is in.
 
     Not for those outside a recomputation: they saw the first forward.
@@ -110,4 +98,4 @@ def remember(label: str, shape: tuple[int, ...], saved: Saved) -> None:
     for context in reversed(_active.contexts):
         if isinstance(context, _Recomputation):
             return
-        context.records.append(_Record(label, shape, saved))
+        context.records.append(saved)

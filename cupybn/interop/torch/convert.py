@@ -9,12 +9,13 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from ...communicators import check_comm
+from ...layers.convert import recast, replace_norms
 from ...layers.sync import CommReference
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 
-_PLAIN = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
-_THEIRS = tuple(getattr(torch.nn, cls.__name__) for cls in (*_PLAIN, SyncBatchNorm))
-_KNOWN = (*_PLAIN, SyncBatchNorm, *_THEIRS)
+_OURS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
+_KNOWN = (*_OURS, *(getattr(torch.nn, cls.__name__) for cls in _OURS))
+_STATE = ("_parameters", "_buffers", "_modules")
 
 
 def convert_sync_batchnorm(module: Any, comm: Any = None, *, skip: Iterable[str] = ()) -> Any:
@@ -34,41 +35,23 @@ def convert_sync_batchnorm(module: Any, comm: Any = None, *, skip: Iterable[str]
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
     check_comm(comm)
-    paths = dict(module.named_modules(remove_duplicate=False))
-    skip = {skip} if isinstance(skip, str) else set(skip)
-    if unknown := sorted(skip - set(paths)):
-        raise ValueError(f"skip names no part of the module: {', '.join(map(repr, unknown))}")
-    kept = {id(paths[path]) for path in skip}
-    olds = {
-        path: part
-        for path, part in paths.items()
-        if isinstance(part, TorchBatchNorm) and id(part) not in kept
-    }
-    for path, part in olds.items():
-        if type(part) not in _KNOWN:
-            raise TypeError(
-                f"{path or 'the module'!r} is a {type(part).__name__}, a subclass whose own "
-                "behaviour would be lost; name its path in skip=, or replace it yourself"
-            )
-    new: dict[int, Any] = {}
-    for path, part in olds.items():
-        if id(part) not in new:
-            new[id(part)] = _synchronised(part, comm, path or None)
-    for parent in list({id(part): part for part in paths.values()}.values()):
-        for name, child in list(parent._modules.items()):
-            parent._modules[name] = new.get(id(child), child)
-    return new.get(id(module), module)
 
+    def synchronised(old: Any, path: str) -> SyncBatchNorm:
+        if isinstance(old, SyncBatchNorm):
+            old.comm = comm
+            old.name = old.name or path or None
+            return old
+        changes = {"_comm": CommReference(comm), "name": path or None}
+        new: SyncBatchNorm = recast(old, SyncBatchNorm, _STATE, changes)
+        new.__dict__.pop("process_group", None)
+        return new
 
-def _synchronised(old: Any, comm: Any, path: str | None) -> SyncBatchNorm:
-    if isinstance(old, SyncBatchNorm):
-        old.comm = comm
-        old.name = old.name or path
-        return old
-    module = SyncBatchNorm.__new__(SyncBatchNorm)
-    module.__dict__.update(old.__dict__)
-    for kind in ("_parameters", "_buffers", "_modules"):
-        module.__dict__[kind] = old.__dict__[kind].copy()
-    module.__dict__.pop("process_group", None)
-    module.__dict__.update(_comm=CommReference(comm), name=path)
-    return module
+    return replace_norms(
+        dict(module.named_modules(remove_duplicate=False)),
+        "_modules",
+        _KNOWN,
+        synchronised,
+        skip,
+        base=TorchBatchNorm,
+        names=("part of the module", "the module"),
+    )

@@ -25,7 +25,7 @@ from ...forward_backward import (
     momentum_settings,
     running_factor,
 )
-from ...layers.sync import CommReference
+from ...layers.sync import Synchronised
 from ...statistics import message_length
 from .autograd import PLAIN, WIDE, Normalise, Tensor, array_of, on_stream_of
 from .checkpoint import remember, remembered
@@ -125,33 +125,31 @@ class BatchNorm(TorchBatchNorm):
         parameters: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Saved]:
         """The forward of a batch, or of one that is recomputed; `array` is x."""
-        params, layout, wide = {}, bound.layout, WIDE[x.dtype]
-        for name, tensor in zip(("weight", "bias"), parameters, strict=True):
-            if tensor is not None:
-                params[name] = array_of(tensor if tensor.dtype is wide else tensor.to(wide))
+        layout, wide = bound.layout, WIDE[x.dtype]
+        params = {
+            "weight": array_of(parameters[0], dtype=wide),
+            "bias": array_of(parameters[1], dtype=wide),
+        }
         y = torch.empty_strided(layout.shape, layout.strides, dtype=x.dtype, device=x.device)
         y3 = array_of(y)
         y3 = y3.reshape(layout.shape3) if bound.in_order else layout.view(y3)
         saved = remembered(bound.name, layout.shape)
         if saved is None:
-            running, moved = None, (self.running_mean, self.running_var)
+            running, buffers = None, (self.running_mean, self.running_var)
             if bound.updates:
-                if not moved[0].dtype is moved[1].dtype is wide:
-                    moved = moved[0].to(wide), moved[1].to(wide)
+                moved = buffers[0].to(wide), buffers[1].to(wide)
                 running = Running(array_of(moved[0]), array_of(moved[1]), np.zeros((), np.int64))
             _, saved = bound.forward(call, array, params, y3=y3, running=running)
             saved = saved._replace(x3=None, weight=None, bias=None)
             if running is not None and saved.count:
-                for target, values in zip(
-                    (self.running_mean, self.running_var), moved, strict=True
-                ):
+                for target, values in zip(buffers, moved, strict=True):
                     if target is not values:
                         target.copy_(values)
                 if self.num_batches_tracked is not None:
                     self.num_batches_tracked.add_(1)
         else:
             bound.normalize_again(array, params, saved, y3)
-        remember(bound.name, layout.shape, saved)
+        remember(saved)
         return y, saved
 
     def _check_input(self, x: Tensor) -> None:
@@ -182,7 +180,7 @@ class BatchNorm3d(BatchNorm, torch.nn.BatchNorm3d):
     """``torch.nn.BatchNorm3d`` with this library's training mode, over this process alone."""
 
 
-class SyncBatchNorm(BatchNorm):
+class SyncBatchNorm(Synchronised, BatchNorm):
     """``torch.nn.SyncBatchNorm`` over MPI, on the CPU too; input of 2 or more dimensions.
 
     Args:
@@ -217,21 +215,8 @@ class SyncBatchNorm(BatchNorm):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **keywords
         )
-        self._comm = CommReference(comm)
+        self.comm = comm
         self.name = name
-
-    @property
-    def comm(self) -> Any:
-        """The communicator as it was given; set it to change it."""
-        return self._comm.comm
-
-    @comm.setter
-    def comm(self, comm: Any) -> None:
-        check_comm(comm)
-        self._comm = CommReference(comm)
-
-    def communicator(self) -> Communicator:
-        return self._comm.resolve(self.label)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
