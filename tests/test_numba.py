@@ -73,13 +73,13 @@ def everything(backend, x, dy, relu=True):
 # ---- who computes --------------------------------------------------------------------------------
 
 
-def chosen(code, **env):
+def chosen(code, cwd=None, **env):
     """What a fresh interpreter prints."""
     path = os.pathsep.join([env.pop("first_path", ""), str(ROOT)]).strip(os.pathsep)
     clean = {k: v for k, v in os.environ.items() if not k.startswith("CUPYBN")}
     return subprocess.run(
         [sys.executable, "-c", "import warnings, sys; from cupybn import backends; " + code],
-        env=clean | {"PYTHONPATH": path} | env, capture_output=True, text=True,
+        env=clean | {"PYTHONPATH": path} | env, capture_output=True, text=True, cwd=cwd,
     )  # fmt: skip
 
 
@@ -723,17 +723,17 @@ def test_compiling_is_told_once_and_done_again_where_any_file_changed(tmp_path):
     code = """if True:
         import numpy as np
         from cupybn.backends import cpu
-        print(sum(cpu.rehearse("forward", np.dtype("float32"), c, False, False)[0] for c in (0, 1)))
+        print(cpu.rehearse("forward", np.dtype("float32"), False, False, False)[0])
     """
 
     def run(**env):
         env = {"first_path": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache"), **env}
-        process = chosen(f"exec({code!r})", **env)
+        process = chosen(f"exec({code!r})", cwd=tmp_path, **env)
         assert not process.returncode, process.stderr
         return int(process.stdout), process.stderr.splitlines()
 
     compilations, told = run()
-    assert compilations >= 2
+    assert compilations >= 1
     assert len(told) == 1, told
     assert told[0].startswith("cupybn: compiling for float32, once; kept in " + str(tmp_path))
     assert run() == (0, [])

@@ -65,6 +65,22 @@ def _normalize_run(y, x, residual, size, streaming, fused, relu, coefficients):
         i = last if i + 1 == head else i + 1
 
 
+@inside
+def _normalize(columns, arrays, item, a, b, relu, coefficients):
+    """y of the channels a to b of an item."""
+    y, x, residual = arrays
+    _, start, channels, length, _, _, n0, n1, l0, l1, _, _ = item
+    streaming, fused = streams(y, l1 - l0), residual.size > 0
+    first, last = (a, b) if columns is None else (0, 1)
+    for n in range(n0, n1):
+        for c in range(first, last):
+            of = of_channel(columns, coefficients, c - first)
+            for i in range(l0, l1, WIDE):
+                begin, size = start + (n * channels + c) * length + i, min(WIDE, l1 - i)
+                there, v, r = pointer(y, begin), pointer(x, begin), pointer(residual, begin)
+                _normalize_run(there, v, r, size, streaming, fused, relu, of)
+
+
 @kernel
 def forward(
     columns,
@@ -93,8 +109,7 @@ def forward(
     high, scale, shift, var = buffer(x), buffer(x), buffer(x), double_buffer(x)
     at = take(taken)
     while at < len(items):
-        _, start, channels, length, c0, c1, n0, n1, l0, l1, step, group = item = items[at]
-        streaming, fused = streams(y, l1 - l0), residual.size > 0
+        _, start, _, _, c0, c1, _, _, l0, l1, step, group = item = items[at]
         for a in range(c0, c1, group):
             b = min(a + group, c1)
             if stages & MOMENTS:
@@ -121,16 +136,9 @@ def forward(
                     b,
                 )
             if stages & NORMALIZE:
-                c2, c3, size = (a, b, b - a) if columns is None else (0, 1, l1 - l0)
+                size = b - a if columns is None else l1 - l0
                 fill_affine(high, scale, shift, size, step, mean, invstd, weight, bias, a, b)
-                for n in range(n0, n1):
-                    for c in range(c2, c3):
-                        of = of_channel(columns, (high, scale, shift), c - c2)
-                        for i in range(l0, l1, WIDE):
-                            begin, size = start + (n * channels + c) * length + i, min(WIDE, l1 - i)
-                            there, z = pointer(y, begin), pointer(residual, begin)
-                            values = pointer(x, begin)
-                            _normalize_run(there, values, z, size, streaming, fused, relu, of)
+                _normalize(columns, (y, x, residual), item, a, b, relu, (high, scale, shift))
         at = take(taken)
     fence()
 
