@@ -317,11 +317,10 @@ class Bound:
         weight, bias = params.get("weight"), params.get("bias")
         fit = True
         for array in (weight, bias, *(running or ())[:2]):
-            if array is not None and type(array) is self.kind:
+            if array is not None:
+                fit = fit and type(array) is self.kind
                 fit = fit and (array.dtype, array.shape) == self.expected
                 fit = fit and (self.on_host or array.data.device_id == self.device_id)
-            elif array is not None:
-                fit = False
         if self.updates and fit:
             for array in (running or ()) if self.on_host else (running or ())[2:]:
                 fit = fit and array.flags.writeable
@@ -432,12 +431,11 @@ class Bound:
         """
         x3, backend, fit = saved.x3, by_type[self.kind], True
         for gradient in (dweight, dbias):
-            if gradient is not None and type(gradient) is self.kind:
+            if gradient is not None:
+                fit = fit and type(gradient) is self.kind
                 fit = fit and (gradient.dtype, gradient.shape) == self.expected
-                there = self.on_host or gradient.data.device_id == self.device_id
-                fit = fit and there and (not self.on_host or gradient.flags.writeable)
-            elif gradient is not None:
-                fit = False
+                fit = fit and (not self.on_host or gradient.flags.writeable)
+                fit = fit and (self.on_host or gradient.data.device_id == self.device_id)
         if not fit:
             dweight, dbias = self._checked_gradients(x3, dweight, dbias)
         if type(dy) is not self.kind:

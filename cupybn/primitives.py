@@ -311,10 +311,16 @@ def backward_input(
         },
     )
     transform = Transform(given.mean, given.invstd, given.weight, given.bias)
-    options = {"mask": given.mask, "out3": given.out3, "dresidual3": given.dresidual3}
-    gradients = {"dweight": given.dweight, "dbias": given.dbias, "local": _sums(given, "local")}
+    options = {
+        "sums": _sums(given, "sums"),
+        "count": count,
+        "relu": relu,
+        "mask": given.mask,
+        "out3": given.out3,
+        "dresidual3": given.dresidual3,
+        "local": _sums(given, "local"),
+        "dweight": given.dweight,
+        "dbias": given.dbias,
+    }
     with on_device_of(given.x3):
-        return backend_for(given.x3).backward_input(
-            given.dy3, given.x3, transform, sums=_sums(given, "sums"), count=count, relu=relu,
-            **options, **gradients,
-        )  # fmt: skip
+        return backend_for(given.x3).backward_input(given.dy3, given.x3, transform, **options)

@@ -31,11 +31,6 @@ LAYERS = [
 """The modules and packages of cupybn; each imports from earlier lines, and from itself."""
 
 STATEMENTS = 5923  # to become 5200
-IN_WORK = {  # files that other branches bring into shape; to become empty, and to go
-    "forward_backward.py",
-    "layers/batchnorm.py",
-    "primitives.py",
-}
 LONGEST_FUNCTION = 60  # lines
 MOST_PARAMETERS = 8  # positional ones
 COMPILED = "backends/cpu/"  # loops in Numba, whose arguments are arrays and scalars
@@ -144,14 +139,8 @@ def functions_of(path):
     return [node for node in ast.walk(TREES[path]) if isinstance(node, kinds)]
 
 
-def skip_if_in_work(path):
-    if str(path.relative_to(PACKAGE)) in IN_WORK:
-        pytest.skip("another branch brings it into shape")
-
-
 @each_file
 def test_functions_are_short(path):
-    skip_if_in_work(path)
     for function in functions_of(path):
         lines = function.end_lineno - function.lineno + 1
         assert lines <= LONGEST_FUNCTION, f"{function.name} has {lines} lines"
@@ -169,7 +158,6 @@ def test_functions_take_few_positional_parameters(path):
 
 @each_file
 def test_nothing_is_kept_from_the_formatter(path):
-    skip_if_in_work(path)
     assert "fmt: " + "skip" not in path.read_text()
     assert "fmt: " + "off" not in path.read_text()
 

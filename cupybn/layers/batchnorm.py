@@ -338,11 +338,12 @@ class BatchNorm(Layer):
             state.setdefault(f"{prefix}num_batches_tracked", self.num_batches_tracked)
 
     def extra_repr(self) -> str:
-        return ", ".join([
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}",
-            *(f"{name}={value!r}" for name, value, default in self._keywords() if value != default),
-        ])  # fmt: skip
+        texts = [
+            f"{name}={value!r}" for name, value, default in self._keywords() if value != default
+        ]
+        shown = ("eps", "momentum", "affine", "track_running_stats")
+        settings = [f"{name}={getattr(self, name)}" for name in shown]
+        return ", ".join([str(self.num_features), *settings, *texts])
 
     def _keywords(self) -> list[tuple[str, Any, Any]]:
         return [
