@@ -341,17 +341,16 @@ class Bound:
                 y = y3.reshape(self.shape) if self.in_order else self.layout.restore(y3)
             mask = self.empty(self.mask_shape, np.uint8) if self.needs_mask else None
             extra = {"relu": self.relu, "residual3": residual3, "mask": mask}
-            moved = None if running is None else running[:2]
+            moved = running and running[:2]
             if updated is not None and self.on_host:  # what fails half-way leaves all unchanged
                 moved = updated.mean.copy(), updated.var.copy()
             arrays = x3, y3, weight, bias
             mean, invstd, count, local = self._statistics(self, call, arrays, moved, extra)
             if updated is not None and count:
                 values = *(moved or ()), int(updated.batches) + 1
-                if self.on_host:  # together: one call of C, which no interrupt divides
-                    deque(map(setitem, updated, repeat(...), values), maxlen=0)
-                else:
-                    updated.batches[...] = values[-1]
+                first = 0 if self.on_host else 2  # a device has moved its two already
+                # Together: one call of C, which no interrupt divides.
+                deque(map(setitem, updated[first:], repeat(...), values[first:]), maxlen=0)
             if out is not None and not overlap(y3, out):
                 out[...] = self.layout.restore(y3)
         return y, Saved(self, x3, weight, bias, mean, invstd, count, mask, local)
@@ -424,10 +423,7 @@ class Bound:
     ) -> tuple[Array, Array | None]:
         """(dx, dresidual), inside `call`. Adds this rank's sums to `dweight` and `dbias`.
 
-        `dx3` is new memory of the caller's, taken as it is.
-
-        Raises:
-            As :meth:`forward`.
+        `dx3` is new memory of the caller's, taken as it is. Raises as :meth:`forward`.
         """
         x3, backend, fit = saved.x3, by_type[self.kind], True
         for gradient in (dweight, dbias):
