@@ -126,10 +126,8 @@ def replace_norms(
                 f"{path or names[1]!r} is a {type(norm).__name__}, a subclass whose own "
                 "behaviour would be lost; name its path in skip=, or replace it yourself"
             )
-    successors: dict[int, Any] = {}
-    for path, norm in norms.items():
-        if id(norm) not in successors:
-            successors[id(norm)] = successor(norm, path)
+    first = {id(norms[path]): path for path in reversed(norms)}  # the first path is set last
+    successors = {key: successor(norms[path], path) for key, path in first.items()}
     for part in paths.values():
         parts = getattr(part, children)
         for name, child in parts.items():

@@ -59,9 +59,8 @@ def batch_moments(x3: Array, *, payload: Array | None = None) -> Moments:
         return call_plainly(batch_moments, ("payload",), x3=x3, payload=payload)
     launch, scratch = _reduction("batch_moments", x3)
     mean, m2 = launch.empty(c), launch.empty(c)
-    about_zero = NULL
-    if payload is not None and payload.size > c:
-        about_zero = np.uint64(payload.data.ptr + 8 * c)
+    both = payload is not None and payload.size > c
+    about_zero = np.uint64(weighted.data.ptr + 8 * c) if both else NULL
     launch.run((mean, m2, weighted, about_zero, *scratch, x3, *launch.sizes))
     return Moments(n * length, mean, m2)
 
@@ -144,8 +143,7 @@ def normalize(
         )
         return y3
     launch = _launch("normalize", x3, y3, residual3, writes_mask=mask is not None)
-    channels = _pointers(*transform)
-    launch.run((y3, bits, x3, residual, *channels, _RELU[relu], *launch.sizes))
+    launch.run((y3, bits, x3, residual, *_pointers(*transform), _RELU[relu], *launch.sizes))
     return y3
 
 
