@@ -37,8 +37,12 @@ def convert_sync_batchnorm(layer: Layer, comm: Any = None, *, skip: Iterable[str
         if isinstance(old, SyncBatchNorm):
             old.comm = comm
             return old
-        changes = {"name": None, "_comm": CommReference(comm), "_converted_from": type(old)}
-        return recast(old, SyncBatchNorm, _STATE, changes)
+        return recast(
+            old,
+            SyncBatchNorm,
+            _STATE,
+            {"name": None, "_comm": CommReference(comm), "_converted_from": type(old)},
+        )
 
     return _replace(layer, converted, skip)
 

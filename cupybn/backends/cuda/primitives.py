@@ -291,8 +291,9 @@ def local_forward(
 ) -> tuple[Array, Array]:
     """The forward of one rank into y3: (mean, invstd)."""
     if x3.size == 0:
-        state: dict[str, Any] = {"running": running, "factor": factor}
-        return finish_forward(batch_moments(x3), "local", x3, y3, weight, bias, eps, **state)
+        return finish_forward(
+            batch_moments(x3), "local", x3, y3, weight, bias, eps, running=running, factor=factor
+        )
     x, y, device = x3.data.ptr, y3.data.ptr, x3.data.device_id
     residual, r = (NULL, y) if residual3 is None else (residual3, residual3.data.ptr)
     where = device, x & 15, (x | y | r) & 15, x & y & r & 15
