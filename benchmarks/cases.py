@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -14,32 +13,20 @@ import numpy as np
 
 from . import DTYPES, LAYOUTS
 
-Shape = tuple[int, ...]
-RESNET50 = {
-    (64, 112, 112): 1,
-    (64, 56, 56): 6,
-    (256, 56, 56): 4,
-    (128, 56, 56): 1,
-    (128, 28, 28): 7,
-    (512, 28, 28): 5,
-    (256, 28, 28): 1,
-    (256, 14, 14): 11,
-    (1024, 14, 14): 7,
-    (512, 14, 14): 1,
-    (512, 7, 7): 5,
-    (2048, 7, 7): 4,
-}
-"""(C, H, W) of its batch norms, and how many of the 53 have them."""
-TINY = (8, 16)
+RESNET50 = (
+    "1*64x112x112 6*64x56x56 4*256x56x56 1*128x56x56 7*128x28x28 5*512x28x28 "
+    "1*256x28x28 11*256x14x14 7*1024x14x14 1*512x14x14 5*512x7x7 4*2048x7x7"
+)
+"""Its 53 batch norms: how many times C x H x W."""
 EPS, MOMENTUM = 1e-5, 0.1
-_PERIOD = 1 << 20
+if find_spec("ml_dtypes"):
+    import_module("ml_dtypes")  # with it NumPy knows bfloat16
 
 
 class Case(NamedTuple):
-    shape: Shape
+    shape: tuple[int, ...]
     dtype: str = "float32"
     layout: str = "rows"  # or columns: channels-last memory
-    layers: int = 0  # of ResNet-50 that have this shape
 
     @property
     def bytes(self) -> int:
@@ -51,76 +38,59 @@ class Case(NamedTuple):
         return "float64" if self.dtype == "float64" else "float32"
 
     def __str__(self) -> str:
-        shape = "x".join(map(str, self.shape))
-        return f"{shape} {self.dtype}{' columns' if self.layout == 'columns' else ''}"
+        words = ["x".join(map(str, self.shape)), self.dtype, self.layout.replace("rows", "")]
+        return " ".join(filter(None, words))
+
+
+def of_resnet50(batches: Iterable[int]) -> list[str]:
+    """Its shapes for each number of samples."""
+    return [f"{n}x{text.partition('*')[2]}" for n in batches for text in RESNET50.split()]
 
 
 def products(
-    shapes: Sequence[Shape], batches: Sequence[int], dtypes: Sequence[str], layouts: Sequence[str]
+    shapes: Iterable[str], dtypes: Sequence[str] = ("float32",), layouts: Sequence[str] = ("rows",)
 ) -> list[Case]:
-    """The shapes, and those of ResNet-50 for each number of samples, in all dtypes and layouts."""
-    counted: list[tuple[Shape, int]] = [(shape, 0) for shape in shapes]
-    counted += [((n, *shape), layers) for n in batches for shape, layers in RESNET50.items()]
+    """All shapes, as "32x64x56x56", in all dtypes that are here (bfloat16 needs ml_dtypes) and in
+    all layouts: of two dimensions there is one.
+    """
+    sizes = [tuple(map(int, text.split("x"))) for text in shapes]
     return [
-        Case(shape, dtype, layout, layers)
-        for dtype in available(dtypes)
+        Case(shape, dtype, layout)
+        for dtype in dtypes
+        if dtype != "bfloat16" or find_spec("ml_dtypes")
         for layout in layouts
-        for shape, layers in counted
+        for shape in sizes
         if layout == "rows" or len(shape) > 2
     ]
 
 
 def chosen(args: argparse.Namespace, default: list[Case], dtype: str) -> list[Case]:
     """What `args` ask for: products of shapes, or those of the default cases that fit."""
-    if args.shapes or args.batches:
-        kinds = args.dtypes or [dtype], args.layouts or ["rows"]
-        return products(args.shapes or [], args.batches or [], *kinds)
-    dtypes, layouts = available(args.dtypes or DTYPES), args.layouts or LAYOUTS
+    if shapes := [*(args.shapes or []), *of_resnet50(args.batches or [])]:
+        return products(shapes, args.dtypes or [dtype], args.layouts or ["rows"])
+    dtypes, layouts = args.dtypes or DTYPES, args.layouts or LAYOUTS
     return [case for case in default if case.dtype in dtypes and case.layout in layouts]
-
-
-def available(dtypes: Sequence[str]) -> list[str]:
-    """Those of the names that NumPy knows here: bfloat16 needs ml_dtypes."""
-    there = find_spec("ml_dtypes") is not None
-    return [name for name in dtypes if name != "bfloat16" or there]
 
 
 class Tensors:
     """x and dy of a case: arrays of `xp`, and PyTorch's over the same memory."""
 
     def __init__(self, xp: Any, torch: Any, case: Case, seed: int = 0) -> None:
-        ndim = len(case.shape)
-        order = [0, *range(2, ndim), 1] if case.layout == "columns" else [*range(ndim)]
-        back = [order.index(axis) for axis in range(ndim)]
-        shape = tuple(case.shape[axis] for axis in order)
+        axes = list(range(len(case.shape)))
+        order = [0, *axes[2:], 1] if case.layout == "columns" else axes
+        back = [order.index(axis) for axis in axes]
+        shape = [case.shape[axis] for axis in order]
         self.memory = [_normal(xp, shape, case.dtype, seed + i) for i in range(2)]
         self.x, self.dy = (memory.transpose(back) for memory in self.memory)
         if torch is not None:
-            self.tx, self.tdy = (as_torch(torch, a, xp).permute(back) for a in self.memory)
+            bits = [torch.from_dlpack(a.view(f"i{a.itemsize}")) for a in self.memory]
+            self.tx, self.tdy = (a.view(getattr(torch, case.dtype)).permute(back) for a in bits)
 
 
-def _normal(xp: Any, shape: Shape, dtype: str, seed: int) -> Any:
-    """Standard normal values, the same ones every Mi elements."""
-    memory = xp.empty(shape, dtype_of("uint16" if dtype == "bfloat16" else dtype))
-    begin, flat = seed * 12289 % _PERIOD, memory.reshape(-1)
-    values = xp.asarray(_values(dtype)[begin : begin + _PERIOD])
-    for i in range(0, flat.size, _PERIOD):
-        flat[i : i + _PERIOD] = values[: flat.size - i]
-    return memory.view(dtype_of(dtype))
-
-
-@cache
-def _values(dtype: str) -> np.ndarray[Any, Any]:
-    values = np.random.default_rng(0).standard_normal(2 * _PERIOD).astype(dtype_of(dtype))
-    return values.view(np.uint16) if dtype == "bfloat16" else values  # not every CuPy copies it
-
-
-def as_torch(torch: Any, array: Any, xp: Any = np) -> Any:
-    """A tensor over the memory of an array; through int16, as nobody exports bfloat16."""
-    if array.dtype.name != "bfloat16":
-        return torch.from_dlpack(array)
-    return torch.from_dlpack(array.view(xp.int16)).view(torch.bfloat16)
-
-
-def dtype_of(name: str) -> Any:
-    return np.dtype(import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name)
+def _normal(xp: Any, shape: list[int], dtype: str, seed: int) -> Any:
+    """Standard normal values, the same ones every Mi elements; travelling as integers, since not
+    everybody copies or exports bfloat16.
+    """
+    values = np.random.default_rng(seed).standard_normal(min(1 << 20, math.prod(shape)))
+    bits = np.resize((found := values.astype(dtype)).view(f"i{found.itemsize}"), shape)
+    return xp.asarray(bits).view(found.dtype)

@@ -1,40 +1,80 @@
-"""What a run prints and writes: the head, rows of figures, the JSON file, the picture."""
+"""What this process runs on and can measure, and what a run prints, writes and draws."""
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
+import platform
+import re
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import time
 from importlib import import_module, metadata
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import cupybn
 
-from . import machine
-from .picture import draw
+from .cases import Case
 
-_Item = TypeVar("_Item")
+ROOT = Path(__file__).resolve().parent.parent
+_LONGEST = 3.0  # a bar that would be longer is cut there and has its number beside it
+_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # behind numbers, over the line
+_SHOWN = ("processor", "device", "threads", "cupybn", "torch", "numba", "jax")
+
+
+def no_gpu() -> str | None:
+    """Why nothing can be measured on a GPU."""
+    try:
+        cupybn.BatchNorm1d(1, device="cuda")
+    except cupybn.DeviceError as error:
+        return str(error)
+    return None
+
+
+def launched() -> bool:
+    """Whether mpiexec says that it started several of these processes."""
+    names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH, Intel MPI
+    return any(os.environ.get(name, "1") != "1" for name in names)
+
+
+def environment(args: argparse.Namespace) -> dict[str, Any]:
+    """What figures depend on, by name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    name = re.search(r"model name\s*: (.*)", text)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = {
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "processor": f"{name[1] if name else platform.processor()}, {cores} cores",
+        "threads": args.threads,
+        "python": f"{platform.python_version()}, {platform.machine()}",
+        "cupybn": f"{cupybn.__version__} {_commit(ROOT)}".strip(),
+    }
+    if args.against is not None:
+        found["before"] = _commit(args.against)
+    installed = {d.name.lower(): d.version for d in metadata.distributions()}
+    return found | {name: installed.get(name) for name in ("numpy", "numba", "torch", "jax")}
+
+
+def _commit(checkout: Path) -> str:
+    """What git calls a checkout."""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True) if shutil.which("git") else None
+    return found.stdout.strip() if found else ""
 
 
 class Report:
-    """One run; only the first rank prints and writes.
-
-    Attributes:
-        environment: versions, device and the command, by name.
-        sections: the figures of each section.
-    """
+    """The figures of each section, and what they depend on. The first rank prints and writes."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.speaks = machine.is_first_rank()
+        self.speaks = not launched() or import_module("mpi4py.MPI").COMM_WORLD.rank == 0
         self.path: Path | None = args.json
         self.sections: dict[str, Any] = {}
         self.environment: dict[str, Any] = {}
-        self.titles: list[str] = []
         self.add(environment(args))
 
     def add(self, more: dict[str, Any]) -> None:
@@ -45,41 +85,23 @@ class Report:
 
     def begin(self, name: str, title: str) -> dict[str, Any]:
         """The dict for the figures of a section, under its printed title."""
-        self.titles = []
+        self.titles: list[str] = []
         self.say(f"\n== {title}")
         return self.sections.setdefault(name, {})  # type: ignore[no-any-return]
 
-    def row(self, name: str, values: dict[str, Any]) -> None:
-        """Prints figures under their titles, which are printed where they change."""
+    def row(self, name: str, values: dict[str, Any], failed: dict[str, str] | None = None) -> None:
+        """Prints figures, under their titles where those change, and why paths have none."""
         if list(values) != self.titles:
             self.titles = list(values)
             self.say(" " * 34 + "".join(f"  {title:>8}" for title in values))
         texts = (f"  {written(value):>{max(8, len(title))}}" for title, value in values.items())
         self.say(f"{name:34}{''.join(texts)}")
+        for path, reason in (failed or {}).items():
+            self.say(f"    {path}: {reason}")
 
-    def notes(self, failed: dict[str, str]) -> None:
-        """Prints why paths have no figures."""
-        for name, reason in failed.items():
-            self.say(f"    {name}: {reason}")
-
-    def say(self, text: str = "") -> None:
-        """Prints a line above the progress bar."""
-        if not self.speaks:
-            return
-        if tqdm := sys.modules.get("tqdm"):
-            tqdm.tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-        else:
+    def say(self, text: str) -> None:
+        if self.speaks:
             print(text, flush=True)
-
-    def progress(self, items: Sequence[_Item], unit: str = "case") -> Iterable[_Item]:
-        """The items, with a bar on stderr where that is a terminal and tqdm is installed."""
-        if not self.speaks or find_spec("tqdm") is None:
-            return items
-        bar: Iterable[_Item] = import_module("tqdm").tqdm(
-            items, unit=unit, file=sys.stderr, mininterval=1, smoothing=0.1, disable=None
-        )
-        return bar
 
     def flush(self) -> None:
         """Writes the JSON file: the whole of it, or none."""
@@ -91,10 +113,45 @@ class Report:
         os.replace(partial, self.path)
 
     def draw(self, path: Path | None) -> None:
-        """Writes the picture."""
-        if path is not None and self.speaks:
-            drawn = draw(self.sections, self.environment, path)
-            self.say(f"\nwrote {path}" if drawn else "\nno picture: nothing beside PyTorch")
+        """Writes the picture, in the format of the file's name: bars of the ratios to PyTorch."""
+        if path is None or not self.speaks:
+            return
+        bars = bars_of(self.sections)
+        self.say(f"\nwrote {path}" if bars else "\nno picture: nothing beside PyTorch")
+        if not bars:
+            return
+        import_module("matplotlib").use("Agg")
+        pyplot = import_module("matplotlib.pyplot")
+        figure, axes = pyplot.subplots(figsize=(7.5, 1.5 + 0.15 * len(bars)), layout="constrained")
+        cases, names = ([*dict.fromkeys(column)] for column in list(zip(*bars, strict=True))[:2])
+        places = [i + 0.7 * cases.index(case) for i, (case, _, _) in enumerate(bars)]
+        for name in names:
+            own = [(place, x) for place, (_, n, x) in zip(places, bars, strict=True) if n == name]
+            lengths = [min(x, _LONGEST) for _, x in own]
+            drawn = axes.barh([place for place, _ in own], lengths, 0.9, label=name)
+            texts = [f"{x:.2f}" for _, x in own]
+            axes.bar_label(drawn, texts, padding=2, fontsize=6, bbox=_WHITE, zorder=4)
+        axes.axvline(1, color="black", linewidth=1, zorder=3)
+        first = [places[[case for case, _, _ in bars].index(case)] for case in cases]
+        axes.set_yticks(first, cases, fontsize=8)
+        axes.set(xlim=(0, _LONGEST + 0.25), ylim=(places[-1] + 0.8, -0.8))
+        axes.set_xlabel("time as a multiple of PyTorch's: left of the line is faster", fontsize=9)
+        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
+        shown = [f"{name} {x}" for name, x in self.environment.items() if name in _SHOWN and x]
+        figure.suptitle(f"forward + backward; {'; '.join(shown)}", fontsize=8)
+        figure.savefig(path, dpi=130)
+        pyplot.close(figure)
+
+
+def bars_of(sections: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """(case, what was compared with PyTorch, the ratio), case by case."""
+    found = []
+    for record in [r for name in ("cpu", "gpu") for r in sections.get(name, {}).get("cases", [])]:
+        case = str(Case(*(record[field] for field in Case._fields)))
+        for pair, ratio in record["ratio"].items():
+            if "before" not in pair:
+                found.append((case, pair.removesuffix(" / torch"), ratio))
+    return found
 
 
 def written(value: Any) -> str:
@@ -104,19 +161,3 @@ def written(value: Any) -> str:
     if 0 < abs(value) < 0.01:
         return f"{value:.1e}"
     return f"{value:.{0 if value >= 1000 else 1 if value >= 100 else 2}f}"
-
-
-def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """What figures depend on, by name."""
-    found = {
-        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "processor": machine.processor(),
-        "threads": args.threads,
-        "python": sys.version.split()[0],
-        "cupybn": f"{cupybn.__version__} {machine.commit()}".strip(),
-    }
-    if args.against is not None:
-        found["before"] = machine.commit(args.against)
-    installed = {d.name.lower(): d.version for d in metadata.distributions()}
-    return found | {name: installed.get(name) for name in ("numpy", "numba", "torch", "jax")}

@@ -1,20 +1,42 @@
-"""Wall-clock times of things that take turns."""
+"""Times of things that take turns, in this process or in another one."""
 
 from __future__ import annotations
 
-import statistics
+import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 Parts = Mapping[str, Callable[[], object]]
-Turn = Callable[[int, float], dict[str, float]]
-"""``turn(calls, warm)``: seconds that each part took in so many rounds of all parts, after `warm`
-seconds of rounds that are not timed; after one such round where there are several calls."""
+Turn = Callable[[int], dict[str, float]]
+"""``turn(calls)``: seconds that each part took in so many rounds of all parts."""
 Times = dict[str, dict[str, list[float]]]
 
 _BLOCK = 0.002  # seconds that one timed block should take at least
 _LEAST = 3  # repetitions, however long they take
+
+
+class Worker:
+    """A process with the cupybn of a checkout, and with this bench."""
+
+    def __init__(self, checkout: Path) -> None:
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        if (found := self.ask(_import_cupybn, str(checkout.resolve()))) != checkout.resolve():
+            raise RuntimeError(f"{checkout} was meant, but cupybn was found in {found}")
+
+    def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function of a module over there; what it raises is raised here."""
+        return self.pool.submit(function, *arguments).result()
+
+
+def _import_cupybn(checkout: str) -> Path:
+    sys.path.insert(0, checkout)
+    return Path(import_module("cupybn").__file__ or "").parent.parent
 
 
 def nothing() -> None:
@@ -23,34 +45,31 @@ def nothing() -> None:
 
 def turn_of(
     parts: Parts,
-    *,
-    begin: Callable[[], object] = nothing,
     ready: Callable[[], object] = nothing,
     finish: Callable[[], object] = nothing,
+    *,
+    warm: float = 0.0,
 ) -> Turn:
     """The turn of calls in this process.
 
-    Args:
-        parts: what to call, in their order, e.g. {"forward": f, "backward": b}.
-        begin: called first.
-        ready: called right before the clock starts.
-        finish: called right before it stops, its time is part of the last part's.
+    The rounds of the first `warm` seconds are not timed: after others' turns processor, caches and
+    heap are not what they are in a loop of training. `ready` is called right before the clock
+    starts, `finish` right before it stops.
     """
 
-    def turn(calls: int, warm: float) -> dict[str, float]:
-        begin()
+    def turn(calls: int) -> dict[str, float]:
         end = time.perf_counter() + warm
         if calls > 1 or warm:
-            _rounds(parts, 1)
+            _rounds(parts, 1, nothing)
         while time.perf_counter() < end:
-            _rounds(parts, 1)
+            _rounds(parts, 1, nothing)
         ready()
         return _rounds(parts, calls, finish)
 
     return turn
 
 
-def _rounds(parts: Parts, calls: int, finish: Callable[[], object] = nothing) -> dict[str, float]:
+def _rounds(parts: Parts, calls: int, finish: Callable[[], object]) -> dict[str, float]:
     spent = dict.fromkeys(parts, 0.0)
     now = time.perf_counter()
     for _ in range(calls):
@@ -64,27 +83,14 @@ def _rounds(parts: Parts, calls: int, finish: Callable[[], object] = nothing) ->
 
 
 def interleave(
-    turns: Mapping[str, Turn],
-    repeat: int,
-    *,
-    seconds: float = float("inf"),
-    rest: float = 0.0,
-    warm: float = 0.0,
-    calls: int | None = None,
+    turns: Mapping[str, Turn], repeat: int, seconds: float = 1e9, rest: float = 0, calls: int = 0
 ) -> Times:
     """{path: {part: [seconds of one call, one for each repetition]}}.
 
-    In each repetition every path has its turn, in every other one in the reverse order: after
-    whom a path comes would tell.
-
-    Args:
-        turns: by the name of the path.
-        repeat: how many repetitions.
-        seconds: after which no further repetition begins, but three there are.
-        rest: seconds of pause before a turn, in which the threads of the one before come to rest.
-        warm: seconds of calls that are not timed before a block: after others' turns, and more so
-            after a rest, processor, caches and heap are not what they are in a loop of training.
-        calls: in a block; None: as many as take 2 ms.
+    In each repetition every path has its turn of so many calls, or of what takes 2 ms; in every
+    other one in the reverse order: after whom a path comes would tell. After some seconds no
+    further repetition begins, but three there are. In the rest before a turn others' threads stop
+    to spin.
     """
     many = {name: calls or _calls_in_a_block(turn) for name, turn in turns.items()}
     times: Times = {name: {} for name in turns}
@@ -92,31 +98,28 @@ def interleave(
     for repetition in range(repeat):
         if repetition >= _LEAST and time.perf_counter() > end:
             break
-        order = [*turns] if repetition % 2 == 0 else [*turns][::-1]
-        for name in order:
-            if rest:
-                time.sleep(rest)
-            for part, spent in turns[name](many[name], warm).items():
+        for name in [*turns] if repetition % 2 == 0 else [*turns][::-1]:
+            time.sleep(rest)
+            for part, spent in turns[name](many[name]).items():
                 times[name].setdefault(part, []).append(spent / many[name])
     return times
 
 
 def _calls_in_a_block(turn: Turn) -> int:
-    turn(1, 0)
-    once = sum(turn(1, 0).values())
-    return max(1, min(1000, int(_BLOCK / once)))
+    turn(1)
+    return max(1, min(1000, int(_BLOCK / sum(turn(1).values()))))
 
 
-def working(turns: Mapping[str, Turn]) -> tuple[dict[str, Turn], dict[str, str]]:
-    """The paths that take a case, and the first line of what the others say."""
-    found, failed = dict(turns), {}
-    for name, turn in turns.items():
+def without_failing(turns: dict[str, Turn]) -> dict[str, str]:
+    """Takes those out that cannot be called; returns the first line of what they say."""
+    failed = {}
+    for name in [*turns]:
         try:
-            turn(1, 0)
-        except (RuntimeError, NotImplementedError, MemoryError) as error:  # noqa: PERF203
+            turns[name](1)
+        except Exception as error:  # noqa: PERF203  # another library's, or another version's
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            del found[name]
-    return found, failed
+            del turns[name]
+    return failed
 
 
 def figures(times: Times, pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
@@ -124,15 +127,14 @@ def figures(times: Times, pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
 
     A ratio is the median, over the repetitions, of one path's time over that of another.
     """
-    sums = {n: [sum(all_) for all_ in zip(*p.values(), strict=True)] for n, p in times.items()}
-    us = {
-        name: {part: statistics.median(spent) * 1e6 for part, spent in parts.items()}
-        | {"both": statistics.median(sums[name]) * 1e6, "repetitions": len(sums[name])}
-        | {"fastest": min(sums[name]) * 1e6, "slowest": max(sums[name]) * 1e6}
-        for name, parts in times.items()
-    }
+    us, sums = {}, {}
+    for name, parts in times.items():
+        both = sums[name] = [sum(all_) for all_ in zip(*parts.values(), strict=True)]
+        us[name] = {part: median(spent) * 1e6 for part, spent in parts.items()}
+        us[name] |= {"both": median(both) * 1e6, "repetitions": len(both)}
+        us[name] |= {"fastest": min(both) * 1e6, "slowest": max(both) * 1e6}
     ratios = {
-        f"{a} / {b}": statistics.median(x / y for x, y in zip(sums[a], sums[b], strict=True))
+        f"{a} / {b}": median(x / y for x, y in zip(sums[a], sums[b], strict=True))
         for a, b in pairs
         if a in sums and b in sums
     }

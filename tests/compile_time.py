@@ -18,7 +18,6 @@ from test_compile import compile_text
 
 from cupybn import BatchNorm1d, BatchNorm2d
 from cupybn.arrays import DATA_TYPES
-from cupybn.backends.cuda import source
 
 SHAPES = {
     "rows": (4, 64, 28, 28),

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cupybn.backends.cuda.plan import VECTOR_BYTES
 from cupybn.arrays import DATA_TYPES
+from cupybn.backends.cuda.plan import VECTOR_BYTES
 from cupybn.backends.cuda.source import TOGETHER, module_text
 
 

@@ -73,13 +73,13 @@ def everything(backend, x, dy, relu=True):
 # ---- who computes --------------------------------------------------------------------------------
 
 
-def chosen(code, **env):
+def chosen(code, cwd=None, **env):
     """What a fresh interpreter prints."""
     path = os.pathsep.join([env.pop("first_path", ""), str(ROOT)]).strip(os.pathsep)
     clean = {k: v for k, v in os.environ.items() if not k.startswith("CUPYBN")}
     return subprocess.run(
         [sys.executable, "-c", "import warnings, sys; from cupybn import backends; " + code],
-        env=clean | {"PYTHONPATH": path} | env, capture_output=True, text=True,
+        env=clean | {"PYTHONPATH": path} | env, capture_output=True, text=True, cwd=cwd,
     )  # fmt: skip
 
 
@@ -424,14 +424,14 @@ def there():
 
 @needs_numba
 @pytest.mark.parametrize("columns", [False, True])
-@pytest.mark.parametrize("direction", compiled.DIRECTIONS)
+@pytest.mark.parametrize("direction", ["local forward", "local backward", "forward", "backward"])
 def test_a_rehearsal_compiles_what_is_played(direction, columns):
     shape = (4, 3, 1) if columns else (4, 3, 200)
     code = f"""if True:
         import numpy as np
         from cupybn.backends import cpu
         from cupybn.statistics import Transform
-        cpu.rehearse({direction!r}, np.dtype("float32"), {columns})
+        cpu.rehearse({direction.split()[-1]!r}, np.dtype("float32"), {columns}, True, False)
         before = there()
         x = np.ones({shape}, np.float32)
         y, one, numbers = x.copy(), np.ones(3, np.float32), np.zeros(6)
@@ -651,11 +651,11 @@ def test_a_call_enters_one_function_and_its_kernel(shape, dtype):
     calls = [
         (forward, 2), (backward, 2),
         (lambda: forward(residual3=x, **extra), 4), (lambda: backward(dresidual3=y, **extra), 2),
-        (lambda: compiled.batch_moments(x, payload=message), 3),
-        (lambda: compiled.finish_forward(moments, "pooled", x, y, w, b, 1e-5, **running), 3),
-        (lambda: compiled.backward_reduce(x, x, of, payload=message), 3),
+        (lambda: compiled.batch_moments(x, payload=message), 2),
+        (lambda: compiled.finish_forward(moments, "pooled", x, y, w, b, 1e-5, **running), 2),
+        (lambda: compiled.backward_reduce(x, x, of, payload=message), 2),
         (lambda: compiled.backward_input(
-            x, x, of, sums=total, count=9, out3=dx, local=total, dweight=dw, dbias=db), 3),
+            x, x, of, sums=total, count=9, out3=dx, local=total, dweight=dw, dbias=db), 2),
     ]  # fmt: skip
     for call, most in calls:
         call()
@@ -714,7 +714,7 @@ def test_compiling_is_logged(caplog):
         for ranks in (1, 1, 2, 2):
             compiled.prepare_forward(x, x, ranks=ranks)
     texts = [record.getMessage().partition(": ")[0] for record in caplog.records]
-    assert texts == ["local forward of float32 columns", "forward of float32 columns"]
+    assert texts == ["forward of float32 columns"]
 
 
 @needs_numba
@@ -723,23 +723,23 @@ def test_compiling_is_told_once_and_done_again_where_any_file_changed(tmp_path):
     code = """if True:
         import numpy as np
         from cupybn.backends import cpu
-        print(sum(cpu.rehearse("local forward", np.dtype("float32"), c, False)[0] for c in (0, 1)))
+        print(cpu.rehearse("forward", np.dtype("float32"), False, False, False)[0])
     """
 
     def run(**env):
         env = {"first_path": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache"), **env}
-        process = chosen(f"exec({code!r})", **env)
+        process = chosen(f"exec({code!r})", cwd=tmp_path, **env)
         assert not process.returncode, process.stderr
         return int(process.stdout), process.stderr.splitlines()
 
     compilations, told = run()
-    assert compilations == 2
+    assert compilations >= 1
     assert len(told) == 1, told
     assert told[0].startswith("cupybn: compiling for float32, once; kept in " + str(tmp_path))
     assert run() == (0, [])
     with (tmp_path / "cupybn/backends/cpu/intrinsics.py").open("a") as file:
         file.write("# changed\n")
-    assert run(MPI_LOCALRANKID="1") == (2, [])  # one rank of a machine says it
+    assert run(MPI_LOCALRANKID="1") == (compilations, [])  # one rank of a machine says it
     assert run() == (0, [])
 
 
@@ -757,7 +757,7 @@ def test_compile_command(capsys, monkeypatch, bar):
     said = capsys.readouterr()
     kinds = [line.split(":")[0].split() for line in said.out.splitlines()]
     expected = [
-        ["float32", layout, *direction.split()]
+        ["float32", layout, direction]
         for layout in ("rows", "columns")
         for direction in compiled.DIRECTIONS
     ]

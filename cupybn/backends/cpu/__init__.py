@@ -28,11 +28,12 @@ from ..plain import call_plainly, copy_back, is_plain, plain
 from .plan import SHORT, mask_items, plan_for
 from .pool import spread
 
-DIRECTIONS = ("local forward", "local backward", "forward", "backward")
+DIRECTIONS = ("forward", "backward")
 
 _FORMS = {"local": 0, "pooled": 1, "recentred": 2}
-_MOMENTS, _NORMALIZE = _SUMS, _INPUT = 1, 2  # the stages of the kernels
-_WHOLE = 3
+_MOMENTS, _FINALIZE, _NORMALIZE = 1, 2, 4  # stages of the forward
+_SUMS, _MERGE, _GRADIENTS, _INPUT = 1, 2, 4, 8  # and of the backward
+_WHOLE_FORWARD, _WHOLE_BACKWARD = 7, 15
 _INT64, _UINT8 = np.dtype(np.int64), np.dtype(np.uint8)
 _NO_NUMBERS, _NO_STATE, _NO_BITS = (np.empty(0, t) for t in (np.float64, np.float32, np.uint8))
 _log = logging.getLogger("cupybn")
@@ -106,9 +107,11 @@ def batch_moments(x3: Data, *, payload: PerChannel | None = None) -> Moments:
     segments, none = max(1, len(bound.counts)), bound.no_parameter
     mean, m2 = np.zeros(c * segments), np.zeros(c * segments)
     x3 = x3 if bound.seen is None else x3.view(bound.seen)
-    arrays = x3, x3, bound.no_data, none, none, none, none, mean, m2, np.zeros(1, _INT64)
-    bound.forward(*arrays, _MOMENTS, False, 0.0, 0.0, 0.0)
-    if segments > 1 or payload is not None:
+    single = len(bound.counts) == 1
+    numbers = mean, m2, mean, m2, message if single else _NO_NUMBERS, np.zeros(1, _INT64)
+    arrays = x3, x3, bound.no_data, none, none, none, none, *numbers
+    bound.forward(*arrays, _MOMENTS, 0, False, 0.0, float(n * length), 0.0)
+    if not single:
         load().merge_moments(mean, m2, c, bound.counts, message)
     return Moments(n * length, mean[:c], m2[:c])
 
@@ -129,7 +132,7 @@ def finalize_moments(
     mean, var, invstd = np.empty(first.size), np.empty(first.size), np.empty(first.size)
     given = first, second, float(moments.count), float(eps), _FORMS[form]
     written = mean, var, invstd, *(states or (_NO_STATE, _NO_STATE))
-    load().finalize_moments(*given, *written, float(factor), 0, first.size)
+    load().finalize_moments(*given, *written, float(factor))
     copy_back(running, states)
     return mean, var, invstd
 
@@ -155,8 +158,9 @@ def normalize(
     mean, invstd, weight, bias = plain(transform)
     residual = bound.no_data if residual3 is None else residual3.view(seen)
     weight, bias = none if weight is None else weight, none if bias is None else bias
-    arrays = out.view(seen), x3.view(seen), residual, weight, bias, none, none, mean, invstd
-    bound.forward(*arrays, np.zeros(1, _INT64), _NORMALIZE, relu, 0.0, 0.0, 0.0)
+    arrays = out.view(seen), x3.view(seen), residual, weight, bias, none, none
+    numbers = mean, invstd, mean, invstd, _NO_NUMBERS, np.zeros(1, _INT64)
+    bound.forward(*arrays, *numbers, _NORMALIZE, 0, relu, 0.0, 0.0, 0.0)
     if mask is not None:
         _pack_mask(out.view(seen), mask)
     copy_back(given, (out, mask))
@@ -189,9 +193,12 @@ def backward_reduce(
         arrays = dy3.view(bound.seen), x3.view(bound.seen), *arrays[2:]
     c, segments = mean.size, max(1, len(bound.counts))
     sum_dy, sum_dy_xmu = np.zeros(c * segments), np.zeros(c * segments)
-    sums = none, none, sum_dy, sum_dy_xmu, np.zeros(1, _INT64)
-    bound.backward(nothing, nothing, *arrays, *sums, _SUMS, relu, 0.0)
-    load().merge_sums(sum_dy, sum_dy_xmu, mean, none, 0, c)
+    single = len(bound.counts) == 1
+    sums = none, none, sum_dy, sum_dy_xmu, sum_dy, sum_dy_xmu, np.zeros(1, _INT64)
+    stages = _SUMS | _MERGE if single else _SUMS
+    bound.backward(nothing, nothing, *arrays, *sums, stages, relu, 0.0)
+    if not single:
+        load().merge_sums(sum_dy, sum_dy_xmu, mean, none)
     if payload is not None:
         payload[:c], payload[c:] = sum_dy[:c], sum_dy_xmu[:c]
     return BackwardSums(sum_dy[:c], sum_dy_xmu[:c])
@@ -219,10 +226,11 @@ def backward_input(
     mean, invstd, weight, bias = transform
     coefficients = mean, invstd, none if weight is None else weight, none if bias is None else bias
     dresidual = bound.no_data if dresidual3 is None else dresidual3
-    given = (mean, mean) if sums is None else (sums[0], sums[1])
-    gradients = none if dweight is None else dweight, none if dbias is None else dbias
-    arrays = dx3, dresidual, dy3, x3, bits, *coefficients, none, none, *given
-    if not all(map(is_plain, (*arrays, *gradients, *(local or ())))):
+    total = (mean, mean) if sums is None else (sums[0], sums[1])
+    own = total if local is None else (local[0], local[1])
+    into = none if dweight is None else dweight, none if dbias is None else dbias
+    arrays = dx3, dresidual, dy3, x3, bits, *coefficients, *into, *own, *total
+    if not all(map(is_plain, arrays)):
         call_plainly(
             backward_input,
             ("dweight", "dbias", "dresidual3", "out3"),
@@ -244,9 +252,12 @@ def backward_input(
         data = dx3.view(seen), dresidual.view(seen), dy3.view(seen), x3.view(seen)
         arrays = *data, *arrays[4:]
     taken, divisor = np.zeros(1, _INT64), 0.0 if sums is None else float(max(count, 1))
-    if local is not None:
-        load().add_gradients(*gradients, local[0], local[1], invstd, 0, invstd.size)
-    bound.backward(*arrays, taken, _INPUT, relu, divisor)
+    stages = _INPUT
+    if local is not None and len(bound.counts) == 1:
+        stages = _GRADIENTS | _INPUT
+    elif local is not None:
+        load().add_gradients(*into, *own, invstd)
+    bound.backward(*arrays, taken, stages, relu, divisor)
     return dx3
 
 
@@ -297,11 +308,15 @@ def finish_forward(
         )
     if (seen := bound.seen) is not None:
         arrays = y3.view(seen), x3.view(seen), residual.view(seen), weight, bias
-    mean, var, invstd, taken = np.empty(c), np.empty(c), np.empty(c), np.zeros(1, _INT64)
-    given = moments.mean, moments.m2, float(moments.count), float(eps), _FORMS[form]
-    written = mean, var, invstd, running_mean, running_var
-    load().finalize_moments(*given, *written, float(factor), 0, c)
-    bound.forward(*arrays, none, none, mean, invstd, taken, _NORMALIZE, relu, 0.0, 0.0, 0.0)
+    mean, invstd, first, second = np.empty(c), np.empty(c), moments.mean, moments.m2
+    given = first, second, _NO_NUMBERS, np.zeros(1, _INT64)
+    numbers, stages = (float(eps), float(moments.count), float(factor)), _FINALIZE | _NORMALIZE
+    if len(bound.counts) != 1:
+        stages, written = _NORMALIZE, (mean, np.empty(c), invstd, running_mean, running_var)
+        pooled = first, second, float(moments.count), float(eps), _FORMS[form]
+        load().finalize_moments(*pooled, *written, float(factor))
+    states = running_mean, running_var, mean, invstd
+    bound.forward(*arrays, *states, *given, stages, _FORMS[form], relu, *numbers)
     if mask is not None:
         _pack_mask(arrays[0], mask)
     return mean, invstd
@@ -350,7 +365,8 @@ def local_forward(
         arrays = y3.view(seen), x3.view(seen), residual.view(seen), *arrays[3:]
     mean, invstd, taken = np.empty(c), np.empty(c), np.zeros(1, _INT64)
     numbers = float(eps), float(n * length), float(factor)
-    bound.forward(*arrays, mean, invstd, taken, _WHOLE, relu, *numbers)
+    moments = mean, invstd, _NO_NUMBERS, taken  # m2, then invstd in its place
+    bound.forward(*arrays, mean, invstd, *moments, _WHOLE_FORWARD, 0, relu, *numbers)
     if mask is not None:
         _pack_mask(arrays[0], mask)
     return mean, invstd
@@ -401,8 +417,8 @@ def local_backward(
     if (seen := bound.seen) is not None:
         data = dx3.view(seen), dresidual.view(seen), dy3.view(seen), x3.view(seen)
         arrays = *data, *arrays[4:]
-    sums = np.empty(c), np.empty(c), np.zeros(1, _INT64)
-    bound.backward(*arrays, *sums, _WHOLE, relu, float(count))
+    sums = np.empty(c), np.empty(c)
+    bound.backward(*arrays, *sums, *sums, np.zeros(1, _INT64), _WHOLE_BACKWARD, relu, float(count))
 
 
 def _pack_mask(y: Data, mask: Data) -> None:
@@ -431,7 +447,7 @@ def prepare_forward(
 
     Once for a dtype, for rows and for columns; what happened goes to the log ``cupybn``.
     """
-    _prepare("forward", x3, ranks, mask is not None)
+    _prepare("forward", x3, mask is not None)
 
 
 def prepare_backward(
@@ -446,39 +462,44 @@ def prepare_backward(
     ranks: int = 1,
 ) -> None:
     """As :func:`prepare_forward`, for a backward."""
-    _prepare("backward", x3, ranks, False)
+    _prepare("backward", x3, False)
 
 
-def _prepare(direction: str, x3: Data, ranks: int, mask: bool) -> None:
-    local = "local " if ranks == 1 and len(_bound(x3.shape, x3.dtype).counts) == 1 else ""
-    rehearse(local + direction, x3.dtype, x3.shape[2] < SHORT, mask)
+def _prepare(direction: str, x3: Data, mask: bool) -> None:
+    segments = len(_bound(x3.shape, x3.dtype).counts) > 1
+    rehearse(direction, x3.dtype, x3.shape[2] < SHORT, mask, segments)
 
 
 @lru_cache(maxsize=1024)  # what is compiled stays so
 def rehearse(
-    direction: str, dtype: np.dtype[Any], columns: bool, mask: bool = True
+    direction: str,
+    dtype: np.dtype[Any],
+    columns: bool,
+    mask: bool = True,
+    segments: bool = True,
 ) -> tuple[int, float]:
-    """A call on next to nothing, after which its kernels are compiled.
+    """A call on next to nothing, after which its kernels are compiled, for any number of ranks.
+
+    `mask` and `segments`: those that pack a mask, or merge several segments, too.
 
     Returns:
         How many were not on disk, and the seconds it took.
     """
-    began, before = time.perf_counter(), load().compiled()
+    began, before, kernels = time.perf_counter(), load().compiled(), load()
     x3 = np.zeros((2, 1, 1 if columns else SHORT), dtype)
-    y3, one, numbers = x3.copy(), np.ones(1, parameter_dtype(dtype)), np.zeros(2)
-    transform = Transform(np.zeros(1), np.zeros(1), one, one)
+    y3, one, number = x3.copy(), np.ones(1, parameter_dtype(dtype)), np.zeros(1)
     bits = np.zeros((x3.size + 7) // 8, np.uint8) if mask else None
-    if direction == "local forward":
+    if direction == "forward":
         local_forward(x3, y3, one, one, 1.0, mask=bits)
-    elif direction == "local backward":
-        local_backward(x3, x3, y3, transform, count=2)
-    elif direction == "forward":
-        moments = batch_moments(x3, payload=numbers)
-        finish_forward(moments, "local", x3, y3, one, one, 1.0, mask=bits)
+        if segments:
+            kernels.merge_moments(number, number, 1, number, number)
+            finalize_moments(Moments(1, number, number), 1.0, running=(one, one))
     else:
-        sums = backward_reduce(x3, x3, transform, payload=numbers)
-        backward_input(x3, x3, transform, sums=sums, out3=y3, local=sums, dweight=one, dbias=one)
-    compiled, seconds = load().compiled() - before, time.perf_counter() - began
+        local_backward(x3, x3, y3, Transform(number, number, one, one), count=2)
+        if segments:
+            kernels.merge_sums(number, number, number, one)
+            kernels.add_gradients(one, one, number, number, number)
+    compiled, seconds = kernels.compiled() - before, time.perf_counter() - began
     _log.log(
         logging.INFO if compiled else logging.DEBUG,
         "%s of %s %s: %d kernels compiled, the others read from disk, in %.1f s",

@@ -5,9 +5,9 @@ Where a ReLU let y through is read from the mask, or, where that is empty, found
 
 from __future__ import annotations
 
-from .channels import add_gradients, fill_affine, fill_slope, merge_sums
+from .channels import add_some, fill_affine, fill_slope, merge_segments
 from .compiler import inside, kernel, shared, summed
-from .forward import FIRST, SECOND, streams, whole_lines
+from .forward import streams, whole_lines
 from .intrinsics import (
     added,
     affine,
@@ -31,6 +31,8 @@ from .intrinsics import (
 )
 from .moments import ROWS, add_columns
 from .plan import WIDE
+
+SUMS, MERGE, GRADIENTS, INPUT = 1, 2, 4, 8  # stages
 
 
 @shared
@@ -209,14 +211,17 @@ def backward(
     dbias,
     sum_dy,
     sum_dy_xmu,
+    total_dy,
+    total_dy_xmu,
     taken,
     stages,
     relu,
     count,
 ):
-    """A `count` of 0: the statistics are constants. Gradients are added where both stages are."""
+    """Gradients are of the sums, dx of the totals. A `count` of 0: the statistics are constants."""
     high, scale, shift, slope, offset = buffer(x), buffer(x), buffer(x), buffer(x), buffer(x)
-    coefficients, sums, kept = (high, scale, shift, slope, offset), (sum_dy, sum_dy_xmu), buffer(x)
+    coefficients, kept = (high, scale, shift, slope, offset), buffer(x)
+    sums, totals = (sum_dy, sum_dy_xmu), (total_dy, total_dy_xmu)
     dys, xs, bits = pointer(dy, 0), pointer(x, 0), pointer(mask, 0)
     kind = (2 if mask.size > 0 else 1) if relu else 0
     at = take(taken)
@@ -226,16 +231,17 @@ def backward(
             b = min(a + group, c1)
             size = b - a if columns is None else l1 - l0
             fill_affine(high, scale, shift, size, step, mean, invstd, weight, bias, a, b)
-            if stages & FIRST:
+            if stages & SUMS:
                 if columns is None:
                     _row_sums(sums, dys, xs, bits, item, a, b, kind, coefficients, kept)
                 else:
                     _column_sums(sums, dys, xs, bits, item, kind, coefficients, kept)
-            if stages == FIRST | SECOND:
-                merge_sums(sum_dy, sum_dy_xmu, mean, weight, a, b)
-                add_gradients(dweight, dbias, sum_dy, sum_dy_xmu, invstd, a, b)
-            if stages & SECOND:
-                fill_slope(high, slope, offset, size, step, mean, invstd, sums, count, a, b)
+            if stages & MERGE:
+                merge_segments(sum_dy, sum_dy_xmu, mean, weight, a, b)
+            if stages & GRADIENTS:
+                add_some(dweight, dbias, sum_dy, sum_dy_xmu, invstd, a, b)
+            if stages & INPUT:
+                fill_slope(high, slope, offset, size, step, mean, invstd, totals, count, a, b)
                 arrays = dx, dresidual, dy, x
                 _input(columns, arrays, bits, item, a, b, kind, count == 0, coefficients, kept)
         at = take(taken)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compiler import inside, kernel
+from .compiler import inside, kernel, shared
 from .intrinsics import buffer
 
 
@@ -17,26 +17,29 @@ def merge_one(mean, m2, c, count, other_count, other_mean, other_m2):
     m2[c] += other_m2 + delta * delta * (count * other_count / total)
 
 
+@inside
+def pack_moments(payload, mean, m2, count, channels, c0, c1):
+    """``count * mean`` and, where it is long enough, ``m2 + count * mean**2`` into `payload`."""
+    for c in range(c0, c1 if payload.size else c0):
+        payload[c] = mean[c] * count
+    for c in range(c0, c1 if payload.size > channels else c0):
+        payload[channels + c] = m2[c] + payload[c] * mean[c]
+
+
 @kernel
 def merge_moments(mean, m2, channels, counts, payload):
-    """All segments into the first, in their order; then what goes into the message.
-
-    `payload` takes ``count * mean`` and, where it is long enough, ``m2 + count * mean**2``.
-    """
+    """All segments into the first, in their order; then what goes into the message."""
     count = 0.0
     for s in range(len(counts)):
         for c in range(channels if s > 0 else 0):
             other = s * channels + c
             merge_one(mean, m2, c, count, counts[s], mean[other], m2[other])
         count += counts[s]
-    for c in range(min(channels, payload.size)):
-        payload[c] = mean[c] * count
-    for c in range(channels if payload.size > channels else 0):
-        payload[channels + c] = m2[c] + payload[c] * mean[c]
+    pack_moments(payload, mean, m2, count, channels, 0, channels)
 
 
-@kernel
-def finalize_moments(
+@shared
+def finalize(
     first, second, count, eps, form, mean, var, invstd, running_mean, running_var, factor, c0, c1
 ):
     """`form`: 0 local, 1 pooled, 2 recentred; see ``backends/numpy.py``."""
@@ -53,6 +56,27 @@ def finalize_moments(
         for c in range(c0, c1):
             running_mean[c] = (1.0 - factor) * running_mean[c] + factor * mean[c]
             running_var[c] = (1.0 - factor) * running_var[c] + factor * (var[c] * unbiased)
+
+
+@kernel
+def finalize_moments(
+    first, second, count, eps, form, mean, var, invstd, running_mean, running_var, factor
+):
+    finalize(
+        first,
+        second,
+        count,
+        eps,
+        form,
+        mean,
+        var,
+        invstd,
+        running_mean,
+        running_var,
+        factor,
+        0,
+        mean.size,
+    )
 
 
 @inside
@@ -86,8 +110,8 @@ def fill_slope(high, slope, offset, size, step, mean, invstd, sums, count, c0, c
             j += step
 
 
-@kernel
-def merge_sums(sum_dy, sum_dy_xmu, mean, parameter, c0, c1):
+@inside
+def merge_segments(sum_dy, sum_dy_xmu, mean, parameter, c0, c1):
     """All segments into the first, in their order; then about the mean, not its high part.
 
     `parameter` is an array of the dtype of the arithmetic.
@@ -102,9 +126,20 @@ def merge_sums(sum_dy, sum_dy_xmu, mean, parameter, c0, c1):
 
 
 @kernel
-def add_gradients(dweight, dbias, sum_dy, sum_dy_xmu, invstd, c0, c1):
+def merge_sums(sum_dy, sum_dy_xmu, mean, parameter):
+    merge_segments(sum_dy, sum_dy_xmu, mean, parameter, 0, mean.size)
+
+
+@inside
+def add_some(dweight, dbias, sum_dy, sum_dy_xmu, invstd, c0, c1):
+    """Adds the gradients of the channels c0 to c1."""
     for c in range(c0, c1):
         if dweight.size:
             dweight[c] += sum_dy_xmu[c] * invstd[c]
         if dbias.size:
             dbias[c] += sum_dy[c]
+
+
+@kernel
+def add_gradients(dweight, dbias, sum_dy, sum_dy_xmu, invstd):
+    add_some(dweight, dbias, sum_dy, sum_dy_xmu, invstd, 0, invstd.size)

@@ -6,7 +6,7 @@ all of them at once, and the second reading of x finds the values in the cache.
 
 from __future__ import annotations
 
-from .channels import fill_affine, finalize_moments
+from .channels import fill_affine, finalize, pack_moments
 from .compiler import inside, kernel
 from .intrinsics import (
     added,
@@ -31,7 +31,7 @@ from .plan import WIDE
 
 STREAMED = 1 << 23  # bytes of an output that goes past the caches, in runs of at least
 STREAMED_RUN = 1 << 9  # bytes
-FIRST, SECOND = 1, 2  # stages: moments, normalize; sums, gradient of x; both: and what is between
+MOMENTS, FINALIZE, NORMALIZE = 1, 2, 4  # stages
 
 
 @inside
@@ -65,6 +65,22 @@ def _normalize_run(y, x, residual, size, streaming, fused, relu, coefficients):
         i = last if i + 1 == head else i + 1
 
 
+@inside
+def _normalize(columns, arrays, item, a, b, relu, coefficients):
+    """y of the channels a to b of an item."""
+    y, x, residual = arrays
+    _, start, channels, length, _, _, n0, n1, l0, l1, _, _ = item
+    streaming, fused = streams(y, l1 - l0), residual.size > 0
+    first, last = (a, b) if columns is None else (0, 1)
+    for n in range(n0, n1):
+        for c in range(first, last):
+            of = of_channel(columns, coefficients, c - first)
+            for i in range(l0, l1, WIDE):
+                begin, size = start + (n * channels + c) * length + i, min(WIDE, l1 - i)
+                there, v, r = pointer(y, begin), pointer(x, begin), pointer(residual, begin)
+                _normalize_run(there, v, r, size, streaming, fused, relu, of)
+
+
 @kernel
 def forward(
     columns,
@@ -77,54 +93,52 @@ def forward(
     running_mean,
     running_var,
     mean,
+    invstd,
+    first,
     second,
+    payload,
     taken,
     stages,
+    form,
     relu,
     eps,
     count,
     factor,
 ):
-    """`columns` is None for items of rows. `second` takes m2, then invstd where both stages are."""
+    """`columns` is None for items of rows. `first` and `second` are the moments, as `form` says."""
     high, scale, shift, var = buffer(x), buffer(x), buffer(x), double_buffer(x)
     at = take(taken)
     while at < len(items):
-        _, start, channels, length, c0, c1, n0, n1, l0, l1, step, group = item = items[at]
-        streaming, fused = streams(y, l1 - l0), residual.size > 0
+        _, start, _, _, c0, c1, _, _, l0, l1, step, group = item = items[at]
         for a in range(c0, c1, group):
             b = min(a + group, c1)
-            if stages & FIRST:
+            if stages & MOMENTS:
                 if columns is None:
-                    row_moments(pointer(x, 0), mean, second, item, a, b)
+                    row_moments(pointer(x, 0), first, second, item, a, b)
                 else:
-                    column_moments(pointer(x, start + l0), mean, second, item)
-            if stages == FIRST | SECOND:
-                finalize_moments(
-                    mean,
+                    column_moments(pointer(x, start + l0), first, second, item)
+                if payload.size:
+                    pack_moments(payload, first, second, count, second.size, a, b)
+            if stages & FINALIZE:
+                finalize(
+                    first,
                     second,
                     count,
                     eps,
-                    0,
+                    form,
                     mean,
                     moved(var, -a),
-                    second,
+                    invstd,
                     running_mean,
                     running_var,
                     factor,
                     a,
                     b,
                 )
-            if stages & SECOND:
-                first, last, size = (a, b, b - a) if columns is None else (0, 1, l1 - l0)
-                fill_affine(high, scale, shift, size, step, mean, second, weight, bias, a, b)
-                for n in range(n0, n1):
-                    for c in range(first, last):
-                        of = of_channel(columns, (high, scale, shift), c - first)
-                        for i in range(l0, l1, WIDE):
-                            begin, size = start + (n * channels + c) * length + i, min(WIDE, l1 - i)
-                            there, z = pointer(y, begin), pointer(residual, begin)
-                            values = pointer(x, begin)
-                            _normalize_run(there, values, z, size, streaming, fused, relu, of)
+            if stages & NORMALIZE:
+                size = b - a if columns is None else l1 - l0
+                fill_affine(high, scale, shift, size, step, mean, invstd, weight, bias, a, b)
+                _normalize(columns, (y, x, residual), item, a, b, relu, (high, scale, shift))
         at = take(taken)
     fence()
 
