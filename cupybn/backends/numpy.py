@@ -235,7 +235,6 @@ def _normalize(
 def _apply_relu_grad(dy3: Data, x3: Data, part: Part, affine: _Affine, mask: Data | None) -> Data:
     """One block of dy where the ReLU let y through, else 0, in the dtype of the arithmetic."""
     dy = dy3[part]
-    kept: Data
     if mask is None:
         kept = (x3[part] - affine.high) * affine.scale + affine.shift > 0
     else:

@@ -37,8 +37,12 @@ def convert_sync_batchnorm(layer: Layer, comm: Any = None, *, skip: Iterable[str
         if isinstance(old, SyncBatchNorm):
             old.comm = comm
             return old
-        changes = {"name": None, "_comm": CommReference(comm), "_converted_from": type(old)}
-        return recast(old, SyncBatchNorm, _STATE, changes)
+        return recast(
+            old,
+            SyncBatchNorm,
+            _STATE,
+            {"name": None, "_comm": CommReference(comm), "_converted_from": type(old)},
+        )
 
     return _replace(layer, converted, skip)
 
@@ -126,10 +130,8 @@ def replace_norms(
                 f"{path or names[1]!r} is a {type(norm).__name__}, a subclass whose own "
                 "behaviour would be lost; name its path in skip=, or replace it yourself"
             )
-    successors: dict[int, Any] = {}
-    for path, norm in norms.items():
-        if id(norm) not in successors:
-            successors[id(norm)] = successor(norm, path)
+    first = {id(norms[path]): path for path in reversed(norms)}  # the first path is set last
+    successors = {key: successor(norms[path], path) for key, path in first.items()}
     for part in paths.values():
         parts = getattr(part, children)
         for name, child in parts.items():

@@ -24,7 +24,7 @@ from ...arrays import DATA_TYPES, parameter_dtype
 from ...statistics import BackwardSums, Moments, Transform
 from .. import numpy as reference
 from ..numpy import Data, PerChannel
-from .plain import call_plainly, copy_back, is_plain, plain
+from ..plain import call_plainly, copy_back, is_plain, plain
 from .plan import SHORT, mask_items, plan_for
 from .pool import spread
 

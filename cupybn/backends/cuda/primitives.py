@@ -6,7 +6,7 @@ and scratch, which is kept; all of it before the first launch, so that nothing f
 
 A kernel takes pointers. An array stands for its address, ``NULL`` for one that is not there. Arrays
 of one value a channel may be strided: :func:`_pointers` copies those. Tensors and messages that are
-strided come from the public primitives alone, and go through :func:`_with_copies`.
+strided come from the public primitives alone, and go through ``call_plainly``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from ...arrays import Array
 from ...statistics import BackwardSums, Moments, Transform
 from .. import numpy as reference
+from ..plain import call_plainly
 from .launch import (
     NO_SCRATCH,
     NULL,
@@ -55,12 +56,11 @@ def batch_moments(x3: Array, *, payload: Array | None = None) -> Moments:
         return Moments(n * length, *_zeros(c, payload))
     weighted = NULL if payload is None else payload
     if not (_is_dense(x3) and _is_dense(weighted)):
-        return _with_copies(batch_moments, x3, payload=payload)  # type: ignore[no-any-return]
+        return call_plainly(batch_moments, ("payload",), x3=x3, payload=payload)
     launch, scratch = _reduction("batch_moments", x3)
     mean, m2 = launch.empty(c), launch.empty(c)
-    about_zero = NULL
-    if payload is not None and payload.size > c:
-        about_zero = np.uint64(payload.data.ptr + 8 * c)
+    both = payload is not None and payload.size > c
+    about_zero = np.uint64(weighted.data.ptr + 8 * c) if both else NULL
     launch.run((mean, m2, weighted, about_zero, *scratch, x3, *launch.sizes))
     return Moments(n * length, mean, m2)
 
@@ -131,12 +131,19 @@ def normalize(
     residual = NULL if residual3 is None else residual3
     bits = NULL if mask is None else mask
     if not all(map(_is_dense, (x3, residual, y3, bits))):
-        return _with_copies(
-            normalize, x3, transform, relu=relu, residual3=residual3, out3=y3, mask=mask
+        call_plainly(
+            normalize,
+            ("out3", "mask"),
+            x3=x3,
+            transform=transform,
+            relu=relu,
+            residual3=residual3,
+            out3=y3,
+            mask=mask,
         )
+        return y3
     launch = _launch("normalize", x3, y3, residual3, writes_mask=mask is not None)
-    channels = _pointers(*transform)
-    launch.run((y3, bits, x3, residual, *channels, _RELU[relu], *launch.sizes))
+    launch.run((y3, bits, x3, residual, *_pointers(*transform), _RELU[relu], *launch.sizes))
     return y3
 
 
@@ -160,9 +167,8 @@ def backward_reduce(
     bits = NULL if mask is None else mask
     first = NULL if payload is None else payload
     if not all(map(_is_dense, (dy3, x3, bits, first))):
-        return _with_copies(  # type: ignore[no-any-return]
-            backward_reduce, dy3, x3, transform, relu=relu, mask=mask, payload=payload
-        )
+        given = {"dy3": dy3, "x3": x3, "transform": transform, "relu": relu, "mask": mask}
+        return call_plainly(backward_reduce, ("payload",), **given, payload=payload)
     second = NULL if payload is None else np.uint64(payload.data.ptr + 8 * c)
     launch, scratch = _reduction("backward_reduce", x3, dy3)
     sums = BackwardSums(launch.empty(c), launch.empty(c))
@@ -196,11 +202,12 @@ def backward_input(
     bits = NULL if mask is None else mask
     dresidual = NULL if dresidual3 is None else dresidual3
     if not all(map(_is_dense, (dy3, x3, dx3, bits, dresidual))):
-        return _with_copies(
+        call_plainly(
             backward_input,
-            dy3,
-            x3,
-            transform,
+            ("out3", "dresidual3", "dweight", "dbias"),
+            dy3=dy3,
+            x3=x3,
+            transform=transform,
             sums=sums,
             count=count,
             relu=relu,
@@ -211,6 +218,7 @@ def backward_input(
             dweight=dweight,
             dbias=dbias,
         )
+        return dx3
     launch = _launch("backward_input", x3, dy3, dx3, dresidual3)
     gradients = _NONE if local is None else (dweight, dbias)
     pointers = _pointers(*gradients, *transform, *(sums or _NONE), *(local or _NONE))
@@ -283,8 +291,9 @@ def local_forward(
 ) -> tuple[Array, Array]:
     """The forward of one rank into y3: (mean, invstd)."""
     if x3.size == 0:
-        state: dict[str, Any] = {"running": running, "factor": factor}
-        return finish_forward(batch_moments(x3), "local", x3, y3, weight, bias, eps, **state)
+        return finish_forward(
+            batch_moments(x3), "local", x3, y3, weight, bias, eps, running=running, factor=factor
+        )
     x, y, device = x3.data.ptr, y3.data.ptr, x3.data.device_id
     residual, r = (NULL, y) if residual3 is None else (residual3, residual3.data.ptr)
     where = device, x & 15, (x | y | r) & 15, x & y & r & 15
@@ -425,19 +434,3 @@ def _copy_back(given: tuple[Array | None, ...], written: list[Array]) -> None:
     for target, values in zip(given, written, strict=True):
         if target is not None and values is not target:
             target[...] = values
-
-
-def _with_copies(primitive: Any, *given: Any, **options: Any) -> Any:
-    """Calls a primitive with dense copies of what is strided; what it wrote is copied back."""
-    ndarray = sys.modules["cupy"].ndarray
-
-    def dense(value: Any) -> Any:
-        strided = isinstance(value, ndarray) and not _is_dense(value)
-        return value.copy() if strided else value
-
-    copies = {name: dense(value) for name, value in options.items()}
-    result = primitive(*map(dense, given), **copies)
-    for name, value in options.items():
-        if copies[name] is not value and name != "residual3":  # that may be the memory of out3
-            value[...] = copies[name]
-    return options.get("out3", result)

@@ -56,13 +56,11 @@ def paste(*names: str) -> str:
         text = (root / file).read_text(encoding="utf-8")
         for number, line in enumerate(text.splitlines(), start=1):
             include = _OWN_INCLUDE.match(line)
-            if include is None:
-                yield "" if line == "#pragma once" else line
-            elif include[1] in seen:
-                yield ""
-            else:
+            if include and include[1] not in seen:
                 yield from lines_of(include[1])
                 yield f'#line {number + 1} "cuda/{file}"'
+            else:
+                yield "" if include or line == "#pragma once" else line
 
     return "\n".join(line for name in names for line in lines_of(name)) + "\n"
 

@@ -38,7 +38,8 @@ def array_of(tensor: Tensor, what: str = "input", dtype: torch.dtype | None = No
     if dtype is not None:
         if tensor is None:
             return None
-        tensor = tensor.to(dtype)
+        if tensor.dtype is not dtype:  # a call of tensor.to takes long
+            tensor = tensor.to(dtype)
     if type(tensor) in PLAIN and tensor.dtype is not torch.bfloat16 and not tensor.is_cuda:
         try:
             return tensor.detach().numpy()
@@ -130,8 +131,8 @@ class Gradients(torch.autograd.Function):
         ctx.statistics = saved
         return (
             dx,
-            None if dweight is None else dweight.to(weight.dtype),
-            None if dbias is None else dbias.to(bias.dtype),
+            dweight if dweight is None or weight.dtype is wide else dweight.to(weight.dtype),
+            dbias if dbias is None or bias.dtype is wide else dbias.to(bias.dtype),
         )
 
     @staticmethod

@@ -137,7 +137,8 @@ class BatchNorm(TorchBatchNorm):
         if saved is None:
             running, buffers = None, (self.running_mean, self.running_var)
             if bound.updates:
-                moved = buffers[0].to(wide), buffers[1].to(wide)
+                fit = buffers[0].dtype is buffers[1].dtype is wide
+                moved = buffers if fit else (buffers[0].to(wide), buffers[1].to(wide))
                 running = Running(array_of(moved[0]), array_of(moved[1]), np.zeros((), np.int64))
             _, saved = bound.forward(call, array, params, y3=y3, running=running)
             saved = saved._replace(x3=None, weight=None, bias=None)

@@ -1,7 +1,8 @@
-"""Arrays as the kernels take them: C-contiguous, aligned and writeable, which is ``flags.carray``.
+"""Arrays as compiled loops and kernels take them; others are copied, and what is written, back.
 
-Any other array is another type to Numba, which would compile for seconds. Arrays of the layers are
-all right; the public primitives may pass on others.
+Kernels on a device take C-contiguous arrays. Numba's loops take those that are aligned and
+writeable too, which is ``flags.carray``: any other array is another type to Numba, which would
+compile for seconds. Arrays of the layers are all right; the public primitives may pass on others.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..arrays import is_cupy
+
 _Result = TypeVar("_Result")
 is_plain = attrgetter("flags.carray")
 
@@ -22,6 +25,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, tuple):
         arrays = [plain(array) for array in value]
         return type(value)(*arrays) if hasattr(value, "_fields") else tuple(arrays)
+    if is_cupy(value):
+        return value if value.flags.c_contiguous else value.copy()
     if not isinstance(value, np.ndarray) or value.flags.carray:
         return value
     if not (value.flags.c_contiguous and value.flags.aligned):
