@@ -326,14 +326,12 @@ class Bound:
                 fit = fit and array.flags.writeable
         if not fit:
             weight, bias, running = self._checked(x, weight, bias, running)
+        if residual is not None and type(residual) is not self.kind:
+            residual = as_array(residual, "residual")
         updated = running if self.updates else None
         with _HOST if self.on_host else x.device:
             x3 = x.reshape(self.shape3) if self.direct else self.layout.view(x)
-            residual3 = None
-            if residual is not None:
-                if type(residual) is not self.kind:
-                    residual = as_array(residual, "residual")
-                residual3 = self._view("residual", residual, x)
+            residual3 = None if residual is None else self._view("residual", residual, x)
             if out is not None:
                 y, y3 = out, self._y3_in(out, x, residual)
             else:

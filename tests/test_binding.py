@@ -97,6 +97,25 @@ def test_a_bound_step_enters_few_functions(backend, case):
     assert len(first) > limit  # nothing of this signature was kept, and the counting counts
 
 
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="counted on Python 3.11")
+@pytest.mark.skipif(not NUMBA, reason="Numba is not installed")
+def test_a_pytorch_module_enters_few_functions_of_ours():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    from cupybn.interop import torch as interop
+
+    module = interop.BatchNorm1d(16)
+    x, dy = torch.tensor(X, requires_grad=True), torch.tensor(DY)
+    before = backends.cpu_backend()
+    backends.use_cpu_backend("numba")
+    try:
+        for _ in range(3):
+            module(x).backward(dy)
+        entered = functions_entered(lambda: module(x).backward(dy))
+    finally:
+        backends.use_cpu_backend(before)
+    assert 20 < len(entered) <= 40, entered
+
+
 def read_only(kind, name):
     def change(layer):
         getattr(layer, kind)[name].flags.writeable = False
