@@ -661,3 +661,55 @@ def test_an_activity_of_one_thread_is_not_another_ones():
         return int(block.a.num_batches_tracked)
 
     assert run_ranks(3, step, timeout=30) == [1, 1, 1]
+
+
+def test_a_parametrised_weight_is_computed_once_a_forward():
+    """And the one that is computed is the one that is used and differentiated."""
+    computed = []
+
+    class Drawn(torch.nn.Module):
+        def forward(self, weight):
+            computed.append(weight + torch.rand(()))
+            return computed[-1]
+
+    module = interop.BatchNorm1d(3)
+    torch.nn.utils.parametrize.register_parametrization(module, "weight", Drawn())
+    x = torch.randn(8, 3, requires_grad=True)
+    for n in range(1, 5):  # unbound and bound
+        computed.clear()
+        y = module(x)
+        assert len(computed) == 1, n
+        expected = torch.nn.functional.batch_norm(x, None, None, computed[0], None, True)
+        torch.testing.assert_close(y, expected)
+
+
+def test_a_module_with_a_communicator_of_its_own_is_asked_every_time():
+    asked = []
+
+    class Own(interop.BatchNorm1d):
+        def communicator(self):
+            asked.append(True)
+            return super().communicator()
+
+    module = Own(3)
+    for n in range(1, 5):
+        module(torch.randn(8, 3))
+        assert len(asked) == n
+
+
+def test_y_takes_operations_in_place_in_any_memory_format():
+    """The pattern of ResNets: ReLU(inplace=True), out += identity, on channels-last input."""
+    for shape in ((4, 3, 5, 5), (4, 3, 5), (4, 3)):
+        x = torch.randn(shape)
+        for data in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
+            name = "BatchNorm1d" if len(shape) < 4 else "BatchNorm2d"
+            modules = getattr(interop, name)(3), getattr(torch.nn, name)(3)
+            given = [data.clone().requires_grad_() for _ in range(2)]
+            pairs = zip(modules, given, strict=True)
+            outs = [torch.relu_(module(x).add_(0.5)) for module, x in pairs]
+            assert not outs[0]._is_view()
+            torch.testing.assert_close(*outs)
+            for out in outs:
+                out.square().sum().backward()
+            torch.testing.assert_close(given[0].grad, given[1].grad)
+            assert not given[0].grad._is_view()

@@ -35,6 +35,13 @@ class BatchNorm(TorchBatchNorm):
     """PyTorch's module, and this library's forward in training mode."""
 
     name: str | None = None
+    _binds: ClassVar[bool] = True  # as of the layers' BatchNorm
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        asked = {"communicator", "label", "_check_input", "_check_input_dim"}
+        if cls.__module__ != __name__ and not asked.isdisjoint(vars(cls)):
+            cls._binds = False
 
     @property
     def label(self) -> str:
@@ -71,7 +78,7 @@ class BatchNorm(TorchBatchNorm):
         """(y, context without arrays): what :class:`Normalise` does in a forward."""
         key: Any = None
         bound: Bound | None = None
-        if type(x) in PLAIN:
+        if type(x) in PLAIN and self._binds:
             own = self.__dict__
             key = (
                 *(x.shape, x.stride(), x.dtype, x.device, backward, self.name, own.get("_comm")),
@@ -99,7 +106,7 @@ class BatchNorm(TorchBatchNorm):
         what, length = call_name("forward", label), message_length(self.num_features)
         with CollectiveCall(comm, what, length) as call, on_stream_of(x):
             array = array_of(x)
-            self._check_input(x)
+            self._check_input(x, weight, bias)
             tracks = self.track_running_stats and self.running_mean is not None
             options = Options(
                 self.eps,
@@ -153,7 +160,7 @@ class BatchNorm(TorchBatchNorm):
         remember(saved)
         return y, saved
 
-    def _check_input(self, x: Tensor) -> None:
+    def _check_input(self, x: Tensor, weight: Tensor, bias: Tensor) -> None:
         self._check_input_dim(x)
         if x.shape[1] != self.num_features:
             raise ShapeError(
@@ -161,8 +168,8 @@ class BatchNorm(TorchBatchNorm):
                 f"(input shape {tuple(x.shape)})"
             )
         wide = WIDE.get(x.dtype, torch.float32)
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            tensor = getattr(self, name)
+        buffers = {"running_mean": self.running_mean, "running_var": self.running_var}
+        for name, tensor in ({"weight": weight, "bias": bias} | buffers).items():
             if tensor is not None and tensor.dtype not in (x.dtype, wide):
                 raise DTypeError(f"{name} is {tensor.dtype}, but {x.dtype} input goes with {wide}")
             if tensor is not None and tensor.device != x.device:
