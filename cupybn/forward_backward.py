@@ -315,16 +315,17 @@ class Bound:
             Otherwise as :meth:`CollectiveCall.allreduce`.
         """
         weight, bias = params.get("weight"), params.get("bias")
-        fit = True
-        for array in (weight, bias, *(running or ())[:2]):
-            if array is not None:
-                fit = fit and type(array) is self.kind
-                fit = fit and (array.dtype, array.shape) == self.expected
-                fit = fit and (self.on_host or array.data.device_id == self.device_id)
+        moved = None if running is None else running[:2]
+        kind, (dtype, shape), fit = self.kind, self.expected, True
+        for array in (weight, bias, *(moved or ())):
+            if array is not None and (
+                type(array) is not kind or array.dtype != dtype or array.shape != shape
+            ):
+                fit = False
         if self.updates and fit:
             for array in (running or ()) if self.on_host else (running or ())[2:]:
                 fit = fit and array.flags.writeable
-        if not fit:
+        if not (fit and (self.on_host or self._here(weight, bias, *(moved or ())))):
             weight, bias, running = self._checked(x, weight, bias, running)
         if residual is not None and type(residual) is not self.kind:
             residual = as_array(residual, "residual")
@@ -339,16 +340,16 @@ class Bound:
                 y = y3.reshape(self.shape) if self.in_order else self.layout.restore(y3)
             mask = self.empty(self.mask_shape, np.uint8) if self.needs_mask else None
             extra = {"relu": self.relu, "residual3": residual3, "mask": mask}
-            moved = running and running[:2]
             if updated is not None and self.on_host:  # what fails half-way leaves all unchanged
                 moved = updated.mean.copy(), updated.var.copy()
             arrays = x3, y3, weight, bias
             mean, invstd, count, local = self._statistics(self, call, arrays, moved, extra)
             if updated is not None and count:
                 values = *(moved or ()), int(updated.batches) + 1
-                first = 0 if self.on_host else 2  # a device has moved its two already
-                # Together: one call of C, which no interrupt divides.
-                deque(map(setitem, updated[first:], repeat(...), values[first:]), maxlen=0)
+                if self.on_host:  # together: one call of C, which no interrupt divides
+                    deque(map(setitem, updated, repeat(...), values), maxlen=0)
+                else:
+                    updated.batches[...] = values[-1]
             if out is not None and not overlap(y3, out):
                 out[...] = self.layout.restore(y3)
         return y, Saved(self, x3, weight, bias, mean, invstd, count, mask, local)
@@ -423,14 +424,15 @@ class Bound:
 
         `dx3` is new memory of the caller's, taken as it is. Raises as :meth:`forward`.
         """
-        x3, backend, fit = saved.x3, by_type[self.kind], True
+        x3, kind, (dtype, shape), fit = saved.x3, self.kind, self.expected, True
         for gradient in (dweight, dbias):
-            if gradient is not None:
-                fit = fit and type(gradient) is self.kind
-                fit = fit and (gradient.dtype, gradient.shape) == self.expected
-                fit = fit and (not self.on_host or gradient.flags.writeable)
-                fit = fit and (self.on_host or gradient.data.device_id == self.device_id)
-        if not fit:
+            if gradient is not None and (
+                type(gradient) is not kind or gradient.dtype != dtype or gradient.shape != shape
+            ):
+                fit = False
+            elif gradient is not None and self.on_host:
+                fit = fit and gradient.flags.writeable
+        if not (fit and (self.on_host or self._here(dweight, dbias))):
             dweight, dbias = self._checked_gradients(x3, dweight, dbias)
         if type(dy) is not self.kind:
             dy = as_array(dy, "dy")
@@ -452,6 +454,7 @@ class Bound:
                 if not self.in_order:
                     dresidual = self.layout.restore(dresidual3)
             extra = {"relu": self.relu, "mask": saved.mask, "dresidual3": dresidual3}
+            backend = by_type[kind]
             if self.prepared.get("backward") is not backend:
                 self._prepare_backward(backend, (dy3, x3, dx3), extra)
             sums = [dweight, dbias]
@@ -543,6 +546,10 @@ class Bound:
                 check_written(f"the gradient of {what}", gradient, x3, self.layout)
                 gradients[what] = as_array(gradient)
         return gradients["weight"], gradients["bias"]
+
+    def _here(self, *arrays: Array) -> bool:
+        """Whether CuPy's arrays are on the device of x."""
+        return all(a is None or a.data.device_id == self.device_id for a in arrays)
 
     def _view(self, what: str, array: Array, x: Array) -> Array:
         """The array as (N, C, L), if it is like x."""

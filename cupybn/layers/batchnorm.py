@@ -209,12 +209,10 @@ class BatchNorm(Layer):
         key: Any = None
         params, buffers, training = own["params"], own["buffers"], own["training"]
         if self._binds and type(x) in by_type:
-            key = (
-                *(type(x), x.shape, x.strides, x.dtype),
-                None if type(x) is np.ndarray else x.data.device_id,
-                *(training, bool(save_for_backward), residual is None, own["_path"]),
-                *("weight" in params, "bias" in params, "running_mean" in buffers),
-            )
+            device = None if type(x) is np.ndarray else x.data.device_id
+            given = "weight" in params, "bias" in params, "running_mean" in buffers
+            mode = training, bool(save_for_backward), residual is None, own["_path"]
+            key = (type(x), x.shape, x.strides, x.dtype, device, mode, given)
             bound = own["_bindings"].get(key)
         arrays: dict[str, Any] = {"residual": residual, "out": out}
         if "running_mean" in buffers and (
