@@ -549,7 +549,10 @@ class Bound:
 
     def _here(self, *arrays: Array) -> bool:
         """Whether CuPy's arrays are on the device of x."""
-        return all(a is None or a.data.device_id == self.device_id for a in arrays)
+        for array in arrays:
+            if array is not None and array.data.device_id != self.device_id:
+                return False
+        return True
 
     def _view(self, what: str, array: Array, x: Array) -> Array:
         """The array as (N, C, L), if it is like x."""
