@@ -19,6 +19,7 @@ from numba.extending import intrinsic, models, register_model
 from .plan import WIDE
 
 LINE = 64  # bytes of a cache line
+_ONE_BYTE = ir.IntType(32)(1)  # an alignment
 
 
 def _arithmetic(dtype):
@@ -77,7 +78,7 @@ def _on_the_stack(dtype, x):
 
 @intrinsic
 def buffer(_, x):
-    """To WIDE values and a few more in the dtype of the arithmetic on x, on the stack."""
+    """To WIDE values in the dtype of the arithmetic on x, on the stack; a line has room around."""
     return _on_the_stack(_arithmetic(x.dtype), x)
 
 
@@ -173,19 +174,6 @@ def load(_, x, i):
     return _arithmetic(dtype)(x, types.intp), code
 
 
-@intrinsic
-def store(_, y, i, value):
-    """``y[i] = value``, rounded to nearest, ties to even."""
-    dtype = y.dtype
-
-    def code(context, builder, signature, arguments):
-        target, index, value = arguments
-        builder.store(_narrowed(builder, dtype, value), builder.gep(target, [index]))
-        return context.get_dummy_value()
-
-    return types.none(y, types.intp, _arithmetic(dtype)), code
-
-
 # ---- cache lines ---------------------------------------------------------------------------------
 
 
@@ -279,20 +267,15 @@ def _inside(builder, i, size, count):
     return builder.icmp_unsigned("<", places, every(size))
 
 
-def _of_memory(builder, what, vector, arguments):
-    """LLVM's masked load or store, which touches no other byte."""
-    element = vector.element
-    name = f"i{element.width}" if isinstance(element, ir.IntType) else _FLOATS[type(element)]
+def _masked(builder, what, dtype, vector, arguments):
+    """LLVM's masked load or store of a vector of `dtype`, which touches no other byte."""
+    kind = f"{'f' if isinstance(dtype, types.Float) else 'i'}{dtype.bitwidth}"
     result = vector if what == "load" else ir.VoidType()
     called = ir.FunctionType(result, [argument.type for argument in arguments])
     function = cgutils.get_or_insert_function(
-        builder.module, called, f"llvm.masked.{what}.v{vector.count}{name}.p0"
+        builder.module, called, f"llvm.masked.{what}.v{vector.count}{kind}.p0"
     )
     return builder.call(function, arguments)
-
-
-_ALIGN = ir.IntType(32)(1)
-_FLOATS = {ir.FloatType: "f32", ir.DoubleType: "f64"}
 
 
 @intrinsic
@@ -306,8 +289,8 @@ def part(_, y, values, i, size):
         vector = ir.VectorType(context.get_value_type(dtype), found.count)
         there = builder.bitcast(builder.gep(values, [index]), vector.as_pointer())
         mask = _inside(builder, index, size, found.count)
-        read = _of_memory(builder, "load", vector, [there, _ALIGN, mask, vector(None)])
-        return _widened(builder, dtype, read)
+        given = there, _ONE_BYTE, mask, vector(None)
+        return _widened(builder, dtype, _masked(builder, "load", dtype, vector, given))
 
     return found(y, values, types.intp, types.intp), code
 
@@ -322,7 +305,7 @@ def store_part(_, y, i, values, size):
         values = _narrowed(builder, dtype, values)
         there = builder.bitcast(builder.gep(target, [index]), values.type.as_pointer())
         mask = _inside(builder, index, size, values.type.count)
-        _of_memory(builder, "store", values.type, [values, there, _ALIGN, mask])
+        _masked(builder, "store", dtype, values.type, (values, there, _ONE_BYTE, mask))
         return context.get_dummy_value()
 
     return types.none(y, types.intp, values, types.intp), code
