@@ -13,17 +13,17 @@ from .intrinsics import (
     affine,
     buffer,
     double_buffer,
-    either,
     fence,
     lanes,
     line,
     load,
     moved,
     of_channel,
+    part,
     plus,
     pointer,
-    store,
     store_line,
+    store_part,
     take,
     times,
     where_positive,
@@ -49,25 +49,15 @@ def _apply_relu_grad(kept, dy, x, mask, begin, size, relu, coefficients):
             for k in range(8):
                 bits[8 * byte + k] = (mask[(begin >> 3) + byte] >> (7 - k)) & 1
         bits = moved(bits, before)
-    last = size // lanes(dy) * lanes(dy)
-    for i in range(0, last, lanes(dy)):
-        z = line(dy, dy, i)
+    for i in range(0, size, lanes(dy)):
+        z = part(dy, dy, i, size)
         if relu == 1:
-            y = affine(line(dy, x, i), line(dy, high, i), line(dy, scale, i), line(dy, shift, i))
+            y = part(dy, x, i, size)
+            y = affine(y, line(dy, high, i), line(dy, scale, i), line(dy, shift, i))
             z = where_positive(y, z)
         elif relu == 2:
             z = where_positive(line(dy, bits, i), z)
         store_line(kept, i, z, False)
-    i = last
-    while i < size:
-        one = load(dy, i)
-        if relu == 1:
-            found = affine(load(x, i), load(high, i), load(scale, i), load(shift, i))
-            one = where_positive(found, one)
-        elif relu == 2:
-            one = where_positive(load(bits, i), one)
-        store(kept, i, one)
-        i += 1
 
 
 @summed
@@ -148,26 +138,32 @@ def _column_sums(sums, dy, x, mask, item, relu, coefficients, kept):
 
 
 @inside
-def _input_run(dx, dresidual, dy, x, size, streaming, fused, constant, coefficients):
+def _input_line(dx, i, d, v, constant, coefficients):
+    """The line at dx[i], from one of dy and one of x."""
     high, scale, _, slope, offset = coefficients
+    if not constant:
+        d = added(affine(v, line(dx, high, i), line(dx, slope, i), d), line(dx, offset, i))
+    return times(d, line(dx, scale, i))
+
+
+@inside
+def _input_run(arrays, size, streaming, staged, fused, constant, coefficients):
+    dx, dresidual, dy, x, kept = arrays
     head, last = whole_lines(dx, size, streaming)
     for i in range(head, last, lanes(dx)):
-        d = line(dx, dy, i)
+        d = line(dx, kept, i) if staged else line(dx, dy, i)
+        v = line(dx, x, i)
         if fused:
             store_line(dresidual, i, d, False)
-        if not constant:
-            d = affine(line(dx, x, i), line(dx, high, i), line(dx, slope, i), d)
-            d = added(d, line(dx, offset, i))
-        store_line(dx, i, times(d, line(dx, scale, i)), streaming)
-    i = 0 if head > 0 else last
+        store_line(dx, i, _input_line(dx, i, d, v, constant, coefficients), streaming)
+    i = head - lanes(dx) if head > 0 else last
     while i < size:
-        one = load(dy, i)
+        d = line(dx, kept, i) if staged else part(dx, dy, i, size)
+        v = part(dx, x, i, size)
         if fused:
-            store(dresidual, i, one)
-        if not constant:
-            one = added(affine(load(x, i), load(high, i), load(slope, i), one), load(offset, i))
-        store(dx, i, times(one, load(scale, i)))
-        i = last if i + 1 == head else i + 1
+            store_part(dresidual, i, d, size)
+        store_part(dx, i, _input_line(dx, i, d, v, constant, coefficients), size)
+        i = max(last, i + lanes(dx))
 
 
 @inside
@@ -176,7 +172,7 @@ def _input(columns, arrays, mask, item, a, b, relu, constant, coefficients, kept
     dx, dresidual, dy, x = arrays
     _, start, channels, length, _, _, n0, n1, l0, l1, _, _ = item
     streaming, fused = streams(dx, l1 - l0), dresidual.size > 0
-    staged = relu > 0 or x.itemsize == 2
+    staged = relu > 0
     first, last = (a, b) if columns is None else (0, 1)
     for n in range(n0, n1):
         for c in range(first, last):
@@ -186,12 +182,8 @@ def _input(columns, arrays, mask, item, a, b, relu, constant, coefficients, kept
                 g, v = pointer(dy, begin), pointer(x, begin)
                 if staged:
                     _apply_relu_grad(kept, g, v, mask, begin, size, relu, of)
-                d, there, then = (
-                    either(staged, kept, g),
-                    pointer(dx, begin),
-                    pointer(dresidual, begin),
-                )
-                _input_run(there, then, d, v, size, streaming, fused, constant, of)
+                run = pointer(dx, begin), pointer(dresidual, begin), g, v, kept
+                _input_run(run, size, streaming, staged, fused, constant, of)
 
 
 @kernel

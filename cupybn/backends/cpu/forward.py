@@ -19,10 +19,11 @@ from .intrinsics import (
     load,
     moved,
     of_channel,
+    part,
     pointer,
     rectified,
-    store,
     store_line,
+    store_part,
     take,
     unaligned,
 )
@@ -48,21 +49,28 @@ def whole_lines(y, size, streaming):
 
 
 @inside
-def _normalize_run(y, x, residual, size, streaming, fused, relu, coefficients):
+def _normalized(y, i, z, r, fused, relu, coefficients):
+    """The line at y[i], from one of x and one of the residual."""
     high, scale, shift = coefficients
+    z = affine(z, line(y, high, i), line(y, scale, i), line(y, shift, i))
+    if fused:
+        z = added(z, r)
+    return rectified(z) if relu else z
+
+
+@inside
+def _normalize_run(y, x, residual, size, streaming, fused, relu, coefficients):
     head, last = whole_lines(y, size, streaming)
     for i in range(head, last, lanes(y)):
-        z = affine(line(y, x, i), line(y, high, i), line(y, scale, i), line(y, shift, i))
-        if fused:
-            z = added(z, line(y, residual, i))
-        store_line(y, i, rectified(z) if relu else z, streaming)
-    i = 0 if head > 0 else last
+        z = line(y, x, i)
+        r = line(y, residual, i) if fused else z
+        store_line(y, i, _normalized(y, i, z, r, fused, relu, coefficients), streaming)
+    i = head - lanes(y) if head > 0 else last
     while i < size:  # what is no whole line
-        one = affine(load(x, i), load(high, i), load(scale, i), load(shift, i))
-        if fused:
-            one = added(one, load(residual, i))
-        store(y, i, rectified(one) if relu else one)
-        i = last if i + 1 == head else i + 1
+        z = part(y, x, i, size)
+        r = part(y, residual, i, size) if fused else z
+        store_part(y, i, _normalized(y, i, z, r, fused, relu, coefficients), size)
+        i = max(last, i + lanes(y))
 
 
 @inside

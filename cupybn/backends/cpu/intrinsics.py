@@ -19,6 +19,7 @@ from numba.extending import intrinsic, models, register_model
 from .plan import WIDE
 
 LINE = 64  # bytes of a cache line
+_ONE_BYTE = ir.IntType(32)(1)  # an alignment
 
 
 def _arithmetic(dtype):
@@ -68,16 +69,16 @@ def of_channel(_, columns, coefficients, c):
 
 def _on_the_stack(dtype, x):
     def code(context, builder, signature, arguments):
-        made = cgutils.alloca_once(builder, context.get_data_type(dtype), size=WIDE + 16)
+        made = cgutils.alloca_once(builder, context.get_data_type(dtype), size=WIDE + LINE)
         made.align = LINE
-        return made
+        return builder.gep(made, [context.get_constant(types.intp, LINE // 2)])
 
     return types.CPointer(dtype)(x), code
 
 
 @intrinsic
 def buffer(_, x):
-    """To WIDE values and a few more in the dtype of the arithmetic on x, on the stack."""
+    """To WIDE values in the dtype of the arithmetic on x, on the stack; a line has room around."""
     return _on_the_stack(_arithmetic(x.dtype), x)
 
 
@@ -85,17 +86,6 @@ def buffer(_, x):
 def double_buffer(_, x):
     """The same in float64."""
     return _on_the_stack(types.float64, x)
-
-
-@intrinsic
-def either(_, staged, buffer, x):
-    """`buffer` if `staged`, as a 16-bit x has to be, else x: in the dtype of the arithmetic."""
-
-    def code(context, builder, signature, arguments):
-        same = signature.args[1] == signature.args[2]
-        return builder.select(*arguments) if same else arguments[1]
-
-    return buffer(types.boolean, buffer, x), code
 
 
 @intrinsic
@@ -184,19 +174,6 @@ def load(_, x, i):
     return _arithmetic(dtype)(x, types.intp), code
 
 
-@intrinsic
-def store(_, y, i, value):
-    """``y[i] = value``, rounded to nearest, ties to even."""
-    dtype = y.dtype
-
-    def code(context, builder, signature, arguments):
-        target, index, value = arguments
-        builder.store(_narrowed(builder, dtype, value), builder.gep(target, [index]))
-        return context.get_dummy_value()
-
-    return types.none(y, types.intp, _arithmetic(dtype)), code
-
-
 # ---- cache lines ---------------------------------------------------------------------------------
 
 
@@ -276,6 +253,62 @@ def store_line(_, y, i, values, streaming):
         return context.get_dummy_value()
 
     return types.none(y, types.intp, values, types.boolean), code
+
+
+def _inside(builder, i, size, count):
+    """The mask of those of `count` places from i on that are at least 0 and below `size`."""
+    kind, word = ir.VectorType(i.type, count), ir.IntType(32)
+
+    def every(number):
+        one = builder.insert_element(ir.Constant(kind, ir.Undefined), number, word(0))
+        return builder.shuffle_vector(one, one, _constant(ir.VectorType(word, count), 0))
+
+    places = builder.add(every(i), kind(list(range(count))))
+    return builder.icmp_unsigned("<", places, every(size))
+
+
+def _masked(builder, what, dtype, vector, arguments):
+    """LLVM's masked load or store of a vector of `dtype`, which touches no other byte."""
+    kind = f"{'f' if isinstance(dtype, types.Float) else 'i'}{dtype.bitwidth}"
+    result = vector if what == "load" else ir.VoidType()
+    called = ir.FunctionType(result, [argument.type for argument in arguments])
+    function = cgutils.get_or_insert_function(
+        builder.module, called, f"llvm.masked.{what}.v{vector.count}{kind}.p0"
+    )
+    return builder.call(function, arguments)
+
+
+@intrinsic
+def part(_, y, values, i, size):
+    """``line(y, values, i)``, of which only what is in values[0] to values[size] is read."""
+    found = _Line(y)
+    dtype = values.dtype
+
+    def code(context, builder, signature, arguments):
+        _, values, index, size = arguments
+        vector = ir.VectorType(context.get_value_type(dtype), found.count)
+        there = builder.bitcast(builder.gep(values, [index]), vector.as_pointer())
+        mask = _inside(builder, index, size, found.count)
+        given = there, _ONE_BYTE, mask, vector(None)
+        return _widened(builder, dtype, _masked(builder, "load", dtype, vector, given))
+
+    return found(y, values, types.intp, types.intp), code
+
+
+@intrinsic
+def store_part(_, y, i, values, size):
+    """The line at y[i], but for what is not in y[0] to y[size]."""
+    dtype = y.dtype
+
+    def code(context, builder, signature, arguments):
+        target, index, values, size = arguments
+        values = _narrowed(builder, dtype, values)
+        there = builder.bitcast(builder.gep(target, [index]), values.type.as_pointer())
+        mask = _inside(builder, index, size, values.type.count)
+        _masked(builder, "store", dtype, values.type, (values, there, _ONE_BYTE, mask))
+        return context.get_dummy_value()
+
+    return types.none(y, types.intp, values, types.intp), code
 
 
 # ---- arithmetic on numbers and lines -------------------------------------------------------------
