@@ -197,12 +197,14 @@ def test_selftest_finds_what_is_wrong(mpirun, fault, columns, who):
 
 
 @pytest.mark.mpi
+@pytest.mark.timeout(200)  # each rank builds the kernels by g++
 @pytest.mark.parametrize("aware", ["0", "1"])
 def test_selftest_on_a_device(mpirun, aware):
     """Each transport that is available, on the stand-in for CuPy."""
     need(missing())
     program = Path(__file__).parent / "mpi" / "selftest.py"
-    process = mpirun(2, program, "device", "--device", "all", env={"CUPYBN_CUDA_AWARE_MPI": aware})
+    env = {"CUPYBN_CUDA_AWARE_MPI": aware}
+    process = mpirun(2, program, "device", "--device", "all", env=env, timeout=180)
     found = [(row["device"], row["transport"]) for row in rows(process)]
     device = [("cuda:0", "device")] if aware == "1" else []
     assert found == [("cpu", "host"), *device, ("cuda:0", "pinned"), ("cuda:0", "host")]
