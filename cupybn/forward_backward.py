@@ -14,13 +14,10 @@ running statistics and gradients are computed in copies, and written back togeth
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Hashable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from itertools import repeat
-from operator import is_not, setitem
+from functools import cached_property
 from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -56,7 +53,6 @@ from .statistics import BackwardSums, Moments, Transform, message_length
 
 ALONE = SelfCommunicator()
 _HOST = nullcontext()
-_GIVEN = partial(is_not, None)
 
 
 def call_name(direction: str, name: str | None) -> str:
@@ -345,11 +341,12 @@ class Bound:
             arrays = x3, y3, weight, bias
             mean, invstd, count, local = self._statistics(self, call, arrays, moved, extra)
             if updated is not None and count:
-                values = *(moved or ()), int(updated.batches) + 1
-                if self.on_host:  # together: one call of C, which no interrupt divides
-                    deque(map(setitem, updated, repeat(...), values), maxlen=0)
-                else:
-                    updated.batches[...] = values[-1]
+                batches = int(updated.batches) + 1
+                if self.on_host and moved is not None:
+                    # No call between these: Python looks for interrupts at calls and jumps alone.
+                    updated.mean[...] = moved[0]
+                    updated.var[...] = moved[1]
+                updated.batches[...] = batches
             if out is not None and not overlap(y3, out):
                 out[...] = self.layout.restore(y3)
         return y, Saved(self, x3, weight, bias, mean, invstd, count, mask, local)
@@ -457,15 +454,16 @@ class Bound:
             backend = by_type[kind]
             if self.prepared.get("backward") is not backend:
                 self._prepare_backward(backend, (dy3, x3, dx3), extra)
-            sums = [dweight, dbias]
+            of_weight, of_bias = dweight, dbias
             if self.on_host:  # what fails half-way leaves all unchanged
-                sums[0] = None if dweight is None else dweight.copy()
-                sums[1] = None if dbias is None else dbias.copy()
-            extra["dweight"], extra["dbias"] = sums
+                of_weight = None if dweight is None else dweight.copy()
+                of_bias = None if dbias is None else dbias.copy()
+            extra["dweight"], extra["dbias"] = of_weight, of_bias
             self._gradients(call, (dy3, x3, dx3), saved, extra)
-            if self.on_host:
-                given: Any = filter(_GIVEN, (dweight, dbias))
-                deque(map(setitem, given, repeat(...), filter(_GIVEN, sums)), maxlen=0)
+            if dweight is not None and self.on_host:  # no call between these: see forward
+                dweight[...] = of_weight
+            if dbias is not None and self.on_host:
+                dbias[...] = of_bias
             if out is not None and not overlap(dx3, out):
                 out[...] = self.layout.restore(dx3)
         return dx, dresidual

@@ -190,8 +190,10 @@ class BatchNorm(Layer):
         save_for_backward: bool | None = None,
     ) -> Array:
         save = self.training if save_for_backward is None else save_for_backward
-        options = {"save_for_backward": save} if self._wants_save else {}
-        y, context = self.compute_forward(x, residual=residual, out=out, **options)
+        if self._wants_save:
+            y, context = self.compute_forward(x, residual, out=out, save_for_backward=save)
+        else:
+            y, context = self.compute_forward(x, residual, out=out)
         if save:
             self.__dict__["saved"] = context
         return y
