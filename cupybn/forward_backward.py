@@ -303,7 +303,7 @@ class Bound:
         """(y, context), for an x of the signature that was bound, inside `call`.
 
         `params` has weight and bias, `running` the statistics to update, or those that are given;
-        `y3` is new memory of the caller's, taken as it is.
+        `y3`, of a backward `dx3`, is new memory of the caller's, taken as it is.
 
         Raises:
             ShapeError, DTypeError, DeviceError, ValueError: an array does not fit.
@@ -417,10 +417,7 @@ class Bound:
         dweight: Array | None = None,
         dbias: Array | None = None,
     ) -> tuple[Array, Array | None]:
-        """(dx, dresidual), inside `call`. Adds this rank's sums to `dweight` and `dbias`.
-
-        `dx3` is new memory of the caller's, taken as it is. Raises as :meth:`forward`.
-        """
+        """(dx, dresidual), as :meth:`forward`. Adds this rank's sums to `dweight` and `dbias`."""
         x3, kind, (dtype, shape), fit = saved.x3, self.kind, self.expected, True
         for gradient in (dweight, dbias):
             if gradient is not None and (
