@@ -341,12 +341,11 @@ class Bound:
             arrays = x3, y3, weight, bias
             mean, invstd, count, local = self._statistics(self, call, arrays, moved, extra)
             if updated is not None and count:
-                batches = int(updated.batches) + 1
-                if self.on_host and moved is not None:
-                    # No call between these: Python looks for interrupts at calls and jumps alone.
-                    updated.mean[...] = moved[0]
-                    updated.var[...] = moved[1]
-                updated.batches[...] = batches
+                values = *(moved or ()), int(updated.batches) + 1
+                # No call from here on: Python looks for interrupts at calls and jumps alone.
+                if self.on_host:
+                    updated.mean[...], updated.var[...] = values[:2]
+                updated.batches[...] = values[2]
             if out is not None and not overlap(y3, out):
                 out[...] = self.layout.restore(y3)
         return y, Saved(self, x3, weight, bias, mean, invstd, count, mask, local)
