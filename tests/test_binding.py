@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import random
+import signal
 import sys
 import threading
 import weakref
@@ -431,3 +433,36 @@ def test_an_activation_that_no_backend_handles_cannot_pass():
     for backend in (numpy_backend, backends.compiled_backend, backends.cuda_backend):
         with pytest.raises(TypeError, match="activation"):
             backend.normalize(X[..., None], None, activation="gelu")
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
+def test_an_interrupt_leaves_the_statistics_and_their_counter_together(backend):
+    """Three hundred at random moments: all of a step has happened, or none."""
+    layer, other = bound(BatchNorm1d(16)), bound(BatchNorm1d(16))
+    names = ("running_mean", "running_var")
+    after = {3: [other.buffers[name].tobytes() for name in names]}
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGVTALRM, interrupt)
+    interrupts = 0
+    try:
+        while interrupts < 300:
+            try:
+                signal.setitimer(signal.ITIMER_VIRTUAL, random.uniform(1e-4, 4e-3))
+                while True:
+                    layer.forward(X)
+            except KeyboardInterrupt:
+                interrupts += 1
+            batches = int(layer.num_batches_tracked)
+            while max(after) < batches:
+                other.forward(X)
+                found = [other.buffers[name].tobytes() for name in names]
+                after[int(other.num_batches_tracked)] = found
+            assert [layer.buffers[name].tobytes() for name in names] == after[batches]
+            layer.num_batches_tracked[...] = 3
+            for name, value in zip(names, after[3], strict=True):
+                layer.buffers[name][...] = np.frombuffer(value, np.float32)
+    finally:
+        signal.signal(signal.SIGVTALRM, before)
