@@ -337,6 +337,10 @@ class ndarray:
         return _run(np.ndarray.astype, (self, dtype), options)
 
 
+if np.lib.NumpyVersion(np.__version__) < "2.1.0":  # whose DLPack knows no versions, as MPI's does
+    del ndarray.__dlpack__, ndarray.__dlpack_device__
+
+
 def _method(name):
     function = getattr(np.ndarray, name)
     return lambda self, *args, **options: _run(function, (self, *args), options)
