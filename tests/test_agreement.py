@@ -28,5 +28,5 @@ def test_mpi_that_is_not_running(mpirun, n, case):
 
 
 def test_threads_that_meet_at_random_never_end_the_process(mpirun):
-    process = mpirun(2, PROGRAMS / "misuse.py", "threads at random")
+    process = mpirun(2, PROGRAMS / "misuse.py", "threads at random", check=False)
     assert process.stdout.count("is there") == 2

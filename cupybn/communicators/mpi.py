@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import platform
-import threading
 import warnings
 from contextlib import suppress
 from functools import cache
@@ -113,9 +112,10 @@ class MpiCommunicator(OfOneProcess):
         self._watch = Watch(where, self.timeout or float("inf"), mpi.COMM_WORLD.Abort)
         if self.timeout:
             watchdog.add(self._watch)
-        # One thread at a time has its turn with the duplicate.
-        self._kept = kept = kept_with(mpi_comm)
-        self._turn = kept.setdefault("turn", threading.Lock())
+        kept = kept_with(mpi_comm)
+        # What is on its way over the duplicate: one thread at a time has its turn. Python changes
+        # threads after a call, so not between looking at it and setting it.
+        self._turn: list[str | None] = kept.setdefault("turn", [None])
         if "dup" not in kept:
             why = "duplicating the communicator for its first use"
             kept["dup"] = self._watched(why, mpi_comm.Dup)
@@ -206,27 +206,26 @@ class MpiCommunicator(OfOneProcess):
 
     def allreduce(self, message: Array, label: str = "") -> Array:
         """The sum over the ranks, in place. Raises DTypeError for other than arrays."""
-        watch = self._watch
+        watch, turn = self._watch, self._turn
         label = label or "allreduce"
-        if process.forked or self._is_finalized() or self._turn.locked():
+        if self._is_finalized() or process.forked or turn[0] is not None:
             self._refuse(label)
-        with self._turn:  # a thread that comes between these two lines waits here, and goes next
-            watch.sequence += 1
-            watch.label = self._kept["call"] = label
-            try:
-                if type(message) is np.ndarray:
-                    self._dup.Allreduce(self._in_place, message)
-                else:
-                    self._allreduce_other(message, label)
-            except Exception as error:
-                if self._dup != load_mpi().COMM_NULL:
-                    raise
-                raise RuntimeError(
-                    f"{label}: the MPI communicator was freed; layers keep the one they were given "
-                    "until layer.comm is set"
-                ) from error
-            finally:
-                watch.label = None
+        watch.sequence += 1
+        watch.label = turn[0] = label
+        try:
+            if type(message) is np.ndarray:
+                self._dup.Allreduce(self._in_place, message)
+            else:
+                self._allreduce_other(message, label)
+        except Exception as error:
+            if self._dup != load_mpi().COMM_NULL:
+                raise
+            raise RuntimeError(
+                f"{label}: the MPI communicator was freed; layers keep the one they were given "
+                "until layer.comm is set"
+            ) from error
+        finally:
+            watch.label = turn[0] = None
         return message
 
     def _refuse(self, label: str) -> None:
@@ -236,7 +235,7 @@ class MpiCommunicator(OfOneProcess):
         except RuntimeError as error:
             raise RuntimeError(f"{label}: {error}") from None
         raise RuntimeError(
-            f"{label}: another thread of this rank is in {self._kept.get('call')} over the same "
+            f"{label}: another thread of this rank is in {self._turn[0] or 'a call'} over the same "
             "communicator, and the other ranks could not tell the two apart. Give each thread a "
             "communicator of its own: comm.Dup()"
         )
@@ -270,14 +269,13 @@ class MpiCommunicator(OfOneProcess):
         return self._watched("splitting the communicator", self.mpi_comm.Split, color, self.rank)
 
     def _watched(self, label: str, call: Any, *args: Any) -> Any:
-        if process.forked or self._is_finalized() or self._turn.locked():
+        if self._is_finalized() or process.forked or self._turn[0] is not None:
             self._refuse(label)
-        with self._turn:
-            self._watch.label = self._kept["call"] = label
-            try:
-                return call(*args)
-            finally:
-                self._watch.label = None
+        self._watch.label = self._turn[0] = label
+        try:
+            return call(*args)
+        finally:
+            self._watch.label = self._turn[0] = None
 
     def __repr__(self) -> str:
         return (

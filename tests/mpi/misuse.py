@@ -13,6 +13,7 @@ import mpi4py
 
 case = sys.argv[1]
 mpi4py.rc.initialize = "not initialised" not in case
+mpi4py.rc.finalize = True
 
 import numpy as np  # noqa: E402
 from mpi4py import MPI  # noqa: E402
@@ -199,6 +200,7 @@ def threads_at_random():
     kinds = {said.partition(":")[0] for said in done}
     assert kinds <= {"nothing", "RuntimeError", "PeerError", "CollectiveMismatchError"}, done
     print(world.rank, "is there", done, flush=True)
+    world.Barrier()
     os._exit(0)  # threads may be left that wait for the other ranks
 
 
