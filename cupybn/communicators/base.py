@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 
 from ..arrays import Array, assign, copy_to_host, is_cupy
-from ..errors import CollectiveMismatchError
+from ..errors import CollectiveMismatchError, PeerError
+from ..statistics import failed_ranks, pack_texts, unpack_texts
 
 DEFAULT_TIMEOUT = 600.0  # seconds
 
@@ -150,3 +151,19 @@ def check_usable(comm: Communicator) -> None:
             "this communicator is closed, because the ranks were found out of step earlier:\n"
             + refused[id(comm)][1]
         )
+
+
+def raise_for(comm: Communicator, what: str, fingerprint: str, summed: Any) -> NoReturn:
+    """Raises, on every rank, what a summed header that was not accepted stands for. Collective."""
+    number, rank = failed_ranks(summed)
+    if number:
+        who = f"rank {rank}" if number == 1 else f"{number} of {comm.size} ranks"
+        raise PeerError(
+            f"{what}: {who} failed, and raised the exception that says why; nothing was changed on "
+            "this rank"
+        )
+    table = pack_texts(fingerprint, comm.rank, comm.size)
+    texts = unpack_texts(comm.allreduce(table, f"{what}, mismatch"), comm.size)
+    text = f"the ranks met in one collective with different calls:{listed(texts)}"
+    refuse(comm, text)
+    raise CollectiveMismatchError(text)
