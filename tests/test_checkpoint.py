@@ -379,8 +379,16 @@ def test_a_seek_that_cannot_be_is_damage_and_want_of_disk_or_memory_is_not(tmp_p
 
 
 @both
-@pytest.mark.parametrize("failing", ["fsync", "replace", "chmod"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "failing, error",
+    [
+        ("fsync", OSError(28, "No space left on device")),
+        ("replace", OSError(28, "No space left on device")),
+        ("fsync", KeyboardInterrupt()),
+        ("replace", KeyboardInterrupt()),
+        ("chmod", KeyboardInterrupt()),
+    ],
+)
 def test_a_failure_leaves_the_old_file_and_nothing_else(
     suffix, failing, error, tmp_path, monkeypatch
 ):
