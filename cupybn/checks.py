@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .arrays import Array, as_array, device_of, overlap, parameter_dtype, same_memory
@@ -21,6 +23,14 @@ def check_eps(eps: float) -> None:
     """Raises ValueError unless eps is a positive finite number."""
     if not isinstance(eps, _NUMBERS) or not 0 < eps < float("inf"):
         raise ValueError(f"eps must be positive, got {eps!r}")
+
+
+def check_layer_dtype(dtype: Any) -> np.dtype[Any]:
+    """The dtype of a layer's parameters; raises DTypeError unless it is float32 or float64."""
+    chosen: np.dtype[Any] = np.dtype(dtype)
+    if chosen not in (np.float32, np.float64):
+        raise DTypeError(f"dtype of a layer must be float32 or float64, got {chosen}")
+    return chosen
 
 
 def is_relu(activation: str | None) -> bool:

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "cupybn"
 LAYERS = [
     ["__version__"],
-    ["errors"],
+    ["errors", "typing"],
     ["arrays", "launcher"],
     ["layout"],
     ["statistics", "checks"],
