@@ -11,7 +11,7 @@
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 batch_moments(double* mean, double* m2, double* weighted, double* about_zero, double* partials,
               unsigned* counters, const scalar_t* x, i64 n, i64 c, i64 l, i64 slice_length,
-              i64 tile_channels, i64 line_samples) {
+              i64 tile_channels, i64 line_samples, i64 group_slices) {
   constexpr int UNROLL = 4;
   const Shape shape{n, c, l, slice_length, tile_channels, line_samples};
   Walk walk(shape, blockIdx.x, blockIdx.y, misalignment_of(x));
@@ -41,7 +41,7 @@ batch_moments(double* mean, double* m2, double* weighted, double* about_zero, do
     double deviation = value - pivots[single.channel];
     return Pair{deviation, deviation * deviation};
   };
-  reduce_tile(own, walk, shape, Scratch{partials, counters}, pair_of,
+  reduce_tile(own, walk, shape, Scratch{partials, counters, group_slices}, pair_of,
               [&](bool active, i64 channel, Pair sums) {
     double count = static_cast<double>(n * l);
     double pivot = pivots[active ? channel - walk.first_channel() : 0];

@@ -17,12 +17,13 @@ import numpy as np
 
 from ...arrays import DATA_TYPES, Array
 from . import source
-from .plan import plan_launch
+from .plan import LaunchPlan, plan_launch
 
 NULL = np.uint64(0)
 NO_SCRATCH = NULL, NULL
 
 _THREADS_PER_CHANNEL_BLOCK = 128
+_REDUCTIONS = "batch_moments", "backward_reduce"
 
 
 class Launch(NamedTuple):
@@ -69,27 +70,45 @@ def tensor_launch(
         whole_bytes,
     )
     scalar = DATA_TYPES[dtype.name].cuda
-    sizes: tuple[int, ...] = shape
     if plan.flat:
         compiled = source.get_kernel(f"{kernel}_flat", SCALAR=scalar)
-    else:
-        compiled = source.get_kernel(
-            kernel,
-            SCALAR=scalar,
-            ROWS=int(plan.rows),
-            VECTOR=plan.vector,
-            RAGGED_VECTORS=int(plan.ragged),
-        )
-        sizes = (*shape, plan.slice_length, plan.tile_channels, plan.line_samples)
-    split = plan.slices > 1
+        return _launch_of(compiled, plan, shape, shape)
+    compiled = source.get_kernel(
+        kernel,
+        SCALAR=scalar,
+        ROWS=int(plan.rows),
+        VECTOR=plan.vector,
+        RAGGED_VECTORS=int(plan.ragged),
+    )
+    reduces = kernel in _REDUCTIONS
+    shared = plan.shared_bytes if reduces else 0
+    plan = plan.over(_multiprocessors(device) * _resident(compiled, plan.threads, shared))
+    sizes = (*shape, plan.slice_length, plan.tile_channels, plan.line_samples)
+    if not reduces:
+        return _launch_of(compiled, plan, shape, sizes)
+    options = {"shared_mem": shared} if shared else {}
+    launch = _launch_of(compiled, plan, shape, (*sizes, plan.group_slices), **options)
+    if plan.slices == 1:
+        return launch
+    partials = 2 * shape[1] * (plan.slices + plan.groups)
+    return launch._replace(partials=partials, counters=plan.tiles * (plan.groups + 1))
+
+
+def _launch_of(
+    compiled: Any, plan: LaunchPlan, shape: tuple[int, ...], sizes: tuple[int, ...], **options: int
+) -> Launch:
     return Launch(
-        partial(compiled, plan.grid, (plan.threads,)),
+        partial(compiled, plan.grid, (plan.threads,), **options),
         tuple(map(np.int64, sizes)),
         np.float64(shape[0] * shape[2]),
         sys.modules["cupy"].ndarray,
-        2 * shape[1] * plan.slices if split else 0,
-        plan.grid[0] if split else 0,
     )
+
+
+def _resident(compiled: Any, threads: int, shared: int) -> int:
+    """Blocks of a kernel that a multiprocessor of the current device holds at once."""
+    count = sys.modules["cupy"].cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor
+    return max(1, int(count(compiled.kernel.ptr, threads, shared)))
 
 
 @lru_cache(maxsize=4096)
