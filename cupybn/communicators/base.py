@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from typing import Any, NoReturn, Protocol, runtime_checkable
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from ..errors import CollectiveMismatchError, PeerError
 from ..statistics import failed_ranks, pack_texts, unpack_texts
 
 DEFAULT_TIMEOUT = 600.0  # seconds
+_Value = TypeVar("_Value", bound=Hashable)
 
 
 @runtime_checkable
@@ -102,12 +103,12 @@ def first_values(comm: Communicator, total: Array, n: int) -> Any:
     return copy_to_host(total[:n]) if at_hand is None else at_hand(total, n)
 
 
-def by_rank(texts: Iterable[str]) -> dict[str, str]:
-    """The ranks' texts, each once, and whose they are: "ranks 0, 2"."""
-    ranks_of: dict[str, list[int]] = {}
-    for rank, text in enumerate(texts):
-        ranks_of.setdefault(text, []).append(rank)
-    return {text: _name_ranks(ranks) for text, ranks in ranks_of.items()}
+def by_rank(values: Iterable[_Value]) -> dict[_Value, str]:
+    """The ranks' values, each once, and whose they are: "ranks 0, 2"."""
+    ranks_of: dict[_Value, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks_of.setdefault(value, []).append(rank)
+    return {value: _name_ranks(ranks) for value, ranks in ranks_of.items()}
 
 
 def _name_ranks(ranks: list[int]) -> str:
