@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import DTYPES
 from cuda_tools import need
-from hostcuda.build import missing
+from kernel_builds import missing
 from kernel_cases import (
     SPLIT,
     Case,

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import os
 import threading
@@ -28,6 +29,14 @@ _STATIC = 48 << 10
 _TURNS = 1 << 22  # instructions of warps between two looks at the clock and at other launches
 _LARGE = 1 << 29  # bytes of an array whose writers are not noted
 _STARTED = itertools.count(int(os.environ.get("CUPYBN_PTX_SEED", "0")))
+
+
+@lru_cache(maxsize=None)
+def missing() -> str | None:
+    """Why nothing can run here; None if it can."""
+    if importlib.util.find_spec("numba") is None:
+        return "no Numba, which compiles the machine: pip install numba"
+    return nvrtc.missing()
 
 
 class PtxError(RuntimeError):

@@ -8,6 +8,7 @@ two constants. An instruction that is in no table here is an error that names it
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -192,6 +193,7 @@ class _Reader:
     size: int = 0
     variables: list[tuple[int, int]] = field(default_factory=list)
     registers: dict[str, int] = field(default_factory=dict)
+    named: set[str] = field(default_factory=set)
     constants: dict[Any, int] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     instructions: list[dict[int, Any]] = field(default_factory=list)
@@ -208,7 +210,7 @@ class _Reader:
     def operand(self, text: str, kind: str) -> Any:
         if _SPECIAL.match(text):
             return self.constant(("special", text[1:]))
-        if text.startswith("%"):
+        if text.startswith("%") or text in self.named:
             return self.register(text)
         if text in self.shared:
             offset = self.shared[text]
@@ -222,17 +224,19 @@ class _Reader:
             raise UnknownInstruction(f"the address {text}")
         return self.operand(found[1], "u64"), int(found[2] or 0)
 
-    def line(self, line: str) -> None:
-        line = line.split("//")[0].strip()
-        if not line or line in "{}" or line.startswith((".reg", ".pragma")):
+    def statement(self, line: str) -> None:
+        if line.startswith(".pragma"):
             return
-        if found := re.match(r"\.loc\s+(\d+) (\d+)", line):
+        if found := re.fullmatch(r"\.reg \.\w+\s+([^<;]*)(<\d+>)?;", line):
+            # of inline assembly, in a scope of its own: no two of a name live at once
+            self.named |= set() if found[2] else set(re.split(r"[\s,]+", found[1].strip()))
+        elif found := re.match(r"\.loc\s+(\d+) (\d+)", line):
             self.place = f"{self.files.get(int(found[1]), '?')}:{found[2]}"
         elif found := re.fullmatch(r"(\$?[\w$]+):", line):
             self.labels[found[1]] = len(self.instructions)
         elif line.startswith("."):
             self.declare(line)
-        elif found := re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*?);", line):
+        elif found := re.fullmatch(r"(?:@(!?)([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*?);", line):
             negated, predicate, instruction, rest = found.groups()
             fields = self.decode(instruction, _operands(rest))
             fields[PRED] = self.register(predicate) if predicate else -1
@@ -457,14 +461,38 @@ def _program(name: str, reader: _Reader, kinds: list[str], limit: int) -> Progra
     )
 
 
-_ENTRY = re.compile(
-    r"^\.visible \.entry (\w+)\((?P<parameters>.*?)\)\s*(?P<bounds>(?:\.\w+ [^\n{]*\n)*)"
-    r"^\{\n(?P<body>.*?)^\}",
-    re.S | re.M,
-)
+_ENTRY = re.compile(r"^\.visible \.entry (\w+)\((.*?)\)([^{]*)^\{", re.S | re.M)
 _PARAMETER = re.compile(r"\.param \.(\w+) (?:\.ptr .*?)?(\w+)\s*$", re.M)
 _FILE = re.compile(r'^\s*\.file\s+(\d+) "(.*?)"', re.M)
 _MODULE_SHARED = re.compile(r"^\s*(?:\.extern )?\.shared [^;]*;", re.M)
+
+
+def _kernels(ptx: str) -> Iterator[tuple[str, str, str, str]]:
+    """Name, parameters, bounds and body of each; a last one without a name is what lies outside."""
+    outside, done = [], 0
+    for entry in _ENTRY.finditer(ptx):
+        outside.append(ptx[done : entry.start()])
+        depth = 1
+        for brace in re.finditer("[{}]", ptx[entry.end() :]):
+            depth += 1 if brace[0] == "{" else -1
+            if depth == 0:
+                done = entry.end() + brace.start()
+                break
+        yield entry[1], entry[2], entry[3], ptx[entry.end() : done]
+    yield "", "", "", "".join([*outside, ptx[done:]])
+
+
+def _statements(body: str) -> Iterator[str]:
+    """Without comments and braces that only make scopes."""
+    for line in body.splitlines():
+        line = line.partition("//")[0]
+        if line.lstrip().startswith(".loc"):
+            yield line.strip()
+            continue
+        for part in re.findall(r"[^;]*;|[^;]+$", line):
+            statement = part.strip().lstrip("{} \t")
+            if statement:
+                yield statement
 
 
 def read(ptx: str) -> dict[str, Program]:
@@ -474,19 +502,18 @@ def read(ptx: str) -> dict[str, Program]:
         UnknownInstruction: something in it is not known here.
     """
     files = {int(number): path for number, path in _FILE.findall(ptx)}
-    outside = _ENTRY.sub("", ptx)
+    *kernels, (*_, outside) = _kernels(ptx)
     programs = {}
-    for entry in _ENTRY.finditer(ptx):
-        parameters = _PARAMETER.findall(entry["parameters"].replace(",", "\n"))
-        reader = _Reader([name for _, name in parameters], files)
+    for name, parameters, bounds, body in kernels:
+        named = _PARAMETER.findall(parameters.replace(",", "\n"))
+        reader = _Reader([parameter for _, parameter in named], files)
         for declaration in _MODULE_SHARED.findall(outside):
             reader.declare(declaration.strip())
-        for line in entry["body"].splitlines():
-            reader.line(line)
-        bounds = re.search(r"\.(?:max|req)ntid (\d+)", entry["bounds"])
-        kinds = [kind for kind, _ in parameters]
-        name = entry[1]
-        programs[name] = _program(name, reader, kinds, int(bounds[1]) if bounds else 1024)
+        for statement in _statements(body):
+            reader.statement(statement)
+        threads = re.search(r"\.(?:max|req)ntid (\d+)", bounds)
+        kinds = [kind for kind, _ in named]
+        programs[name] = _program(name, reader, kinds, int(threads[1]) if threads else 1024)
     return programs
 
 
