@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -52,12 +53,17 @@ def rank_environment(**more: str) -> dict[str, str]:
 
 
 def run_job(
-    command: list[str], env: dict[str, str], timeout: float, ready: int = 0
+    command: list[str],
+    env: dict[str, str],
+    timeout: float,
+    ready: int = 0,
+    interrupted: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """``subprocess.run``; takes away the shared memory that ranks leave when they are killed.
 
     `ready`: the timeout counts from when there are so many lines of output. On a busy machine most
     of a job's time goes into its start, which has ``STARTUP`` seconds of its own then.
+    `interrupted`: the command gets a SIGINT, as by Ctrl-C, a second after that.
     """
     deadline = time.monotonic() + (STARTUP if ready else timeout)
     files: set[Path] = set()
@@ -75,6 +81,9 @@ def run_job(
                     now = time.monotonic()
                     if ready and (running.stdout or b"").count(b"\n") >= ready:
                         ready, deadline = 0, now + timeout
+                        if interrupted:
+                            time.sleep(1)
+                            process.send_signal(signal.SIGINT)
                     if now > deadline:
                         raise
         finally:
@@ -89,7 +98,8 @@ def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
     """``mpirun(n, script, *args)``: a real MPI job; shows every rank's output when it fails.
 
     `aborting`: under ``python -m mpi4py``, with which an exception on one rank ends the job.
-    `options`: of mpiexec. `under`: what runs each rank's Python. `ready`: see ``run_job``.
+    `options`: of mpiexec. `under`: what runs each rank's Python. `ready`, `interrupted`: see
+    ``run_job``.
     """
     mpiexec = _mpiexec()
     if mpiexec is None:
@@ -106,11 +116,12 @@ def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
         options: Sequence[str] = (),
         under: Sequence[str] = (),
         ready: int = 0,
+        interrupted: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         python = [sys.executable, "-m", "mpi4py"] if aborting else [sys.executable]
         command = [mpiexec, *options, "-n", str(n), *under, *python, str(script), *map(str, args)]
         try:
-            process = run_job(command, rank_environment(**(env or {})), timeout, ready)
+            process = run_job(command, rank_environment(**(env or {})), timeout, ready, interrupted)
         except subprocess.TimeoutExpired as job:
             if not check:
                 raise

