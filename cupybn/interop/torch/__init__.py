@@ -18,6 +18,7 @@ except ImportError as error:
 from .checkpoint import recompute_contexts
 from .convert import convert_sync_batchnorm
 from .gradients import allreduce_gradients, broadcast_parameters, verify_sync
+from .groups import ProcessGroupCommunicator
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 
 SyncBatchNorm.convert_sync_batchnorm = staticmethod(convert_sync_batchnorm)
@@ -26,6 +27,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "ProcessGroupCommunicator",
     "SyncBatchNorm",
     "allreduce_gradients",
     "broadcast_parameters",

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
-from ...communicators import check_comm
 from ...layers.convert import recast, replace_norms
 from ...layers.sync import CommReference
+from .groups import check_comm
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 
 _OURS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
@@ -34,7 +34,7 @@ def convert_sync_batchnorm(module: Any, comm: Any = None, *, skip: Iterable[str]
     """
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
-    check_comm(comm)
+    comm = check_comm(comm)
 
     def synchronised(old: Any, path: str) -> SyncBatchNorm:
         if isinstance(old, SyncBatchNorm):
