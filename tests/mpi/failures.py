@@ -1,11 +1,12 @@
 """One rank, the last, does something wrong: every case in turn, each on its own communicator.
 
-With an argument, a path that is not there yet, over process groups of gloo instead. Each rank prints
-a line of JSON for each case: the exception's class and text, its notes, whether
-any array of the layers changed, and what came of the same call without the mistake. A case has 20
+With an argument, a path that is not there yet, the communicators are process groups of gloo. Each
+rank prints a line of JSON for each case: the exception's class and text, its notes, whether any
+array of the layers changed, and what came of the same call without the mistake. A case has 20
 seconds: past them a rank shows where it is, and ends the job.
 """
 
+import atexit
 import faulthandler
 import hashlib
 import json
@@ -384,6 +385,7 @@ def process_groups(path):
     distributed.init_process_group(
         "gloo", init_method=f"file://{path}", rank=world.rank, world_size=world.size
     )
+    atexit.register(distributed.destroy_process_group)
     return lambda: ProcessGroupCommunicator(distributed.new_group())
 
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import platform
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import numpy as np
 import torch
 from torch import distributed
 
-from ... import communicators
+from ... import __version__, communicators
 from ...arrays import Array, is_cupy
 from ...communicators import Communicator
-from ...communicators.base import OfOneProcess, sum_on_host
-from ...errors import CollectiveTimeoutError, PeerError
+from ...communicators.base import OfOneProcess, listed, sum_on_host
+from ...errors import CollectiveMismatchError, CollectiveTimeoutError, CupyBNError, PeerError
 from ...launcher import started_by_mpi
 from ...layers.sync import CommReference
+from ...statistics import PROTOCOL, pack_texts, unpack_texts
+
+if distributed.is_available():
+    # If it is imported later (by an optimizer's first step), defaults of its functions keep the
+    # group of then, and gloo's threads may abort a process that ends with a group.
+    import torch.distributed.nn.functional
 
 
 class ProcessGroupCommunicator(OfOneProcess):
@@ -52,6 +60,7 @@ class ProcessGroupCommunicator(OfOneProcess):
         self.backend: str = distributed.get_backend_config(group)
         # Not kept alive: destroy_process_group() ends it.
         self._group = ref(group)
+        self._agreed = False
 
     def allreduce(self, message: Array, label: str = "") -> Array:
         """The sum over the ranks, in place.
@@ -59,6 +68,7 @@ class ProcessGroupCommunicator(OfOneProcess):
         Raises:
             CollectiveTimeoutError: a rank did not come within the group's timeout.
             PeerError: a rank is gone; what the group said stands in the text.
+            CollectiveMismatchError: other ranks run another version of cupybn.
             RuntimeError: the group was destroyed.
         """
         group, label = self._group(), label or "allreduce"
@@ -70,27 +80,45 @@ class ProcessGroupCommunicator(OfOneProcess):
                 "module.comm is set (to another group, or to None for the default one)"
             ) from error
         try:
+            if not self._agreed:
+                self._agree(group)
             if not is_cupy(message):
-                self._sum(message, group)
+                self._reduce(message, group)
             elif "cuda:" in self.backend:
                 with _torch_stream(message):
                     distributed.all_reduce(torch.from_dlpack(message), group=group)
             else:
-                sum_on_host(message, lambda values: self._sum(values, group))
-        except RuntimeError as error:  # of the group's own, which has no other type for these
+                sum_on_host(message, lambda values: self._reduce(values, group))
+        except CupyBNError:
+            raise
+        except RuntimeError as error:  # the group has no other type for these
             late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
             kind = CollectiveTimeoutError if late else PeerError
             raise kind(f"{label}, rank {self.rank} of {self.size}: {error}") from error
         return message
 
-    def _sum(self, message: Array, group: Any) -> Array:
-        """The same for a NumPy array."""
-        tensor = torch.from_numpy(message)
+    def _agree(self, group: Any) -> None:
+        """The first message: the protocol and its negative, as of :class:`MpiCommunicator`."""
+        words = np.zeros(16, np.int64)
+        words[:2] = PROTOCOL, -PROTOCOL
+        self._reduce(words, group, "MIN")
+        if words[0] != -words[1]:
+            mine = f"cupybn {__version__}, protocol {PROTOCOL}, {platform.node()}"
+            table = self._reduce(pack_texts(mine, self.rank, self.size), group)
+            raise CollectiveMismatchError(
+                "the ranks run versions of cupybn that do not understand each other; the same has "
+                f"to be installed for all of them:{listed(unpack_texts(table, self.size))}"
+            )
+        self._agreed = True
+
+    def _reduce(self, message: Array, group: Any, op: str = "SUM") -> Array:
+        """A NumPy array, in place."""
+        tensor, op = torch.from_numpy(message), getattr(distributed.ReduceOp, op)
         if "cpu:" in self.backend:
-            distributed.all_reduce(tensor, group=group)
+            distributed.all_reduce(tensor, op, group)
         else:
             on_device = tensor.cuda()
-            distributed.all_reduce(on_device, group=group)
+            distributed.all_reduce(on_device, op, group)
             tensor.copy_(on_device)
         return message
 
