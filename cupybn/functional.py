@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays import Array, as_array, as_written, is_floating
+from .arrays import Array, as_array, as_written, is_floating, on_device_of
 from .backends import backend_for, by_type
 from .checks import check_momentum
 from .collective import CollectiveCall
@@ -76,6 +76,7 @@ __all__ = [
     "normalize",
     "recentre_moments",
     "update_running",
+    "updated_running",
 ]
 
 _bindings = Bindings(256)
@@ -115,6 +116,7 @@ def batch_norm_forward(
     activation: str | None = None,
     residual: Array | None = None,
     out: Array | None = None,
+    save: bool = True,
 ) -> tuple[Array, Saved]:
     """Normalises x with the statistics of the batch of all ranks of `comm`.
 
@@ -128,6 +130,7 @@ def batch_norm_forward(
         activation: None or "relu".
         residual: like x, added before the activation.
         out: like x, takes the result; may be `residual`, must not overlap x.
+        save: whether a backward may follow. Else `saved` has the statistics, and no array like x.
 
     With a communicator and without a weight, an x that has no shape on one rank only cannot be told
     to the others if they have more than 128 channels: then the job ends.
@@ -141,10 +144,10 @@ def batch_norm_forward(
         PeerError: another rank raised one of these.
         CollectiveMismatchError: the ranks called different layers, or with different settings.
     """
-    options = (eps, activation, channel_axis, weight is None, bias is None, residual is None, name)
-    key, found = _signature(x, comm, options), None
-    if key is not None:
-        found = _bindings.get(key)
+    affine = weight is not None, bias is not None
+    options = (eps, activation, channel_axis, affine, residual is None, bool(save), name)
+    key = _signature(x, comm, options)
+    found = _bindings.get(key)
     arrays = {"residual": residual, "out": out}
     if found is not None and found[0] is comm:
         bound: Bound = found[1]
@@ -155,8 +158,7 @@ def batch_norm_forward(
     length = message_length(_channels(x, weight, channel_axis))
     with CollectiveCall(communicator, call_name("forward", name), length) as call:
         x = as_array(x)
-        affine = weight is not None, bias is not None
-        wanted = Options(eps, activation, affine, residual is not None)
+        wanted = Options(eps, activation, affine, residual is not None, bool(save))
         bound = bind(x, channel_axis, wanted, communicator, name or "")
         if key is not None:
             _bindings.keep(key, (comm, bound))
@@ -189,6 +191,7 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
 
     Raises:
         TypeError: `saved` is something else.
+        ValueError: `saved` is of a forward with ``save=False``.
         Otherwise as :func:`batch_norm_forward`.
     """
     check_saved(saved)
@@ -257,9 +260,8 @@ def batch_norm_inference(
     `out` may be x or `residual`. Otherwise as :func:`batch_norm_forward`.
     """
     options = (eps, activation, channel_axis, weight is None, bias is None, residual is None)
-    key, bound = _signature(x, None, options), None
-    if key is not None:
-        bound = _bindings.get(key)
+    key = _signature(x, None, options)
+    bound = _bindings.get(key)
     if bound is None:
         x = as_array(x)
         affine = weight is not None, bias is not None
@@ -297,6 +299,25 @@ def update_running(running_mean: Array, running_var: Array, saved: Saved, moment
             backend_for(saved.mean).update_running(
                 running_mean, running_var, saved.mean, saved.var, saved.count, momentum
             )
+
+
+def updated_running(
+    running_mean: Array, running_var: Array, saved: Saved, momentum: float
+) -> tuple[Array, Array]:
+    """What :func:`update_running` makes of the arrays, as new ones: theirs may be read-only.
+
+    Returns:
+        (mean, var): like `running_mean` and `running_var`, NumPy or CuPy. Copies where no rank had
+        values.
+
+    Raises:
+        As :func:`update_running`.
+    """
+    mean, var = as_array(running_mean, "running_mean"), as_array(running_var, "running_var")
+    with on_device_of(mean):
+        mean, var = mean.copy(), var.copy()
+    update_running(mean, var, saved, momentum)
+    return mean, var
 
 
 def _channels(x: Any, weight: Any, channel_axis: Any) -> int:

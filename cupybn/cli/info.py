@@ -106,7 +106,7 @@ def cpu_backend_line() -> str:
         return f"none: {error}"
     if name != "cpu":
         missing = find_spec("numba") is None
-        return f"{name} (pip install 'cupybn[cpu]' for the fast one)" if missing else name
+        return f"{name} (pip install numba for the fast one)" if missing else name
     return f"numba {metadata.version('numba')}, {thread_count()} threads"
 
 
