@@ -629,14 +629,14 @@ class Own(torch.nn.BatchNorm2d):
 
 
 def test_convert_refuses_what_it_would_break():
-    for other, name in ((Own(3), "Own"), (torch.nn.LazyBatchNorm2d(), "LazyBatchNorm2d")):
-        net = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Sequential(other))
-        with pytest.raises(TypeError, match=rf"'1\.0' is a {name}, a subclass"):
-            interop.convert_sync_batchnorm(net, ALONE)
-        assert type(net[0]) is torch.nn.BatchNorm2d
-        interop.convert_sync_batchnorm(net, ALONE, skip="1.0")
-        assert type(net[0]) is interop.SyncBatchNorm
-        assert net[1][0] is other
+    other = Own(3)
+    net = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Sequential(other))
+    with pytest.raises(TypeError, match=r"'1\.0' is a Own, a subclass"):
+        interop.convert_sync_batchnorm(net, ALONE)
+    assert type(net[0]) is torch.nn.BatchNorm2d
+    interop.convert_sync_batchnorm(net, ALONE, skip="1.0")
+    assert type(net[0]) is interop.SyncBatchNorm
+    assert net[1][0] is other
     with pytest.raises(ValueError, match="skip names no part of the module: 'nothing'"):
         interop.convert_sync_batchnorm(net, ALONE, skip=["nothing"])
     with pytest.raises(TypeError, match="comm must be"):

@@ -278,6 +278,7 @@ class SyncBatchNorm(Synchronised, BatchNorm):
     communicates.
     """
 
+    _was: tuple[type, Any] | None = None  # what it was converted from
     _check_comm = staticmethod(check_comm)
     _look_up = staticmethod(resolve)
 
