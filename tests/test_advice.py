@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = (ROOT / "pyproject.toml").read_text()
 NOT_OURS = {"torch", "jax", "nvidia-cuda-runtime", "nvidia-cuda-nvrtc"}  # named by nobody's extra
-EXTRAS = set(re.findall(r"^(\w+) = \[", PROJECT.partition("optional-dependencies]")[2], re.MULTILINE))
-PACKAGES = set(re.findall(r"\"([\w-]+)", PROJECT.partition("optional-dependencies]")[2]))
+REQUIRED, _, OPTIONAL = PROJECT.partition("\n[tool.")[0].partition("optional-dependencies]")
+EXTRAS = set(re.findall(r"^(\w+) = \[", OPTIONAL, re.MULTILINE))
+PACKAGES = set(re.findall(r"\"([\w-]+)", REQUIRED.partition("\ndependencies = ")[2] + OPTIONAL))
 FOLDERS = ("cupybn", "cuda", "examples", "benchmarks", "tests", "docs", ".ci")
 SUFFIXES = {".py", ".md", ".sh", ".cu", ".cuh", ""}
 FILES = [ROOT / "README.md", ROOT / "Makefile", ROOT / "pyproject.toml"] + [
@@ -37,20 +38,22 @@ def texts(path):
 
 
 def advised(text):
-    """What each ``pip install`` in a text is given: options left out, up to the first other word."""
+    """The first thing that each ``pip install`` in a text is given, without options."""
     for rest in re.findall(r"pip install ([^`\n;:()]*)", text):
-        words = [word.strip(",.'\"`") if word != "." else word for word in rest.split()]
-        words = [word for word in words if not word.startswith("-")]
+        words = [word.strip(",'\"") for word in rest.split() if not word.startswith("-")]
         assert words, text
-        yield words[0], words
+        yield words[0] if words[0] == "." else words[0].rstrip(".")
 
 
 def test_the_texts_are_found(tmp_path):
     """Also where a string is divided in the source, and in an f-string."""
     program = tmp_path / "program.py"
-    program.write_text("f'{1} is missing: pip install ' f\"'cupybn[\" 'cpu]' if 1 else 'x'\n# a b\n")
+    program.write_text(
+        "f'{1} is missing: pip install ' f\"'cupybn[\" 'cpu]' if 1 else 'x'\n# a b\n"
+    )
     assert "{} is missing: pip install 'cupybn[cpu]" in texts(program)
-    assert [first for first, _ in advised("run pip install -q 'numba>=0.61', or")] == ["numba>=0.61"]
+    assert list(advised("run pip install -q 'numba>=0.61', or")) == ["numba>=0.61"]
+    assert list(advised("`pip install '.[cpu]'` and `pip install .`")) == [".[cpu]", "."]
     assert len(FILES) > 150
     assert {"cpu", "mpich", "examples"} < EXTRAS
     assert {"numba", "mpich", "cupy-cuda13x", "safetensors"} < PACKAGES
@@ -63,7 +66,7 @@ def test_pip_is_told_of_packages_that_are_there(path):
         return
     for text in texts(path):
         assert not re.search(r"pip install[^`;]*cupybn\[", text), text
-        for first, words in advised(text):
+        for first in advised(text):
             if path.name in ("Makefile", "pythons") or "{" in first or "$" in first:
                 continue  # the tests run those
             extras = re.fullmatch(r"\.\[([\w,]+)\]", first)
@@ -71,13 +74,15 @@ def test_pip_is_told_of_packages_that_are_there(path):
                 assert set(extras[1].split(",")) <= EXTRAS, text
             else:
                 name = re.split(r"[<>=]", first)[0]
-                assert name in PACKAGES | NOT_OURS or first == ".", (first, words, text)
+                assert name in PACKAGES | NOT_OURS or first == ".", text
 
 
 def test_make_is_told_of_targets_that_are_there():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for command in re.findall(r"(?:`|^)make ((?:[A-Z]+=\S+ )*)([\w-]+)", path.read_text(), re.M):
+        for command in re.findall(
+            r"(?:`|^)make ((?:[A-Z]+=\S+ )*)([\w-]+)", path.read_text(), re.M
+        ):
             assert command[1] in targets, command
 
 
