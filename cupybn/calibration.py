@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
+from . import typing
 from .arrays import Array, as_array, assign, copy_to_host, cut, dtype_named, move, on_device_of
 from .checks import check_writeable
 from .collective import CollectiveCall
@@ -148,7 +149,7 @@ def statistics(tree: Tree, batches: Iterable[Any], comm: Communicator) -> tuple[
     return number, moments
 
 
-def fold(layer: BatchNorm) -> tuple[Array, Array]:
+def fold(layer: BatchNorm) -> tuple[typing.Array, typing.Array]:
     """The scale and shift, (C,) each, of a batch norm in evaluation mode.
 
     Before its residual and activation it is ``y = scale * x + shift``, with

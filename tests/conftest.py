@@ -30,7 +30,7 @@ os.environ.setdefault("CUPYBN_CPU_BACKEND", "numpy")
 DTYPES = [np.dtype(name) for name in ("float16", "float32", "float64")] + BFLOAT16
 TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5, "float64": 1e-10}
 ROOT = Path(__file__).resolve().parent.parent
-STARTUP = 60  # seconds for a job's ranks to start
+STARTUP = 120  # seconds for a job's ranks to start
 
 
 def _mpiexec() -> str | None:
@@ -128,7 +128,7 @@ def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
         n: int,
         script: str | Path,
         *args: object,
-        timeout: float = 60,
+        timeout: float = 120,
         check: bool = True,
         env: dict[str, str] | None = None,
         aborting: bool = True,
