@@ -31,6 +31,8 @@ def test_python_blocks_run(path, mpirun, tmp_path):
     blocks = python_blocks(path)
     if not blocks or path == EMBEDDING:
         return
+    if "import jax" in blocks[0]:
+        pytest.importorskip("jax", reason="JAX is not installed")
     script = tmp_path / "blocks.py"
     # In a folder of its own, where the files that it saves go too.
     script.write_text("\n".join([f"import os; os.chdir({str(tmp_path)!r})", PREAMBLE, *blocks]))
