@@ -337,8 +337,8 @@ def _batch_norm_forward(call: _Call, x: Any, weight: Any, bias: Any, token: Any)
 
 
 def _batch_norm_backward(call: _Call, residuals: Any, cotangents: Any) -> Any:
-    dy, _, token = cotangents
-    return _backward(call, *residuals, dy, token)
+    (x, weight, bias, kept), (dy, _, token) = residuals, cotangents
+    return _backward(call, x, weight, bias, kept, dy, token)
 
 
 _batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
