@@ -199,7 +199,12 @@ def check_what_one_rank_ignores(comm):
 
         orders.append(order(comm, step, params, x))
         assert len(orders[-1]) == 3 * BRANCHES, orders[-1]  # float64: two messages forward
-    for keep in (lambda value, grads: value, lambda value, grads: grads[1]["bias"]):
+    for keep in (
+        lambda value, grads: value,
+        lambda value, grads: grads[1]["bias"],
+        lambda value, grads: None,
+        lambda value, grads: value * jnp.zeros((0, 1)),
+    ):
 
         def part(comm, keep=keep):
             loss = side_by_side(synchronised(comm))
@@ -217,6 +222,18 @@ def check_forward_alone(comm):
         return interop.in_order(side_by_side(synchronised(comm)))
 
     labels = order(comm, step, params, x)
+    assert len(labels) == 2 * BRANCHES
+
+    def nothing(comm):
+        ordered = step(comm)
+
+        def call(*args):
+            value = ordered(*args)
+            return None if comm.rank == comm.size - 1 else value
+
+        return call
+
+    assert order(comm, nothing, params, x) == labels
     whole = jnp.asarray(np.concatenate(batches(comm.size)))
     value = pooled(comm, jax.jit(step(comm))(params, x))
     assert worst(value, side_by_side(plain)(params, whole)) < 1e-12

@@ -146,14 +146,17 @@ def test_what_jax_cannot_make_of_it_is_refused_by_name():
     assert "batch_norm_double_backward" in refused(penalty, x)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(call, (x,), (x,))
+    through = jax.grad(interop.in_order(lambda x: (call(x) ** 2).sum()))
+    assert "put ordered_value_and_grad in the place of jax.grad" in refused(through, x)
 
 
 def test_shards_and_other_devices_are_refused(monkeypatch):
     x = case()[0]
     mesh = jax.make_mesh((1,), ("i",))
     spec = jax.sharding.PartitionSpec("i")
-    sharded = jax.shard_map(norm, mesh=mesh, in_specs=spec, out_specs=spec)
-    assert "jax.shard_map" in refused(sharded, x)
+    sharded = jax.shard_map(norm, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+    assert "jax.shard_map" in refused(sharded, placed)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(DeviceError, match="on the CPU, but x is on gpu: set JAX_PLATFORMS"):
         jax.jit(norm)(x)
@@ -176,9 +179,10 @@ def test_errors_are_cupybns_in_jaxs(bad):
     elif bad == "axis":
         options = {"channel_axis": 2}
     x = {"dtype": x.astype(int), "ndim": x[0, :, 0], "one value": x[:1, :, :1]}.get(bad, x)
-    for function in (norm, jax.jit(partial(norm, **options))):
+    call = partial(norm, **options)
+    for function in (call, jax.jit(call)):
         with pytest.raises(jax.errors.JaxRuntimeError) as raised:
-            jax.block_until_ready(partial(function, **options)(x, weight, bias))
+            jax.block_until_ready(function(x, weight, bias))
         assert text in str(raised.value)
     norm(*case())
 

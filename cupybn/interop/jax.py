@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import io_callback
 from jax.extend.core import get_opaque_trace_state
 
 from .. import functional
@@ -160,8 +161,8 @@ def ordered_value_and_grad(
     """``jax.value_and_grad`` of a function that calls :func:`batch_norm`, in one order.
 
     All forwards come in the order of the program, then all backwards in the opposite one, on every
-    rank, whatever is done with the results, if at least one of them is used. To be called inside
-    ``jax.jit`` or by itself; not inside another wrapper.
+    rank, whatever is done with the results. To be called inside ``jax.jit`` or by itself; not
+    inside another wrapper.
     """
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
@@ -169,18 +170,14 @@ def ordered_value_and_grad(
     def value_and_grad(*args: Any, **kwargs: Any) -> Any:
         def with_token(token: Any, *args: Any) -> Any:
             out, token = _carrying(f)(token, *args, **kwargs)
-            if not has_aux:
-                return _tie(out, token)
-            value, aux = out
-            return _tie(value, token), _after(token, aux)
+            return (_tie(out[0], token), out[1]) if has_aux else _tie(out, token)
 
-        # The token counts as an argument, so that no backward is left out; every result depends on
-        # the last token, so that none is dead code on a rank that uses only some of them.
+        # The token counts as an argument, so that no backward is left out.
         shifted = tuple(number % len(args) + 1 for number in numbers)
         differentiated = jax.value_and_grad(with_token, (0, *shifted), has_aux)
         value, (token, *grads) = differentiated(_zero(), *args)
-        result = grads[0] if isinstance(argnums, int) else tuple(grads)
-        return _after(token, (value, result))
+        _need(token)
+        return value, grads[0] if isinstance(argnums, int) else tuple(grads)
 
     return value_and_grad
 
@@ -196,7 +193,8 @@ def in_order(f: Callable[..., Any]) -> Callable[..., Any]:
         if _token() is not None:
             return f(*args, **kwargs)
         out, token = _carrying(f)(_zero(), *args, **kwargs)
-        return _after(token, out)
+        _need(token)
+        return out
 
     return ordered
 
@@ -300,6 +298,27 @@ def _handing_over(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if opened is not None:
         _open.token = token
     return out
+
+
+def _need(token: Any) -> None:
+    """Keeps all messages up to this token: a rank that uses no result has to send them too."""
+
+    @jax.custom_jvp
+    def need(token: Any) -> None:
+        io_callback(_nothing, None, token)
+
+    @need.defjvp
+    def jvp(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(
+            "the wrappers of cupybn.interop.jax cannot be differentiated: put "
+            "ordered_value_and_grad in the place of jax.grad and in_order"
+        )
+
+    need(token)
+
+
+def _nothing(token: Any) -> None:
+    pass
 
 
 def _after(token: Any, tree: Any) -> Any:
