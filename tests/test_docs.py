@@ -24,8 +24,9 @@ PROGRAMS = [(path, i) for path in DOCUMENTS for i in range(len(python_blocks(pat
 def test_each_program_runs_as_it_is_pasted(path, number, ranks, mpirun, tmp_path, monkeypatch):
     """Nothing is added, not even an import; in a folder of its own, where its files go too."""
     program = python_blocks(path)[number]
-    if "import torch" in program:
-        pytest.importorskip("torch", reason="PyTorch is not installed")
+    for module, name in (("torch", "PyTorch"), ("jax", "JAX")):
+        if re.search(rf"^import {module}\b", program, re.MULTILINE):
+            pytest.importorskip(module, reason=f"{name} is not installed")
     monkeypatch.chdir(tmp_path)
     Path("program.py").write_text(program)
     mpirun(ranks, "program.py")
