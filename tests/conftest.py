@@ -30,7 +30,7 @@ os.environ.setdefault("CUPYBN_CPU_BACKEND", "numpy")
 DTYPES = [np.dtype(name) for name in ("float16", "float32", "float64")] + BFLOAT16
 TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5, "float64": 1e-10}
 ROOT = Path(__file__).resolve().parent.parent
-STARTUP = 60  # seconds for a job's ranks to start
+STARTUP = 120  # seconds for a job's ranks to start
 
 
 def _mpiexec() -> str | None:
@@ -94,6 +94,25 @@ def run_job(
 
 
 @pytest.fixture(scope="session")
+def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``torchrun(n, script, *args)``: n processes that torchrun starts, on this machine alone."""
+
+    def run(
+        n: int, script: str | Path, *args: object, timeout: float = 60, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        options = ["--standalone", "--local-addr", "127.0.0.1", f"--nproc-per-node={n}"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", *options]
+        env = rank_environment(GLOO_SOCKET_IFNAME="lo")
+        process = run_job([*launcher, str(script), *map(str, args)], env, timeout)
+        if check and process.returncode != 0:
+            said = f"{process.stdout}\n{process.stderr}"
+            pytest.fail(f"torchrun {script} {args}: {process.returncode}\n{said}", pytrace=False)
+        return process
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
     """``mpirun(n, script, *args)``: a real MPI job; shows every rank's output when it fails.
 
@@ -109,7 +128,7 @@ def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
         n: int,
         script: str | Path,
         *args: object,
-        timeout: float = 60,
+        timeout: float = 120,
         check: bool = True,
         env: dict[str, str] | None = None,
         aborting: bool = True,
