@@ -391,7 +391,7 @@ class Launch:
         """Runs so many instructions; True at its end."""
         from .machine import advance
 
-        state = advance(self._state, turns)
+        state = advance(self._state, min(turns, self.how.limit))
         done, lanes = (int(self._keep["totals"][i]) for i in (words.INSTRUCTIONS, words.LANES))
         if state < 0:
             raise PtxError(self._fault())
@@ -400,7 +400,7 @@ class Launch:
                 totals.update(instructions=done, lanes=lanes, launches=1)
             self._record()
         elif done > self.how.limit:
-            raise PtxError(f"{self.program.name} did not end in {done} instructions of its warps")
+            raise PtxError(f"{self.program.name}: it did not end in {done} instructions of its warps")
         return bool(state == 0)
 
     def _fault(self) -> str:
