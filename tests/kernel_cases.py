@@ -312,7 +312,7 @@ def clear_caches():
     launch._multiprocessors.cache_clear()
     source._kernels.clear()
     launch._kept.scratch.clear()
-    launch._kept.outgrown.clear()
+    launch._captured.clear()
 
 
 @contextmanager
