@@ -34,8 +34,8 @@ test-openmpi:
 	.venv-openmpi/bin/python -m pytest -m mpi
 
 # What needs PyTorch, JAX or Numba; then what looks different with Numba computing.
-FRAMEWORKS = any_array bench binding docs double_backward memory names numba primitives pytorch \
-	torch torch_ranks
+FRAMEWORKS = any_array bench binding docs double_backward jax memory names numba primitives \
+	pytorch torch torch_groups torch_models torch_ranks torch_tools
 NUMBA = binding check_finite collective double_backward functional layers sync
 test-frameworks:
 	$(MAKE) VENV=.venv-frameworks .venv-frameworks/frameworks.stamp
@@ -103,7 +103,7 @@ $(VENV)/nvrtc.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 # PyTorch by itself and first, so that a build for the CPU alone is taken where pip is offered one.
 $(VENV)/frameworks.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),cpu,test]' jax
+	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),cpu,test]' jax flax
 	touch $@
 
 clean:

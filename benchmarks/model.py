@@ -2,13 +2,13 @@
 
     python -m benchmarks.model [--dtype float16] [--batches 32 64 256] [--trip 0.28] ...
 
-For the batch norms of ResNet-50 as rows (NCHW) and as columns (channels-last memory): blocks, slices,
-trips to memory that the last block makes alone, its time (the tail), and the time of forward and
-backward. Nothing of it was measured. What is assumed are the arguments, by default about an H200:
+For the batch norms of ResNet-50 as rows (NCHW) and as columns (channels-last memory): blocks,
+slices, trips to memory that the last block makes alone, its time (the tail), and the time of forward
+and backward. Nothing of it was measured. What is assumed are the arguments, by default about an H200:
 
 * a kernel starts `launch` us after the one before it has ended;
-* its blocks move `rate` bytes a us in all, and no more than what their loads in flight allow: a value
-  comes `latency` us after its load;
+* its blocks move `rate` bytes a us in all, and no more than what their loads in flight allow: a
+  value comes `latency` us after its load;
 * where sums cross blocks, `trip` us for each store with its fence, each counter, and each batch of
   loads from the second-level cache; `barrier` us for each step in which a block's threads add.
 
@@ -62,8 +62,8 @@ class Kernel:
 FORWARD = (Kernel("batch_moments", 1, 0, 4, True), Kernel("normalize", 1, 1, 4, False))
 BACKWARD = (Kernel("backward_reduce", 2, 0, 2, True), Kernel("backward_input", 2, 1, 2, False))
 
-# Blocks of a multiprocessor of sm_90, by kernel: rows, and runs (columns, short rows), in vectors of 8
-# (16-bit types) and of 4 elements (float32).
+# Blocks of a multiprocessor of sm_90, by kernel: rows, and runs (columns, short rows), in vectors of
+# 8 (16-bit types) and of 4 elements (float32).
 RESIDENT = {
     ("batch_moments", "rows"): {8: 4, 4: 4},
     ("batch_moments", "runs"): {8: 3, 4: 4},
@@ -181,7 +181,7 @@ def main() -> None:
         shape = f"({row.batch}, {row.channels}, {row.size}, {row.size})"
         blocks = " . ".join(f"{launch.blocks:4}" for launch in row.launches)
         slices = " . ".join(f"{launch.slices:3}" for launch in row.launches)
-        sums = [launch for launch in row.launches[::2]]
+        sums = row.launches[::2]
         trips = " . ".join(f"{launch.trips:2}" for launch in sums)
         tails = " . ".join(f"{launch.tail:4.1f}" for launch in sums)
         forward, backward = (sum(p.time for p in part) for part in (row.forward, row.backward))

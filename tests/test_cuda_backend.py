@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import DTYPES
 from cuda_tools import need
-from hostcuda.build import missing
+from kernel_builds import missing
 from kernel_cases import (
     SPLIT,
     Case,
@@ -392,7 +392,7 @@ def test_a_bound_step_enters_few_functions_and_allocates_three_arrays(n, residua
 
 
 def test_launches_of_one_rank_are_two_a_direction():
-    """The statistics are final in the launch that sums; by themselves they take another."""
+    """The statistics are final in the launch that sums; asked for, they take another."""
     bound_step(True, True)()
     kernels = ["batch_moments", "normalize", "backward_reduce", "backward_input"]
     assert list(fake_cupy.launched) == kernels

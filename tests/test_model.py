@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks import model
 
+from benchmarks import model
 from cupybn.backends.cuda import plan
 
 

@@ -8,11 +8,11 @@ from itertools import product
 
 import pytest
 import test_compile
-from benchmarks import model
 from cuda_tools import need
 from cuda_variants import Variant, variants
 from test_compile import compile_text, disassemble
 
+from benchmarks import model
 from cupybn.arrays import DATA_TYPES
 from cupybn.backends.cuda.plan import _BATCH, VECTOR_BYTES, plan_launch
 
@@ -89,8 +89,8 @@ def test_partial_sums_that_wait_for_each_other_are_found():
 def resident(registers: int, shared: int) -> int:
     """Blocks of 256 threads on a multiprocessor of sm_90: by its registers and shared memory.
 
-    A warp takes registers by 256, a block 1 KB of shared memory beside its own (CUDA C++ Programming
-    Guide, technical specifications).
+    A warp takes registers by 256, a block 1 KB of shared memory beside its own (CUDA C++
+    Programming Guide, technical specifications).
     """
     by_registers = 65536 // (8 * -(-32 * registers // 256) * 256)
     return min(2048 // 256, by_registers, (228 << 10) // (shared + 1024))

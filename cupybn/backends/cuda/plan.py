@@ -74,8 +74,8 @@ class LaunchPlan:
     def group_slices(self) -> int:
         """Slices whose sums are added by the last of them, before those of the groups are added.
 
-        Of runs as many as one batch of loads holds. One channel, in rows, needs no groups; neither do
-        a few batches, which take no longer than groups would.
+        Of runs as many as one batch of loads holds. One channel, in rows, needs no groups; neither
+        do a few batches, which take no longer than groups would.
         """
         at_once = _BATCH * max(1, self.threads // self.tile_channels)
         return self.slices if self.rows or self.slices <= 4 * at_once else at_once

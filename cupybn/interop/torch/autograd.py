@@ -7,61 +7,56 @@ the statistics beside them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from ...arrays import DATA_TYPES, Array, as_array, cupy_for
+from ...arrays import DATA_TYPES, Array, array_of_tensor, cupy_for
 from ...collective import CollectiveCall
 from ...double_backward import double_backward, double_backward_call
 from ...errors import DTypeError
-from ...forward_backward import Saved
+from ...forward_backward import Bound, Saved
 
 Tensor = Any
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 """Tensors of these types are arrays in memory, and not something that stands for one."""
-_HOST = nullcontext()
+HOST = nullcontext()
 WIDE = {getattr(torch, name): getattr(torch, kind.arithmetic) for name, kind in DATA_TYPES.items()}
 """The dtype of the arithmetic, and of what is per channel, for data of a dtype."""
 
 
-def array_of(tensor: Tensor, what: str = "input", dtype: torch.dtype | None = None) -> Array:
-    """The tensor's memory as a NumPy or CuPy array.
-
-    With `dtype` what may be absent, None, is, and a tensor of another dtype is converted.
-    """
-    if dtype is not None:
-        if tensor is None:
-            return None
-        if tensor.dtype is not dtype:  # a call of tensor.to takes long
-            tensor = tensor.to(dtype)
-    if type(tensor) in PLAIN and tensor.dtype is not torch.bfloat16 and not tensor.is_cuda:
-        try:
-            return tensor.detach().numpy()
-        except (RuntimeError, TypeError):  # a pending negation, a wrapper of torch.func, ...
-            pass
+def array_of(tensor: Tensor, what: str = "input") -> Array:
+    """The tensor's memory as a NumPy or CuPy array."""
     if not isinstance(tensor, torch.Tensor):
         raise DTypeError(f"{what} must be a torch.Tensor, got {type(tensor).__name__}")
-    return as_array(tensor.detach(), what)
+    return array_of_tensor(tensor, what)
 
 
-def tensor_of(array: Array | None) -> Tensor:
-    """A tensor over the memory of a new array; None for None."""
-    if array is None:
-        return None
-    if array.dtype.name == "bfloat16":
-        return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_dlpack(array)
+def arrays_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Array]:
+    """The memory of tensors as arrays; None for None, and a tensor of another dtype converted."""
+    arrays = []
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype is not dtype:  # a call of tensor.to takes long
+            tensor = tensor.to(dtype)
+        arrays.append(None if tensor is None else array_of_tensor(tensor, "a tensor per channel"))
+    return arrays
+
+
+def new_array_like(bound: Bound, x: Tensor) -> tuple[Tensor, Array]:
+    """A new tensor for a y or dx of an x, and its memory as (N, C, L)."""
+    layout = bound.layout
+    tensor = torch.empty_strided(layout.shape, layout.strides, dtype=x.dtype, device=x.device)
+    array = array_of_tensor(tensor)
+    return tensor, array.reshape(layout.shape3) if bound.in_order else layout.view(array)
 
 
 def on_stream_of(tensor: Tensor) -> Any:
     """A context in which CuPy works on the tensor's device and PyTorch's current stream there."""
-    return _on_stream(tensor) if getattr(tensor, "is_cuda", False) else _HOST
+    return _on_stream(tensor) if getattr(tensor, "is_cuda", False) else HOST
 
 
 @contextmanager
@@ -112,20 +107,19 @@ class Gradients(torch.autograd.Function):
     def forward(
         ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, saved: Saved, call: Any
     ) -> tuple[Tensor, ...]:
-        bound, layout, wide = saved.bound, saved.bound.layout, WIDE[x.dtype]
-        with on_stream_of(x):
-            dx = torch.empty_strided(layout.shape, layout.strides, dtype=x.dtype, device=x.device)
-            dx3 = array_of(dx)
-            dx3 = dx3.reshape(layout.shape3) if bound.in_order else layout.view(dx3)
-            dweight = None if weight is None else torch.zeros_like(weight, dtype=wide)
-            dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        bound, wide = saved.bound, WIDE[x.dtype]
+        dweight = None if weight is None else torch.zeros_like(weight, dtype=wide)
+        dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        with on_stream_of(x) if x.is_cuda else HOST:
+            dx, dx3 = new_array_like(bound, x)
+            of_weight, of_bias = arrays_of((dweight, dbias), wide)
             bound.backward(
                 call,
-                array_of(dy, "dy"),
-                _complete(saved, x, weight, bias),
+                array_of_tensor(dy, "dy"),
+                _complete(saved, x, [weight]),  # only the ReLU asks for a bias
                 dx3=dx3,
-                dweight=array_of(dweight, dtype=wide),
-                dbias=array_of(dbias, dtype=wide),
+                dweight=of_weight,
+                dbias=of_bias,
             )
         ctx.save_for_backward(dy, x, weight, bias)
         ctx.statistics = saved
@@ -140,27 +134,25 @@ class Gradients(torch.autograd.Function):
     def backward(ctx: Any, ddx: Tensor, ddweight: Tensor, ddbias: Tensor) -> tuple[Tensor, ...]:
         with double_backward_call(ctx.statistics) as call:
             dy, x, weight, bias = ctx.saved_tensors
-            wide = WIDE[x.dtype]
-            with on_stream_of(x):
-                saved = _complete(ctx.statistics, x, weight, bias)
-                grads = double_backward(
-                    call,
-                    array_of(ddx, "ddx"),
-                    array_of(ddweight, "ddweight", wide),
-                    array_of(ddbias, "ddbias", wide),
-                    saved,
-                    array_of(dy, "dy"),
-                )
-                ddy, dx, dweight = map(tensor_of, grads)
-        return ddy, dx, None if weight is None else dweight.to(weight.dtype), None, None, None
+            with on_stream_of(x) if x.is_cuda else HOST:
+                saved = _complete(ctx.statistics, x, [weight, bias])
+                of_weight, of_bias = arrays_of((ddweight, ddbias), WIDE[x.dtype])
+                ddx, dy = array_of_tensor(ddx, "ddx"), array_of_tensor(dy, "dy")
+                grads = double_backward(call, ddx, of_weight, of_bias, saved, dy)
+                (ddy, ddy3), (dx, dx3) = (new_array_like(saved.bound, x) for _ in "yx")
+                dweight = None if weight is None else torch.empty_like(weight, dtype=WIDE[x.dtype])
+                for target, values in zip((ddy3, dx3), grads[:2], strict=True):
+                    target[...] = saved.layout.view(values)
+                if dweight is not None:
+                    array_of_tensor(dweight)[...] = grads.dweight
+                    dweight = dweight.to(weight.dtype)
+        return ddy, dx, dweight, None, None, None
 
 
-def _complete(saved: Saved, x: Tensor, weight: Tensor, bias: Tensor) -> Saved:
+def _complete(saved: Saved, x: Tensor, parameters: list[Tensor]) -> Saved:
     """The context with its arrays; a hook may have put x into another memory order since."""
-    layout, wide, array = saved.bound.layout, WIDE[x.dtype], array_of(x)
+    layout, array = saved.bound.layout, array_of_tensor(x)
     in_order = saved.bound.in_order and array.flags.c_contiguous
-    return saved._replace(
-        x3=array.reshape(layout.shape3) if in_order else layout.view(array),
-        weight=array_of(weight, "weight", wide),
-        bias=array_of(bias, "bias", wide),
-    )
+    weight, *bias = arrays_of(parameters, WIDE[x.dtype])
+    x3 = array.reshape(layout.shape3) if in_order else layout.view(array)
+    return saved._replace(x3=x3, weight=weight, bias=bias[0] if bias else None)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
+from torch.autograd.graph import increment_version
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
-from ...arrays import Array
+from ...arrays import Array, array_of_tensor
 from ...collective import CollectiveCall
-from ...communicators import Communicator, check_comm
+from ...communicators import Communicator
 from ...errors import DeviceError, DTypeError, ShapeError
 from ...forward_backward import (
     ALONE,
@@ -27,8 +28,21 @@ from ...forward_backward import (
 )
 from ...layers.sync import Synchronised
 from ...statistics import message_length
-from .autograd import PLAIN, WIDE, Normalise, Tensor, array_of, on_stream_of
+from .autograd import (
+    HOST,
+    PLAIN,
+    WIDE,
+    Normalise,
+    Tensor,
+    array_of,
+    arrays_of,
+    new_array_like,
+    on_stream_of,
+)
 from .checkpoint import remember, remembered
+from .groups import check_comm, describe, resolve
+
+_NONE = (None, None)  # dtype and device of what is not there
 
 
 class BatchNorm(TorchBatchNorm):
@@ -78,50 +92,60 @@ class BatchNorm(TorchBatchNorm):
         """(y, context without arrays): what :class:`Normalise` does in a forward."""
         key: Any = None
         bound: Bound | None = None
-        if type(x) in PLAIN and self._binds:
-            own = self.__dict__
+        own, momentum = self.__dict__, self.momentum
+        tensors = weight, bias, self.running_mean, self.running_var, self.num_batches_tracked
+        if type(x) in PLAIN and type(momentum) is float and self._binds:
             key = (
                 *(x.shape, x.stride(), x.dtype, x.device, backward, self.name, own.get("_comm")),
-                *(self.eps, self.momentum, self.track_running_stats, self.num_features),
+                *(self.eps, momentum, self.track_running_stats, self.num_features),
+                None if tensors[4] is None else tensors[4].shape,
             )
-            for tensor in (weight, bias, self.running_mean, self.running_var):
-                key += (None, None) if tensor is None else (tensor.dtype, tensor.device)
+            for tensor in tensors:
+                key += _NONE if tensor is None else (tensor.dtype, tensor.device)
+                if tensor is not None and tensor.is_inference():  # who may write it, may change
+                    key = None
+                    break
             if "_bindings" in own:
                 bound = own["_bindings"].get(key)
         if bound is None:
-            return self._bind_and_run(key, x, weight, bias, backward)
+            return self._bind_and_run(key, x, tensors, backward)
         call = CollectiveCall(bound.comm, *bound.forward_call) if bound.ranks > 1 else None
         try:
-            with on_stream_of(x):
-                return self._run(call, bound, x, array_of(x), (weight, bias))
+            with on_stream_of(x) if x.is_cuda else HOST:
+                return self._run(call, bound, x, array_of_tensor(x), tensors)
         except Exception as error:
             bound.leave(call, "forward", error)
             raise
 
     def _bind_and_run(
-        self, key: Any, x: Tensor, weight: Tensor, bias: Tensor, backward: bool
+        self, key: Any, x: Tensor, tensors: tuple[Tensor, ...], backward: bool
     ) -> tuple[Tensor, Saved]:
         """A forward of a signature that was not met twice before; `key` None: not to be kept."""
         comm, label = self.communicator(), self.label
         what, length = call_name("forward", label), message_length(self.num_features)
         with CollectiveCall(comm, what, length) as call, on_stream_of(x):
             array = array_of(x)
-            self._check_input(x, weight, bias)
-            tracks = self.track_running_stats and self.running_mean is not None
+            self._check_input(x, *tensors)
+            batches, momentum = tensors[4], self._momentum()
+            tracks = self.track_running_stats and tensors[2] is not None
+            factor = None
+            if tracks:  # PyTorch's own does not move anything where it has nothing to count with
+                counts = momentum is not None or batches is not None
+                factor = running_factor(momentum, batches) if counts else 0.0
             options = Options(
                 self.eps,
-                affine=(weight is not None, bias is not None),
+                affine=(tensors[0] is not None, tensors[1] is not None),
                 save=backward,
-                factor=running_factor(self.momentum, self.num_batches_tracked) if tracks else None,
-                settings=momentum_settings(self.momentum, self.num_batches_tracked)
+                factor=factor,
+                settings=momentum_settings(momentum, batches)
                 | {"track_running_stats": self.track_running_stats, "backward": backward},
             )
             bound = bind(array, 1, options, comm, label)
-            if key is not None and self.momentum is not None:
+            if key is not None:
                 self.__dict__.setdefault("_bindings", Bindings()).keep(key, bound)
             if call.ranks > 1:
                 *_, call.fingerprint, call.messages = bound.forward_call
-            return self._run(call, bound, x, array, (weight, bias))
+            return self._run(call, bound, x, array, tensors)
 
     def _run(
         self,
@@ -129,38 +153,61 @@ class BatchNorm(TorchBatchNorm):
         bound: Bound,
         x: Tensor,
         array: Array,
-        parameters: tuple[Tensor, Tensor],
+        tensors: tuple[Tensor, ...],
     ) -> tuple[Tensor, Saved]:
-        """The forward of a batch, or of one that is recomputed; `array` is x."""
-        layout, wide = bound.layout, WIDE[x.dtype]
-        params = {
-            "weight": array_of(parameters[0], dtype=wide),
-            "bias": array_of(parameters[1], dtype=wide),
-        }
-        y = torch.empty_strided(layout.shape, layout.strides, dtype=x.dtype, device=x.device)
-        y3 = array_of(y)
-        y3 = y3.reshape(layout.shape3) if bound.in_order else layout.view(y3)
-        saved = remembered(bound.name, layout.shape)
-        if saved is None:
-            running, buffers = None, (self.running_mean, self.running_var)
-            if bound.updates:
-                fit = buffers[0].dtype is buffers[1].dtype is wide
-                moved = buffers if fit else (buffers[0].to(wide), buffers[1].to(wide))
-                running = Running(array_of(moved[0]), array_of(moved[1]), np.zeros((), np.int64))
-            _, saved = bound.forward(call, array, params, y3=y3, running=running)
-            saved = saved._replace(x3=None, weight=None, bias=None)
-            if running is not None and saved.count:
-                for target, values in zip(buffers, moved, strict=True):
-                    if target is not values:
-                        target.copy_(values)
-                if self.num_batches_tracked is not None:
-                    self.num_batches_tracked.add_(1)
-        else:
+        """The forward of a batch, or of one that is recomputed; `array` is x.
+
+        `tensors` are weight, bias, running mean, running variance and the counter.
+        """
+        wide, moved, batches = WIDE[x.dtype], tensors[2:4], tensors[4]
+        weight, bias = arrays_of(tensors[:2], wide)
+        params = {"weight": weight, "bias": bias}
+        y, y3 = new_array_like(bound, x)
+        saved = remembered(bound.name, bound.shape)
+        if saved is not None:
             bound.normalize_again(array, params, saved, y3)
+            remember(saved)
+            return y, saved
+        running, wide_ones = None, list(moved)
+        if bound.updates:
+            if not moved[0].dtype is moved[1].dtype is wide:
+                wide_ones = [tensor.to(wide) for tensor in moved]
+            on_host = batches is not None and batches.is_cpu
+            counter = array_of_tensor(batches).reshape(()) if on_host else np.zeros((), np.int64)
+            mean, var = arrays_of(wide_ones, wide)
+            running = Running(mean, var, counter)
+        _, saved = bound.forward(call, array, params, y3=y3, running=running)
+        saved = saved._replace(x3=None, weight=None, bias=None)
+        if running is not None and saved.count:
+            increment_version(moved if batches is None else tensors[2:])
+            for target, values in zip(moved, wide_ones, strict=True):
+                if target is not values:
+                    target.copy_(values)
+            if batches is not None and not batches.is_cpu:
+                batches.add_(1)
         remember(saved)
         return y, saved
 
-    def _check_input(self, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    def _momentum(self) -> float | None:
+        """A momentum that may be a tensor, as PyTorch takes it.
+
+        Raises:
+            TypeError: it is a tensor of another shape than (), or requires grad.
+        """
+        momentum: Any = self.momentum
+        if not isinstance(momentum, torch.Tensor):
+            return cast("float | None", momentum)
+        if momentum.dim() or momentum.requires_grad:
+            raise TypeError(
+                "momentum must be a number, None, or a tensor of shape () that does not require "
+                f"grad, got {momentum!r}"
+            )
+        return float(momentum)
+
+    def _check_input(
+        self, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, batches: Tensor
+    ) -> None:
+        """Raises where x, or what a forward reads and writes besides, does not fit."""
         self._check_input_dim(x)
         if x.shape[1] != self.num_features:
             raise ShapeError(
@@ -168,12 +215,36 @@ class BatchNorm(TorchBatchNorm):
                 f"(input shape {tuple(x.shape)})"
             )
         wide = WIDE.get(x.dtype, torch.float32)
-        buffers = {"running_mean": self.running_mean, "running_var": self.running_var}
-        for name, tensor in ({"weight": weight, "bias": bias} | buffers).items():
+        tensors = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
+        for name, tensor in tensors.items():
             if tensor is not None and tensor.dtype not in (x.dtype, wide):
                 raise DTypeError(f"{name} is {tensor.dtype}, but {x.dtype} input goes with {wide}")
             if tensor is not None and tensor.device != x.device:
                 raise DeviceError(f"{name} is on {tensor.device}, but the input is on {x.device}")
+        if self.track_running_stats:
+            self._check_buffers(mean, var, batches)
+
+    def _check_buffers(self, mean: Tensor, var: Tensor, batches: Tensor) -> None:
+        """Raises where the running statistics cannot be updated."""
+        if (mean is None) != (var is None):
+            raise ValueError(
+                "running_mean and running_var must either both be None or neither be None"
+            )
+        if batches is not None and not (
+            batches.numel() == 1 and torch.can_cast(torch.int64, batches.dtype)
+        ):
+            raise ValueError(
+                "num_batches_tracked must be one integer, got a tensor of shape "
+                f"{tuple(batches.shape)} and {batches.dtype}"
+            )
+        buffers = {"running_mean": mean, "running_var": var, "num_batches_tracked": batches}
+        for name, tensor in buffers.items():
+            if tensor is not None and tensor.is_inference() > torch.is_inference_mode_enabled():
+                raise RuntimeError(
+                    f"{name} was made in torch.inference_mode, and cannot be updated outside of "
+                    f"it: make or load the module outside, or set module.{name} = "
+                    f"module.{name}.clone()"
+                )
 
 
 class BatchNorm1d(BatchNorm, torch.nn.BatchNorm1d):
@@ -189,14 +260,16 @@ class BatchNorm3d(BatchNorm, torch.nn.BatchNorm3d):
 
 
 class SyncBatchNorm(Synchronised, BatchNorm):
-    """``torch.nn.SyncBatchNorm`` over MPI, on the CPU too; input of 2 or more dimensions.
+    """``torch.nn.SyncBatchNorm`` over a process group or MPI, on the CPU too; 2 or more dimensions.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as in
             PyTorch, except that the weight starts at 1 (as it does there, whatever its docs say).
-        comm: an mpi4py intracommunicator, one of ``cupybn.communicators``, or None for
-            ``MPI.COMM_WORLD``, looked up at the first training forward. Not in the state dict;
-            shared by deepcopy, left behind by pickling (then set ``module.comm``).
+        comm: a ``torch.distributed`` process group, an mpi4py intracommunicator, or one of
+            ``cupybn.communicators``. None, looked up at the first training forward, is the default
+            process group where one is initialised, unless an MPI launcher started this process:
+            then, and where there is none, ``MPI.COMM_WORLD``. Not in the state dict; shared by
+            deepcopy, left behind by pickling (then set ``module.comm``).
         name: stands for the layer in errors, and tells it from others in messages; the same on all
             ranks. :func:`convert_sync_batchnorm` sets it to the path in the module.
 
@@ -204,6 +277,10 @@ class SyncBatchNorm(Synchronised, BatchNorm):
     no rank has any, nothing is updated, ``num_batches_tracked`` included. Evaluation mode never
     communicates.
     """
+
+    _was: tuple[type, Any] | None = None  # what it was converted from
+    _check_comm = staticmethod(check_comm)
+    _look_up = staticmethod(resolve)
 
     def __init__(
         self,
@@ -219,7 +296,7 @@ class SyncBatchNorm(Synchronised, BatchNorm):
         name: str | None = None,
         **keywords: Any,
     ) -> None:
-        check_comm(comm)
+        comm = check_comm(comm)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **keywords
         )
@@ -229,6 +306,9 @@ class SyncBatchNorm(Synchronised, BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ShapeError(f"expected at least 2D input (got {input.dim()}D input)")
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, comm={describe(self._comm)}"
 
     convert_sync_batchnorm: ClassVar[Callable[..., Any]]
     """:func:`cupybn.interop.torch.convert_sync_batchnorm`, as a static method, as in PyTorch."""
