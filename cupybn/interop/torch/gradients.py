@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ... import distributed
-from .autograd import Tensor, array_of, on_stream_of
+from .tensors import Tensor, array_of, on_stream_of
 
 
 def _named(tensors: dict[str, Tensor]) -> distributed.Named:
