@@ -52,7 +52,7 @@ test-pythons:
 # The kernels, compiled by NVRTC for every architecture; no GPU needed, about 450 MB of wheels.
 test-nvrtc:
 	$(MAKE) VENV=.venv-nvrtc .venv-nvrtc/nvrtc.stamp
-	.venv-nvrtc/bin/python -m pytest tests/test_compile.py
+	.venv-nvrtc/bin/python -m pytest tests/test_compile.py tests/test_sass.py
 
 # The kernels on the CPU again: with threads in random order, and under the sanitizers of g++.
 test-hostcuda: $(VENV)/test.stamp

@@ -11,7 +11,7 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
                 double* partials, unsigned* counters, const scalar_t* dy, const scalar_t* x,
                 const unsigned char* mask, const double* mean, const double* invstd,
                 const param_t* weight, const param_t* bias, i64 relu, i64 n, i64 c, i64 l,
-                i64 slice_length, i64 tile_channels, i64 line_samples) {
+                i64 slice_length, i64 tile_channels, i64 line_samples, i64 group_slices) {
   constexpr int UNROLL = 2;
   const Shape shape{n, c, l, slice_length, tile_channels, line_samples};
   const bool masked = relu && mask, again = relu && !mask;
@@ -65,7 +65,7 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
     acc_t d = passing(widen(load_if(slot.active, dy + slot.offset)), value, own, again, bits, V - 1);
     return Pair{d, static_cast<double>(d) * (value - own.high)};
   };
-  reduce_tile(pairs, walk, shape, Scratch{partials, counters}, pair_of,
+  reduce_tile(pairs, walk, shape, Scratch{partials, counters, group_slices}, pair_of,
               [&](bool active, i64 channel, Pair sums) {
     double low = Affine::low(load_if(active, mean + channel));
     double about_mean = sums.b - low * sums.a;

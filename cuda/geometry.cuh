@@ -212,12 +212,13 @@ __device__ __forceinline__ void each_channel(const Walk& walk, i64 channels, Eac
   } while (Walk::CHANNELS > 1 && begin < walk.tile_channels());
 }
 
-// What `make(active, c)` gives for every channel of the block, computed once and shared.
+// What `make(active, c)` gives for every channel of the block, computed once and shared. Also for those
+// of the tile that the tensor does not have: idle threads pick them.
 template <typename Value, typename Make>
 __device__ __forceinline__ void fill_table(Value* table, const Walk& walk, i64 channels, Make make) {
   each_channel(walk, channels, [&](bool active, i64 c, int i) {
     Value value = make(active, c);
-    if (active) table[i] = value;
+    if (i < walk.tile_channels()) table[i] = value;
   });
   __syncthreads();
 }

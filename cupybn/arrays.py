@@ -201,7 +201,7 @@ def cupy_for(what: str) -> Any:
         import cupy  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         raise DeviceError(
-            f"{what}: CUDA devices need CuPy: pip install 'cupybn[cuda13]' or 'cupybn[cuda12]'"
+            f"{what}: CUDA devices need CuPy: pip install cupy-cuda13x (or cupy-cuda12x)"
         ) from error
     return cupy
 
@@ -289,7 +289,7 @@ def dtype_named(name: str, what: str = "what is asked for") -> np.dtype[Any]:
         return np.dtype(import_module("ml_dtypes").bfloat16)  # type: ignore[no-any-return]
     except ImportError as error:
         raise ImportError(
-            f"{what} is bfloat16, which needs ml_dtypes: pip install 'cupybn[bfloat16]'"
+            f"{what} is bfloat16, which needs ml_dtypes: pip install ml_dtypes"
         ) from error
 
 

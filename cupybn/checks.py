@@ -25,6 +25,14 @@ def check_eps(eps: float) -> None:
         raise ValueError(f"eps must be positive, got {eps!r}")
 
 
+def check_layer_dtype(dtype: Any) -> np.dtype[Any]:
+    """The dtype of a layer's parameters; raises DTypeError unless it is float32 or float64."""
+    chosen: np.dtype[Any] = np.dtype(dtype)
+    if chosen not in (np.float32, np.float64):
+        raise DTypeError(f"dtype of a layer must be float32 or float64, got {chosen}")
+    return chosen
+
+
 def is_relu(activation: str | None) -> bool:
     """Whether the activation is ReLU. The one place that knows activations by their names.
 

@@ -93,7 +93,7 @@ def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
     """
     mpiexec = _mpiexec()
     if mpiexec is None:
-        pytest.skip("no mpiexec: pip install 'cupybn[mpich]'")
+        pytest.skip("no mpiexec: pip install mpich")
 
     def run(
         n: int,

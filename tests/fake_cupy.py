@@ -35,6 +35,7 @@ import numpy as np
 __version__ = "14.0"
 SIZE = 1 << 28  # of guarded memory
 DEVICES = 2
+RESIDENT = 3  # blocks of any kernel on a multiprocessor
 _NONE, _READ_WRITE = 0, 3
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -77,7 +78,7 @@ def do_nothing():
     build_with(lambda text, names: types.SimpleNamespace(get_function=lambda name: _no_kernel))
 
 
-def _no_kernel(grid, block, arguments):
+def _no_kernel(grid, block, arguments, shared_mem=0):
     pass
 
 
@@ -757,14 +758,15 @@ class RawKernel:
         self.kernel = _Kernel(function, name)
 
     def __call__(self, grid, block, args, **options):
-        self.kernel(grid, block, args)
+        self.kernel(grid, block, args, **options)
 
 
 class _Kernel:
     def __init__(self, function, name):
         self.function, self.name = function, name
+        self.kernel = types.SimpleNamespace(ptr=id(function))
 
-    def __call__(self, grid, block, args, *, shared_mem=0):
+    def __call__(self, grid, block, args, **options):
         launched[self.name] += 1
         if self.function is _no_kernel:
             return
@@ -776,7 +778,7 @@ class _Kernel:
                     f"{x.data.device_id} while current = {_here.device}"
                 )
         plain = [x.memory if isinstance(x, ndarray) else x for x in args]
-        get_current_stream().launch(lambda: self.function(grid, block, plain))
+        get_current_stream().launch(lambda: self.function(grid, block, plain, **options))
 
 
 # Modules of CuPy
@@ -815,6 +817,9 @@ cuda = types.SimpleNamespace(
     MemoryPool=MemoryPool,
     Stream=Stream,
     alloc_pinned_memory=alloc_pinned_memory,
+    driver=types.SimpleNamespace(
+        occupancyMaxActiveBlocksPerMultiprocessor=lambda function, threads, shared: RESIDENT
+    ),
     get_allocator=get_allocator,
     get_current_stream=get_current_stream,
     get_elapsed_time=get_elapsed_time,

@@ -342,7 +342,7 @@ class _Collector:
     def __call__(self, text, kernels):
         self.modules.append((text, kernels))
         note = self.launched.add
-        launch = lambda name: lambda grid, block, arguments: note((text, name))  # noqa: E731
+        launch = lambda name: lambda *arguments, **more: note((text, name))  # noqa: E731
         return SimpleNamespace(get_function=launch)
 
 

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +102,7 @@ def test_a_broken_numba_is_not_passed_over_in_silence(tmp_path):
     name = "print(backends.cpu_backend().__name__)"
     forced = chosen(name, first_path=str(tmp_path), CUPYBN_CPU_BACKEND="numba")
     assert forced.returncode != 0
-    assert "(Numba needs another NumPy): pip install 'cupybn[cpu]'" in forced.stderr
+    assert "(Numba needs another NumPy): pip install --upgrade numba" in forced.stderr
     auto = chosen(name, first_path=str(tmp_path))
     assert auto.stdout.split() == [plain.__name__]
     assert "RuntimeWarning: Numba is installed, but cannot be used" in auto.stderr
@@ -125,12 +124,17 @@ def test_python_in_place_of_compiled_loops_is_refused():
         ({}, 8), ({"OMP_NUM_THREADS": "3"}, 3), ({"OMP_NUM_THREADS": "3,2"}, 3),
         ({"NUMBA_NUM_THREADS": "5", "OMP_NUM_THREADS": "3"}, 5),
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 2), ({"MPI_LOCALNRANKS": "3"}, 2),
-        ({"SLURM_TASKS_PER_NODE": "2(x3),1"}, 4), ({"PMI_LOCAL_SIZE": "100"}, 1),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x3),1"}, 4), ({"PMI_LOCAL_SIZE": "100"}, 1),
         ({"OMP_NUM_THREADS": "none"}, 8),
     ],
 )  # fmt: skip
 def test_ranks_share_the_cores(monkeypatch, env, expected):
-    for name in (*launcher.LOCAL_SIZE_VARIABLES, "OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    for name in (
+        *launcher.LOCAL_SIZE_VARIABLES,
+        "SLURM_CPUS_ON_NODE",
+        "OMP_NUM_THREADS",
+        "NUMBA_NUM_THREADS",
+    ):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
@@ -139,53 +143,24 @@ def test_ranks_share_the_cores(monkeypatch, env, expected):
     assert pool.thread_count() == expected
 
 
-taking = threading.Lock()
-
-
-def in_python(work):
-    """A kernel as the compiled ones are, of Python: work(*arguments, item) for all it can take."""
-
-    def kernel(*arguments):
-        *arguments, items, taken = arguments
-        while True:
-            with taking:
-                i = int(taken[0])
-                taken[0] += 1
-            if i >= len(items):
-                return
-            work(*arguments, int(items[i]))
-
-    return kernel
-
-
-def spread(kernel, arguments, number, at_most=None):
-    """`kernel` over the items 0 to `number`."""
-    pool.spread(kernel, at_most or number, *arguments, np.arange(number), np.zeros(1, np.int64))
-
-
-def test_every_item_is_done_once_whoever_calls():
-    pool.set_threads(3)
-    done = []
-    kernel = in_python(lambda call, item: done.append((call, item)) or time.sleep(1e-4))
-    callers = [threading.Thread(target=spread, args=(kernel, (call,), 50)) for call in range(6)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join(timeout=30)
-    assert sorted(done) == [(call, i) for call in range(6) for i in range(50)]
-
-
-def test_an_error_in_any_item_is_raised():
+@pytest.mark.parametrize("fails", ["caller", "helper"])
+def test_an_error_of_the_caller_is_raised_and_one_of_a_helper_is_not(fails):
     pool.set_threads(2)
+    came = [threading.Event() for _ in range(5)]
 
-    def work(item):
-        if item == 7:
-            raise MemoryError("item 7")
-        time.sleep(0.001)
+    def kernel(helper, event):
+        if helper:
+            event.set()
+        assert event.wait(timeout=30)
+        if helper == (fails == "helper"):
+            raise MemoryError("no stack")
 
-    for _ in range(5):
-        with pytest.raises(MemoryError, match="item 7"):
-            spread(in_python(work), (), 10)
+    for event in came:
+        if fails == "caller":
+            with pytest.raises(MemoryError, match="no stack"):
+                pool.spread(kernel, 2, event)
+        else:
+            pool.spread(kernel, 2, event)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         pool.set_threads(0)
 
@@ -207,12 +182,20 @@ def test_a_worker_leaves_the_core_of_its_caller(monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads stay where they are put")
 def test_only_workers_are_moved():
     pool.set_threads(2)
-    allowed, at = os.sched_getaffinity(0), set()
+    allowed, helpers, came = os.sched_getaffinity(0), set(), threading.Semaphore(0)
+
+    def kernel(helper):
+        if helper:
+            helpers.add(threading.get_ident())
+            came.release()
+        assert came.acquire(timeout=30)
+        came.release()
+
     for _ in range(20):
-        work = in_python(lambda _: at.add(threading.get_ident()) or time.sleep(0.001))
-        spread(work, (), 4)
+        pool.spread(kernel, 4)
         assert os.sched_getaffinity(0) == allowed
-    assert len(at) == 2
+    assert helpers
+    assert threading.get_ident() not in helpers
 
 
 @needs_numba
@@ -229,23 +212,33 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(shape, relu):
 
 
 @needs_numba
-def test_kernels_take_every_item_once():
+def test_every_item_is_done_once_whoever_calls():
     import numba
 
-    from cupybn.backends.cpu.intrinsics import take
+    from cupybn.backends.cpu.intrinsics import enter, leave, take
 
     @numba.njit(nogil=True)
-    def kernel(times, items, taken):
-        i = take(taken)
+    def kernel(helper, times, items, turns):
+        i = take(turns) if enter(turns, helper) else len(items)
         while i < len(items):
             times[items[i]] += 1
-            i = take(taken)
+            i = take(turns)
+        leave(turns, helper)
+
+    def call(times):
+        items = np.arange(times.size)
+        for _ in range(20):
+            pool.spread(kernel, 5, times, items, np.zeros(2, np.int64))
 
     for number in (1, 2, 5):
         pool.set_threads(number)
-        times = np.zeros(200_000, np.int64)
-        spread(kernel, (times,), times.size, number)
-        assert (times == 1).all()
+        several = np.zeros((6, 20_000), np.int64)
+        callers = [threading.Thread(target=call, args=(times,)) for times in several]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join(timeout=60)
+        assert (several == 20).all()
 
 
 @needs_numba

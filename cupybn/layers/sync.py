@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from ..communicators import Communicator, check_comm, resolve
 from ..forward_backward import ALONE
+from ..typing import ArrayLike
 from .base import Layer
 from .batchnorm import ARGUMENTS, BatchNorm
 
@@ -27,7 +28,10 @@ class CommReference:
                     f"{label}: this layer was unpickled, which leaves its communicator "
                     "behind: set layer.comm before training"
                 )
-            self.resolved = resolve(self.comm)
+            try:
+                self.resolved = resolve(self.comm)
+            except RuntimeError as error:
+                raise type(error)(f"{label}: {error}") from error
         return self.resolved
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CommReference:
@@ -97,10 +101,29 @@ class SyncBatchNorm(Synchronised, BatchNorm):
         comm: Any = None,
         *,
         name: str | None = None,
-        **keywords: Any,
+        bias: bool = True,
+        channel_axis: int = 1,
+        activation: str | None = None,
+        weight_init: str | Callable[[tuple[int]], ArrayLike] = "ones",
+        check_finite: bool = False,
+        dtype: Any = None,
+        device: str | None = None,
     ) -> None:
         check_comm(comm)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, **keywords)
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            bias=bias,
+            channel_axis=channel_axis,
+            activation=activation,
+            weight_init=weight_init,
+            check_finite=check_finite,
+            dtype=dtype,
+            device=device,
+        )
         self.name = name
         self.comm = comm
         self._converted_from: type[BatchNorm] | None = None
