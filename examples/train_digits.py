@@ -111,14 +111,17 @@ def run(way: Way, data: Data, args: argparse.Namespace) -> Course:
 
 
 def progress(training: Training, epochs: int, title: str) -> Iterable[bool]:
-    """The steps that are left; with a progress bar on rank 0."""
+    """The steps that are left; with a progress bar on rank 0, if that writes to a terminal."""
     steps = training.steps(epochs)
     if training.comm.rank != 0:
         return steps
     from tqdm import tqdm
 
     total, done = epochs * training.steps_in_epoch, training.steps_done
-    return tqdm(steps, desc=title, total=total, initial=done, leave=False, mininterval=1)
+    return tqdm(
+        steps, desc=title, total=total, initial=done, leave=False, mininterval=1,
+        disable=None,  # where nobody watches: in a file the bar is a mess
+    )  # fmt: skip
 
 
 def save(training: Training, course: Course, path: Path) -> None:
