@@ -18,7 +18,7 @@ import numpy as np
 
 from .arrays import Array, assign
 from .communicators import Communicator
-from .communicators.base import check_usable, first_values, refuse, refused
+from .communicators.base import check_usable, first_values, listed, refuse, refused
 from .errors import CollectiveMismatchError, CupyBNError, PeerError
 from .statistics import (
     COUNT,
@@ -158,11 +158,8 @@ class CollectiveCall:
         table = self.comm.allreduce(
             pack_texts(self.fingerprint, self.comm.rank, self.ranks), f"{self.what}, mismatch"
         )
-        groups: dict[str, list[int]] = {}
-        for rank, text in enumerate(unpack_texts(table, self.ranks)):
-            groups.setdefault(text, []).append(rank)
-        lines = [f"  {_name_ranks(ranks)}: {text}" for text, ranks in groups.items()]
-        text = "the ranks met in one collective with different calls:\n" + "\n".join(lines)
+        calls = listed(unpack_texts(table, self.ranks))
+        text = f"the ranks met in one collective with different calls:{calls}"
         refuse(self.comm, text)
         raise CollectiveMismatchError(text)
 
@@ -177,8 +174,3 @@ def say_where(error: Exception, what: str, comm: Communicator) -> None:
             error.add_note(note)
         elif comm.size > 1 and what not in str(error) and error.args == (str(error),):
             error.args = (f"{error}\n{note}",)  # Python 3.10
-
-
-def _name_ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"

@@ -16,7 +16,6 @@ from hostcuda.build import missing
 
 import cupybn
 from cupybn.cli import COMMANDS, main
-from cupybn.launcher import strangers
 
 
 def cli(*arguments, check=True, env=None):
@@ -127,18 +126,6 @@ def test_info_over_ranks(mpirun):
     found = json.loads(process.stdout)  # one rank prints
     assert found["ranks"] == 3
     assert list(found["local_rank"].values()) == ["0"]
-
-
-def test_processes_that_do_not_find_each_other(monkeypatch):
-    """mpiexec of one MPI, the library of another: every process would train by itself."""
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    assert strangers(1) is None
-    monkeypatch.setenv("PMI_SIZE", "4")
-    assert "the launcher started 4 processes (PMI_SIZE)" in strangers(1)
-    assert strangers(4) is None
-    monkeypatch.setenv("PMI_SIZE", "1")
-    assert strangers(1) is None
 
 
 def rows(process):

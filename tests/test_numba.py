@@ -125,12 +125,17 @@ def test_python_in_place_of_compiled_loops_is_refused():
         ({}, 8), ({"OMP_NUM_THREADS": "3"}, 3), ({"OMP_NUM_THREADS": "3,2"}, 3),
         ({"NUMBA_NUM_THREADS": "5", "OMP_NUM_THREADS": "3"}, 5),
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 2), ({"MPI_LOCALNRANKS": "3"}, 2),
-        ({"SLURM_TASKS_PER_NODE": "2(x3),1"}, 4), ({"PMI_LOCAL_SIZE": "100"}, 1),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x3),1"}, 4), ({"PMI_LOCAL_SIZE": "100"}, 1),
         ({"OMP_NUM_THREADS": "none"}, 8),
     ],
 )  # fmt: skip
 def test_ranks_share_the_cores(monkeypatch, env, expected):
-    for name in (*launcher.LOCAL_SIZE_VARIABLES, "OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    for name in (
+        *launcher.LOCAL_SIZE_VARIABLES,
+        "SLURM_CPUS_ON_NODE",
+        "OMP_NUM_THREADS",
+        "NUMBA_NUM_THREADS",
+    ):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)

@@ -18,10 +18,10 @@ from .. import __version__, backends
 from ..backends.cpu.pool import thread_count
 from ..backends.cuda.source import source_directory
 from ..communicators import MpiCommunicator
-from ..communicators.mpi import library_version, load_mpi
+from ..communicators.process import library_version, load_mpi
 from ..distributed import local_device
 from ..errors import DeviceError
-from ..launcher import local_rank_variables, strangers
+from ..launcher import local_rank_variables, singleton
 
 _LABELS = {
     "cupybn": "cupybn",
@@ -166,7 +166,7 @@ def mpi() -> dict[str, Any]:
     found = {
         "mpi4py": version,
         "mpi_library": library_version(loaded),
-        "ranks": strangers(world.size) or world.size,
+        "ranks": singleton(world.size) or world.size,
         "rank": world.rank,
     }
     try:

@@ -16,9 +16,9 @@ from typing import Any
 
 from .. import __version__
 from ..communicators import MpiCommunicator
-from ..communicators.mpi import library_version, load_mpi
+from ..communicators.process import library_version, load_mpi
 from ..distributed import local_device
-from ..launcher import strangers
+from ..launcher import singleton
 from .selfchecks import (
     Setup,
     check_against_one_process,
@@ -62,7 +62,7 @@ def _selftest(world: Any, args: argparse.Namespace) -> int:
         f"cupybn {__version__} selftest: {world.size} rank{'s' * (world.size > 1)} on {machines} "
         f"machine{'s' * (machines > 1)}, {library_version(load_mpi())}"
     )
-    problems = [problem for problem in [strangers(world.size)] if problem]
+    problems = [problem for problem in [singleton(world.size)] if problem]
     make_comm = partial(
         MpiCommunicator, world, timeout=None if os.environ.get("CUPYBN_TIMEOUT") else _TIMEOUT
     )

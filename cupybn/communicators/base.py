@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,9 +16,22 @@ DEFAULT_TIMEOUT = 600.0  # seconds
 
 @runtime_checkable
 class Communicator(Protocol):
-    """Adds up messages across ranks. Any object with these three will do.
+    """Adds up messages across ranks. Any object with ``rank``, ``size`` and ``allreduce`` will do.
 
-    All ranks call ``allreduce`` in the same order. It returns, on every rank, the same bits.
+    What it must do:
+
+    * ``rank`` and ``size`` never change.
+    * ``allreduce`` is collective: all ranks call it in the same order, with messages of one length
+      and dtype (float64, float32 or int64). It returns, on every rank, the same bits.
+    * It returns when the sum is there, or raises. A call that raises before anything was sent
+      leaves the communicator usable; if the others can wait for this rank then, a timeout of its
+      own has to end that.
+    * It may keep or overwrite the message, and may return it.
+    * Where a message is a CuPy array, so is the sum, and work on the current stream comes before
+      and after it.
+    * One thread at a time calls it.
+
+    It may have one method more, ``first_values(total, n)``, see :func:`first_values`.
     """
 
     @property
@@ -28,9 +41,9 @@ class Communicator(Protocol):
     def size(self) -> int: ...
 
     def allreduce(self, message: Array, label: str = "") -> Array:
-        """The elementwise sum of the ranks' messages, which are contiguous and of one length.
+        """The elementwise sum of the ranks' messages, which are contiguous and of one dimension.
 
-        May work in place. `label` says what is being summed, for errors.
+        `label` says what is being summed, for errors.
         """
         ...
 
@@ -44,7 +57,11 @@ class OfOneProcess:
     def __reduce__(self) -> Any:
         name = type(self).__name__
         article = "an" if name.startswith("Mpi") else "a"
-        raise TypeError(f"{article} {name} belongs to its process and cannot be pickled")
+        raise TypeError(
+            f"{article} {name} belongs to its process and cannot be pickled, and neither can the "
+            "context of a forward over it. Pickle the layer, whose communicator is left behind, or "
+            "its state_dict(); run forward again where the context is needed"
+        )
 
 
 def seconds_to_wait(timeout: Any = None) -> float:
@@ -82,6 +99,24 @@ def first_values(comm: Communicator, total: Array, n: int) -> Any:
         return total[:n]
     at_hand = getattr(comm, "first_values", None)
     return copy_to_host(total[:n]) if at_hand is None else at_hand(total, n)
+
+
+def by_rank(texts: Iterable[str]) -> dict[str, str]:
+    """The ranks' texts, each once, and whose they are: "ranks 0, 2"."""
+    ranks_of: dict[str, list[int]] = {}
+    for rank, text in enumerate(texts):
+        ranks_of.setdefault(text, []).append(rank)
+    return {text: _name_ranks(ranks) for text, ranks in ranks_of.items()}
+
+
+def _name_ranks(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
+def listed(texts: Iterable[str]) -> str:
+    """A line for each of the ranks' texts, with whose it is."""
+    return "".join(f"\n  {who}: {text}" for text, who in by_rank(texts).items())
 
 
 class SelfCommunicator:

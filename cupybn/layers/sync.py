@@ -27,7 +27,10 @@ class CommReference:
                     f"{label}: this layer was unpickled, which leaves its communicator "
                     "behind: set layer.comm before training"
                 )
-            self.resolved = resolve(self.comm)
+            try:
+                self.resolved = resolve(self.comm)
+            except RuntimeError as error:
+                raise type(error)(f"{label}: {error}") from error
         return self.resolved
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CommReference:
