@@ -9,7 +9,7 @@ import pytest
 
 import cupybn
 
-EPOCHS = 2
+EPOCHS = 1
 ROW = "(b) 2 ranks, synchronised"
 
 pytestmark = pytest.mark.timeout(300)
@@ -96,7 +96,7 @@ def test_a_job_near_its_end_saves_and_is_queued_again(mpi, where, uninterrupted)
     output = (where / "job.out").read_text()
     assert "--resume state.npz goes on from there" in output
     assert ROW not in output
-    assert steps_in(where / "state.npz") < 450
+    assert steps_in(where / "state.npz") < 225
     assert jobs.ended(job, 120) == "COMPLETED"
     assert ROW in (where / "job.out").read_text()
     assert content(where / "state.npz") == uninterrupted[mpi]
@@ -107,7 +107,7 @@ def test_a_cancelled_job_saves_and_goes_on_when_sent_again(mpi, where, uninterru
     jobs.wait_for(lambda: not jobs.ranks(), 30)
     assert jobs.ended(job, 30) == "CANCELLED"
     assert "--resume state.npz goes on from there" in (where / "job.out").read_text()
-    assert steps_in(where / "state.npz") < 450
+    assert steps_in(where / "state.npz") < 225
     assert jobs.ended(jobs.submit(where, "--epochs", EPOCHS), 120) == "COMPLETED"
     assert content(where / "state.npz") == uninterrupted[mpi]
 
@@ -135,6 +135,6 @@ def test_compile_before_the_job(mpi, where):
     assert process.returncode == 0, process.stdout
     compiled = set(kept.rglob("*.nbc"))
     assert compiled
-    process = jobs.shell(numba + "sbatch --wait job.sh --epochs 1", where)
+    process = jobs.shell(numba + f"sbatch --wait job.sh --epochs {EPOCHS}", where)
     assert process.returncode == 0, (where / "job.out").read_text()
     assert set(kept.rglob("*.nbc")) == compiled
