@@ -111,6 +111,7 @@ def clean_up() -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not ranks(), 20)
+    subprocess.run(["scontrol", "reconfigure"])  # asks the hosts at once how they are
     wait_for(lambda: subprocess.run(
         ["sinfo", "-h", "-o", "%t:%D"], capture_output=True, text=True
     ).stdout == "idle:4\n", 90)  # fmt: skip

@@ -29,7 +29,7 @@ def where(mpi):
 @pytest.fixture(scope="module")
 def one_process():
     """The last state of one process that has the batches of both ranks."""
-    where = jobs.folder("mpich")
+    where = jobs.folder(next(iter(jobs.VENVS)))
     process = jobs.shell(
         f"venv/bin/python {jobs.SCRIPT} --batch 4 --epochs {EPOCHS} --save state.npz", where
     )
@@ -126,6 +126,7 @@ def test_ssh(mpi, where, one_process):
     assert_close(where / "state.npz", one_process)
 
 
+@pytest.mark.slow
 def test_compile_before_the_job(mpi, where):
     if mpi != "mpich":  # the one environment with Numba
         return
