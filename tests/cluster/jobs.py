@@ -18,6 +18,7 @@ ROOT = HERE.parent.parent
 DOCUMENT = (ROOT / "docs" / "clusters.md").read_text()
 BLOCKS = dict(re.findall(r"```\w+ (\S+)\n(.*?)```", DOCUMENT, re.DOTALL))
 VENVS = dict(pair.split("=") for pair in os.environ["CUPYBN_CLUSTER"].split())
+START = 120  # seconds that a job may take until it has saved once, on a busy machine
 SCRIPT = "examples/train_digits.py"
 
 

@@ -17,6 +17,7 @@ from processes import family
 
 CLUSTER = Path(__file__).resolve().parent / "cluster"
 DAEMONS = {"munged", "slurmctld", "slurmd", "sshd"}
+FOLDERS = ("/etc", "/etc/ssh", "/mnt", "/usr/sbin", "/var/lib")
 # A signal for it, its code, the daemons that were there.
 ENDINGS = {
     "the command fails": (None, 3, DAEMONS),
@@ -42,11 +43,10 @@ def machine():
     return {
         "mounts": sorted(line.split()[4] for line in mounts.splitlines()),
         "interfaces": sorted(entry.name for entry in Path("/sys/class/net").iterdir()),
-        "names": sorted(str(entry) for folder in ("/etc", "/etc/ssh", "/mnt", "/usr/sbin", "/var/lib")
-                        for entry in Path(folder).glob("*")),
+        "names": sorted(str(entry) for folder in FOLDERS for entry in Path(folder).glob("*")),
         "users": Path("/etc/passwd").read_text(),
         "hosts": Path("/etc/hosts").read_text(),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

@@ -84,7 +84,7 @@ def test_a_job_trains_like_one_process(mpi, where, one_process, uninterrupted):
 def interrupted(where, how):
     """Submits, and does something to the job when it has saved once."""
     job = jobs.submit(where, "--epochs", EPOCHS)
-    jobs.wait_for((where / "state.npz").exists, 60)
+    jobs.wait_for((where / "state.npz").exists, jobs.START)
     process = jobs.shell(how.format(job), where)
     assert process.returncode == 0, process.stdout
     return job
@@ -115,7 +115,7 @@ def test_a_cancelled_job_saves_and_goes_on_when_sent_again(mpi, where, uninterru
 def test_ssh(mpi, where, one_process):
     command = jobs.block(f"ssh-{mpi}", mpi).strip() + f" --epochs {EPOCHS}"
     with jobs.launched(command, where) as launcher:
-        jobs.wait_for((where / "state.npz").exists, 60)
+        jobs.wait_for((where / "state.npz").exists, jobs.START)
         for host in ("n1", "n2"):
             (rank,) = jobs.ranks(host)
             variables = Path(f"/proc/{rank}/environ").read_text().split("\0")
