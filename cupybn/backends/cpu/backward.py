@@ -13,8 +13,9 @@ from .intrinsics import (
     affine,
     buffer,
     double_buffer,
-    fence,
+    enter,
     lanes,
+    leave,
     line,
     load,
     moved,
@@ -188,6 +189,7 @@ def _input(columns, arrays, mask, item, a, b, relu, constant, coefficients, kept
 
 @kernel
 def backward(
+    helper,
     columns,
     items,
     dx,
@@ -205,7 +207,7 @@ def backward(
     sum_dy_xmu,
     total_dy,
     total_dy_xmu,
-    taken,
+    turns,
     stages,
     relu,
     count,
@@ -216,7 +218,7 @@ def backward(
     sums, totals = (sum_dy, sum_dy_xmu), (total_dy, total_dy_xmu)
     dys, xs, bits = pointer(dy, 0), pointer(x, 0), pointer(mask, 0)
     kind = (2 if mask.size > 0 else 1) if relu else 0
-    at = take(taken)
+    at = take(turns) if enter(turns, helper) else len(items)
     while at < len(items):
         _, _, _, _, c0, c1, _, _, l0, l1, step, group = item = items[at]
         for a in range(c0, c1, group):
@@ -236,5 +238,5 @@ def backward(
                 fill_slope(high, slope, offset, size, step, mean, invstd, totals, count, a, b)
                 arrays = dx, dresidual, dy, x
                 _input(columns, arrays, bits, item, a, b, kind, count == 0, coefficients, kept)
-        at = take(taken)
-    fence()
+        at = take(turns)
+    leave(turns, helper)

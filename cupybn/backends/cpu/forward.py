@@ -13,8 +13,9 @@ from .intrinsics import (
     affine,
     buffer,
     double_buffer,
-    fence,
+    enter,
     lanes,
+    leave,
     line,
     load,
     moved,
@@ -91,6 +92,7 @@ def _normalize(columns, arrays, item, a, b, relu, coefficients):
 
 @kernel
 def forward(
+    helper,
     columns,
     items,
     y,
@@ -105,7 +107,7 @@ def forward(
     first,
     second,
     payload,
-    taken,
+    turns,
     stages,
     form,
     relu,
@@ -115,7 +117,7 @@ def forward(
 ):
     """`columns` is None for items of rows. `first` and `second` are the moments, as `form` says."""
     high, scale, shift, var = buffer(x), buffer(x), buffer(x), double_buffer(x)
-    at = take(taken)
+    at = take(turns) if enter(turns, helper) else len(items)
     while at < len(items):
         _, start, _, _, c0, c1, _, _, l0, l1, step, group = item = items[at]
         for a in range(c0, c1, group):
@@ -147,16 +149,16 @@ def forward(
                 size = b - a if columns is None else l1 - l0
                 fill_affine(high, scale, shift, size, step, mean, invstd, weight, bias, a, b)
                 _normalize(columns, (y, x, residual), item, a, b, relu, (high, scale, shift))
-        at = take(taken)
-    fence()
+        at = take(turns)
+    leave(turns, helper)
 
 
 @kernel
-def pack_mask(y, mask, items, taken):
+def pack_mask(helper, y, mask, items, turns):
     """One bit for each y above 0, into the bytes of each item, as ``np.packbits``."""
     size = y.size
     y = pointer(y, 0)
-    at = take(taken)
+    at = take(turns) if enter(turns, helper) else len(items)
     while at < len(items):
         for i in range(items[at, 0], items[at, 1]):
             byte = 0
@@ -167,4 +169,5 @@ def pack_mask(y, mask, items, taken):
                 for k in range(size - 8 * i):
                     byte |= (load(y, 8 * i + k) > 0) << (7 - k)
             mask[i] = byte
-        at = take(taken)
+        at = take(turns)
+    leave(turns, helper)

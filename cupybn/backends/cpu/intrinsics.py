@@ -10,12 +10,14 @@ so it may write over what it reads.
 from __future__ import annotations
 
 import inspect
+import sys
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
+from .compiler import inside
 from .plan import WIDE
 
 LINE = 64  # bytes of a cache line
@@ -88,15 +90,23 @@ def double_buffer(_, x):
     return _on_the_stack(types.float64, x)
 
 
-@intrinsic
-def take(_, taken):
-    """The next number, from 0: taken[0], which is one more for the next thread that asks."""
+def _add(order):
+    @intrinsic
+    def add(_, turns, i, number):
+        def code(context, builder, signature, arguments):
+            data = context.make_array(turns)(context, builder, arguments[0]).data
+            return builder.atomic_rmw("add", builder.gep(data, [arguments[1]]), arguments[2], order)
 
-    def code(context, builder, signature, arguments):
-        data = context.make_array(taken)(context, builder, arguments[0]).data
-        return builder.atomic_rmw("add", data, context.get_constant(types.int64, 1), "monotonic")
+        return types.int64(turns, types.intp, types.int64), code
 
-    return types.int64(taken), code
+    return add
+
+
+_add_in_order, _add_in_any = _add("seq_cst"), _add("monotonic")
+_let_others_run = types.ExternalFunction(
+    "SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32()
+)
+_CALLER, _HELPER = 1, 2  # what those inside add to turns[1]
 
 
 @intrinsic
@@ -108,6 +118,28 @@ def fence(_):
         return context.get_dummy_value()
 
     return types.none(), code
+
+
+@inside
+def take(turns):
+    """The next number, from 0: turns[0], which is one more for the next thread that asks."""
+    return _add_in_any(turns, 0, 1)
+
+
+@inside
+def enter(turns, helper):
+    """Whether to take items: a helper may while its caller is inside."""
+    before = _add_in_order(turns, 1, _HELPER if helper else _CALLER)
+    return not helper or before & _CALLER != 0
+
+
+@inside
+def leave(turns, helper):
+    """The caller waits here until every helper has left. All that was streamed is seen then."""
+    fence()
+    _add_in_order(turns, 1, -_HELPER if helper else -_CALLER)
+    while not helper and _add_in_order(turns, 1, 0) != 0:
+        _let_others_run()
 
 
 # ---- numbers -------------------------------------------------------------------------------------

@@ -2,23 +2,33 @@
 
 The kernels release Python's lock, so Python's own threads do. They take the lock once a call, not
 once an item: a thread that waits for it sleeps, and wakes slowly. Any number of callers may hand in
-work at once: each does its own items too, and takes back what no thread has begun.
+work at once, and each does its own items too.
+
+A helper works only while its caller is inside the kernel: the kernel lets helpers in when the
+caller enters, and keeps the caller until they have left (``enter`` and ``leave`` of
+``intrinsics.py``). So nothing depends on a helper, and whatever interrupts the caller in Python,
+nothing is written by helpers after it: one that comes late finds the door closed. The threads are
+daemons, which a process does not wait for, and end before the interpreter does.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 from ...launcher import leading_number, share_of_cores
 
 _NUMBER_VARIABLES = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS")
 _threads: int | None = None
-_pool: ThreadPoolExecutor | None = None
+_workers: list[Thread] = []
+_calls: SimpleQueue[Any] = SimpleQueue()  # (kernel, arguments, core) in a list, or nothing any more
 
 
 def thread_count() -> int:
@@ -39,32 +49,43 @@ def set_threads(number: int | None) -> None:
     if number is not None and number < 1:
         raise ValueError(f"the number of threads must be at least 1, got {number}")
     _threads = number
-    _forget_pool()
 
 
 def spread(kernel: Callable[..., Any], at_most: int, *arguments: Any) -> None:
-    """``kernel(*arguments)``, on as many threads as there may be, `at_most` so many.
+    """``kernel(False, *arguments)``, helped by ``kernel(True, *arguments)`` on other threads.
 
-    Each call takes work items, by a counter among the arguments, until there are none.
+    So that there are as many threads as there may be, `at_most` so many; fewer where the system
+    starts no more. Each call takes work items, by a counter among the arguments, until there are
+    none.
     """
-    helpers = min(thread_count(), at_most) - 1
-    if helpers <= 0:
-        kernel(*arguments)
-        return
-    core = _current_core()
+    helpers = _start(min(thread_count(), at_most) - 1)
+    call = [(kernel, arguments, _current_core())]
+    for _ in range(helpers):
+        _calls.put(call)
+    kernel(False, *arguments)
+    call.clear()  # a helper that has not come yet keeps no array alive
 
-    def help_out() -> None:
-        _leave_core(core)
-        kernel(*arguments)
 
-    pool = _workers()
-    started = [pool.submit(help_out) for _ in range(helpers)]
-    try:
-        kernel(*arguments)
-    finally:
-        for future in started:
-            if not future.cancel():
-                future.result()
+def _start(number: int) -> int:
+    """Has `number` workers wait for calls, or as many as can be had; returns how many."""
+    while len(_workers) < number:
+        worker = Thread(target=_work, args=(_calls,), name="cupybn", daemon=True)
+        try:
+            worker.start()
+        except RuntimeError:  # no more threads for this process, or it is ending
+            break
+        _workers.append(worker)
+    return min(number, len(_workers))
+
+
+def _work(calls: SimpleQueue[Any]) -> None:
+    while (call := calls.get()) is not None:
+        for kernel, arguments, core in call:
+            with suppress(Exception):  # such as no memory: the caller does what no helper does
+                _leave_core(core)
+                kernel(True, *arguments)
+        kernel = arguments = call = None
+    calls.put(None)  # for the next worker
 
 
 def _default_threads() -> int:
@@ -95,17 +116,21 @@ else:
         pass
 
 
-def _workers() -> ThreadPoolExecutor:
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(thread_count() - 1, "cupybn")
-    return _pool
+def _forget_workers() -> None:
+    """In a forked process: the workers are the parent's."""
+    global _calls
+    _calls = SimpleQueue()
+    _workers.clear()
 
 
-def _forget_pool() -> None:
-    global _pool
-    _pool = None
+def _end_workers() -> None:
+    """Before the interpreter ends; who calls after it works alone."""
+    set_threads(1)
+    _calls.put(None)
+    for worker in _workers:
+        worker.join()
 
 
+atexit.register(_end_workers)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)  # its threads are the parent's
+    os.register_at_fork(after_in_child=_forget_workers)
