@@ -14,8 +14,9 @@ export OPENBLAS_NUM_THREADS ?= 1
 demo: $(VENV)/demo.stamp
 	$(BIN)/mpiexec -n 4 $(BIN)/python -m mpi4py examples/train_digits.py
 
+# Two at a time; the tests of a file stay together, because they share what the file has started.
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: lint types
 	$(MAKE) test
