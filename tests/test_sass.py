@@ -12,8 +12,9 @@ from cuda_tools import need
 from cuda_variants import Variant, variants
 from test_compile import compile_text, disassemble
 
+from benchmarks import model
 from cupybn.arrays import DATA_TYPES
-from cupybn.backends.cuda.plan import _BATCH, VECTOR_BYTES
+from cupybn.backends.cuda.plan import _BATCH, VECTOR_BYTES, plan_launch
 
 pytestmark = pytest.mark.timeout(900)
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -83,3 +84,30 @@ def test_partial_sums_that_wait_for_each_other_are_found():
     }
     """
     assert not adds_in_batches(listing(text, "one_by_one"))
+
+
+def resident(registers: int, shared: int) -> int:
+    """Blocks of 256 threads on a multiprocessor of sm_90: by its registers and shared memory.
+
+    A warp takes registers by 256, a block 1 KB of shared memory beside its own (CUDA C++
+    Programming Guide, technical specifications).
+    """
+    by_registers = 65536 // (8 * -(-32 * registers // 256) * 256)
+    return min(2048 // 256, by_registers, (228 << 10) // (shared + 1024))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_model_knows_what_a_multiprocessor_holds(dtype):
+    itemsize, vector = ITEMSIZE[dtype], VECTOR_BYTES // ITEMSIZE[dtype]
+    for (kernel, kind), blocks in model.RESIDENT.items():
+        variant = variant_of(dtype, kernel, int(kind == "rows"))
+        _, log = compile_text(test_compile.bundle([variant]), "sm_90", "--ptxas-options=-v")
+        number = variant.kernels.index(kernel)
+        report = test_compile._sections(log, r"Function properties for ")[number]
+        registers, shared = (
+            int(re.search(p, report)[1]) for p in (r"(\d+) reg", r"(\d+) bytes smem")
+        )
+        if kind == "runs" and kernel in REDUCTIONS:
+            shape = (100_000, 64, 1)
+            shared += plan_launch(shape, itemsize, VECTOR_BYTES, VECTOR_BYTES, 132).shared_bytes
+        assert resident(registers, shared) == blocks[vector], (kernel, kind, registers, shared)
