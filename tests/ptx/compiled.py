@@ -1,7 +1,7 @@
 """How the machine itself is compiled: by Numba, once; kept on disk beside this file.
 
 Numba looks at one file to see whether what it kept is out of date. The stamp here is a digest of
-all files of the folder.
+all files that are compiled, or whose constants are.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class _Cache(FunctionCache):
     def __init__(self, function):
         super().__init__(function)
         found = sha256()
-        for path in sorted(Path(__file__).parent.glob("*.py")):
-            found.update(path.read_bytes())
+        for name in ("compiled", "lanes", "machine", "memory", "program", "words"):
+            found.update(Path(__file__).with_name(f"{name}.py").read_bytes())
         self._cache_file = IndexDataCacheFile(
             cache_path=self.cache_path,
             filename_base=self._impl.filename_base,
