@@ -96,7 +96,7 @@ def build(kind, dtype, memory_format=torch.channels_last):
     return model.to(dtype=dtype, memory_format=memory_format)
 
 
-def batches(total, dtype, steps=STEPS):
+def batches(total, dtype, steps):
     """(images, labels) of each step, of all ranks together."""
     rng = np.random.default_rng(1)
     for _ in range(steps):
@@ -110,8 +110,18 @@ def state_of(model):
     return torch.cat([t.detach().double().reshape(-1) for t in tensors])
 
 
-def train(model, sizes, *, comm=None, dtype=torch.float64, autocast=False, averaged=None, order=0):
-    """20 steps of SGD on this rank's share of each batch; the state afterwards.
+def train(
+    model,
+    sizes,
+    *,
+    comm=None,
+    dtype=torch.float64,
+    autocast=False,
+    averaged=None,
+    order=0,
+    steps=STEPS,
+):
+    """Steps of SGD on this rank's share of each batch; the state afterwards.
 
     Args:
         sizes: of the ranks' shares.
@@ -121,7 +131,7 @@ def train(model, sizes, *, comm=None, dtype=torch.float64, autocast=False, avera
     """
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
     total = sum(sizes)
-    for images, labels in batches(total, dtype):
+    for images, labels in batches(total, dtype, steps):
         if order:
             permutation = torch.from_numpy(np.random.default_rng(order).permutation(total))
             images, labels = images[permutation], labels[permutation]

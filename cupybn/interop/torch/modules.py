@@ -302,10 +302,10 @@ class SyncBatchNorm(Synchronised, BatchNorm):
     communicates.
     """
 
+    _communicates = True
     _was: tuple[type, Any] | None = None  # what it was converted from
     _check_comm = staticmethod(check_comm)
     _look_up = staticmethod(resolve)
-    _communicates = True
 
     def __init__(
         self,
