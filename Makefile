@@ -52,7 +52,8 @@ test-frameworks:
 
 # A quick choice of tests with the oldest supported Python and NumPy, and with the newest Python.
 QUICK = any_array architecture binding check_finite checkpoint cli collective distributed \
-	double_backward failures functional layers names primitives recalibrate state statistics
+	double_backward failures functional layers names primitives pure recalibrate state \
+	statistics
 test-pythons:
 	.ci/pythons $(QUICK:%=tests/test_%.py)
 
