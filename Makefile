@@ -81,7 +81,7 @@ test-on-cluster: $(CLUSTER_MPIS:%=.venv-cluster-%/cluster.stamp)
 	$(CLUSTER_PYTHON) -m pytest tests/cluster/leftovers.py
 	CUPYBN_CLUSTER="$(foreach mpi,$(CLUSTER_MPIS),$(mpi)=.venv-cluster-$(mpi))" \
 		tests/cluster/cluster $(CLUSTER_PYTHON) -m pytest $(CLUSTER) \
-		tests/cluster/recipes.py tests/cluster/faults.py
+		tests/cluster/recipes.py tests/cluster/launches.py tests/cluster/faults.py
 
 # All that the tests need. Builds of one checkout must not run at once, tests may: make -j2.
 environments:
