@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from . import typing
 from .arrays import Array, as_array, is_cupy, on_device_of, parameter_dtype
 from .backends import backend_for
 from .checks import check_like, check_parameter
@@ -48,9 +49,9 @@ class DoubleGrads(NamedTuple):
         dweight: (C,), sums over this rank's values; None where there was no weight.
     """
 
-    ddy: Array
-    dx: Array
-    dweight: Array | None
+    ddy: typing.Array
+    dx: typing.Array
+    dweight: typing.Array | None
 
 
 class _Sums(NamedTuple):

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from . import typing
 from .arrays import (
     Array,
     as_array,
@@ -111,8 +112,8 @@ class Saved(NamedTuple):
     x3: Array
     weight: Array | None
     bias: Array | None
-    mean: Array
-    invstd: Array
+    mean: typing.Array
+    invstd: typing.Array
     count: int  # type: ignore[assignment]  # of tuple, which has a method of that name
     relu_bits: Array | None = None
     moments: Moments | None = None
@@ -212,7 +213,7 @@ class Saved(NamedTuple):
         return self.bound.comm
 
     @property
-    def var(self) -> Array:
+    def var(self) -> typing.Array:
         """(C,) float64, the biased variance of that batch, from `invstd`: to 1e-15 of var + eps."""
         with on_device_of(self.invstd), np.errstate(all="ignore"):  # Inf where invstd is 0
             return np.maximum(self.invstd**-2.0 - self.eps, 0)

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays import Array, as_array, as_written, is_floating, on_device_of
+from .arrays import as_array, as_written, is_floating, on_device_of
 from .backends import backend_for, by_type
 from .checks import check_momentum
 from .collective import CollectiveCall
@@ -58,6 +58,7 @@ from .primitives import (
     recentre_moments,
 )
 from .statistics import BackwardSums, Moments, message_length
+from .typing import Array, ArrayLike
 
 __all__ = [
     "BackwardSums",
@@ -105,17 +106,17 @@ class Grads(NamedTuple):
 
 
 def batch_norm_forward(
-    x: Array,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    x: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     eps: float = 1e-5,
     *,
     comm: Any = None,
     name: str | None = None,
     channel_axis: int = 1,
     activation: str | None = None,
-    residual: Array | None = None,
-    out: Array | None = None,
+    residual: ArrayLike | None = None,
+    out: ArrayLike | None = None,
     save: bool = True,
 ) -> tuple[Array, Saved]:
     """Normalises x with the statistics of the batch of all ranks of `comm`.
@@ -148,7 +149,7 @@ def batch_norm_forward(
     options = (eps, activation, channel_axis, affine, residual is None, bool(save), name)
     key = _signature(x, comm, options)
     found = _bindings.get(key)
-    arrays = {"residual": residual, "out": out}
+    arrays: dict[str, Any] = {"residual": residual, "out": out}
     if found is not None and found[0] is comm:
         bound: Bound = found[1]
         with CollectiveCall(bound.comm, *bound.forward_call) as call:
@@ -178,7 +179,7 @@ def _signature(x: Any, comm: Any, options: tuple[Any, ...]) -> Any:
     return None
 
 
-def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) -> Grads:
+def batch_norm_backward(dy: ArrayLike, saved: Saved, *, out: ArrayLike | None = None) -> Grads:
     """Gradients of a forward, over the ranks of its communicator.
 
     Args:
@@ -206,13 +207,13 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
 
 
 def batch_norm_double_backward(
-    ddx: Array | None,
-    ddweight: Array | None,
-    ddbias: Array | None,
+    ddx: ArrayLike | None,
+    ddweight: ArrayLike | None,
+    ddbias: ArrayLike | None,
     saved: Saved,
-    dy: Array,
+    dy: ArrayLike,
     *,
-    ddresidual: Array | None = None,
+    ddresidual: ArrayLike | None = None,
 ) -> DoubleGrads:
     """Gradients of :func:`batch_norm_backward`, over the ranks of its communicator.
 
@@ -243,17 +244,17 @@ def batch_norm_double_backward(
 
 
 def batch_norm_inference(
-    x: Array,
-    mean: Array,
-    var: Array,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     eps: float = 1e-5,
     *,
     channel_axis: int = 1,
     activation: str | None = None,
-    residual: Array | None = None,
-    out: Array | None = None,
+    residual: ArrayLike | None = None,
+    out: ArrayLike | None = None,
 ) -> Array:
     """Normalises x with a given mean and variance, (C,) each. Never communicates.
 
@@ -271,11 +272,14 @@ def batch_norm_inference(
             _bindings.keep(key, bound)
     given = Running(as_array(mean, "mean"), as_array(var, "var"), np.zeros((), np.int64))
     params = {"weight": weight, "bias": bias}
+    y: Array
     y, _ = bound.forward(None, x, params, residual=residual, out=out, running=given)
     return y
 
 
-def update_running(running_mean: Array, running_var: Array, saved: Saved, momentum: float) -> None:
+def update_running(
+    running_mean: ArrayLike, running_var: ArrayLike, saved: Saved, momentum: float
+) -> None:
     """``running = (1 - momentum) * running + momentum * new`` in place, with the unbiased variance.
 
     A batch without values on any rank changes nothing.
@@ -287,9 +291,8 @@ def update_running(running_mean: Array, running_var: Array, saved: Saved, moment
     """
     check_momentum(momentum)
     check_saved(saved)
-    running_mean = as_written(running_mean, "running_mean")
-    running_var = as_written(running_var, "running_var")
-    for what, array in (("running_mean", running_mean), ("running_var", running_var)):
+    mean, var = as_written(running_mean, "running_mean"), as_written(running_var, "running_var")
+    for what, array in (("running_mean", mean), ("running_var", var)):
         if not is_floating(array.dtype):
             raise DTypeError(f"{what} is {array.dtype}, not floating")
         if array.shape != saved.mean.shape:
@@ -297,12 +300,12 @@ def update_running(running_mean: Array, running_var: Array, saved: Saved, moment
     if saved.count:
         with np.errstate(all="ignore"):  # a statistic too large for the dtype becomes Inf
             backend_for(saved.mean).update_running(
-                running_mean, running_var, saved.mean, saved.var, saved.count, momentum
+                mean, var, saved.mean, saved.var, saved.count, momentum
             )
 
 
 def updated_running(
-    running_mean: Array, running_var: Array, saved: Saved, momentum: float
+    running_mean: ArrayLike, running_var: ArrayLike, saved: Saved, momentum: float
 ) -> tuple[Array, Array]:
     """What :func:`update_running` makes of the arrays, as new ones: theirs may be read-only.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 LOCAL_RANK_VARIABLES = (
+    "LOCAL_RANK",  # torchrun, whose processes inherit what another launcher set for it
     "OMPI_COMM_WORLD_LOCAL_RANK",  # Open MPI
     "MPI_LOCALRANKID",  # MPICH, Intel MPI
     "MV2_COMM_WORLD_LOCAL_RANK",  # MVAPICH
@@ -13,6 +14,7 @@ LOCAL_RANK_VARIABLES = (
     "SLURM_LOCALID",
 )
 LOCAL_SIZE_VARIABLES = (
+    "LOCAL_WORLD_SIZE",  # torchrun
     "OMPI_COMM_WORLD_LOCAL_SIZE",
     "MPI_LOCALNRANKS",
     "MV2_COMM_WORLD_LOCAL_SIZE",
@@ -30,6 +32,19 @@ SIZE_VARIABLES = {
     "FLUX_JOB_SIZE": "FLUX_TASK_RANK",
 }
 ALLOW_SINGLETON = "CUPYBN_ALLOW_SINGLETON"
+
+STARTED_VARIABLES = (  # of every process that a launcher starts for MPI; not srun's own
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_RANK",
+    "PMIX_RANK",
+    "PALS_RANKID",
+    "MV2_COMM_WORLD_RANK",
+)
+
+
+def started_by_mpi() -> bool:
+    """Whether an MPI launcher started this process, or one that it descends from."""
+    return any(os.environ.get(name) for name in STARTED_VARIABLES)
 
 
 def local_rank_variables() -> dict[str, str]:

@@ -4,7 +4,7 @@ Its ``ndarray`` is a class of its own, so that the library takes it for CuPy's a
 CUDA: every layer runs on it. It holds the memory of a NumPy array, and refuses what CuPy refuses:
 mixing with NumPy arrays, becoming one without being asked, arrays of another device in a kernel.
 
-Kernels run on the CPU, through the host build (``tests/hostcuda``), one after the other. Besides,
+Kernels run on the CPU (``kernel_builds.py``), one after the other. Besides,
 
 * ``do_nothing()``: kernels are not even compiled, for counting and timing what Python does;
 * ``put_off()``: copies and kernels wait in their stream's queue until somebody waits for them or an
@@ -43,10 +43,10 @@ log = []  # what happened, in order: "get", "event wait", "pinned", ...
 launched = Counter()  # kernels, by their names
 
 
-def _host_module(text, names):
-    from hostcuda.build import host_module
+def _module(text, names):
+    from kernel_builds import compile_module
 
-    return host_module(text, names)
+    return compile_module(text, names)
 
 
 class _State:
@@ -57,14 +57,14 @@ class _State:
     open_to_all = False  # as if MPI could follow device pointers
     hook = None  # is told of every allocation
     allocator = None  # of CuPy's pool, if None
-    build = staticmethod(_host_module)  # (text, names) to a module with get_function(name)
+    build = staticmethod(_module)  # (text, names) to a module with get_function(name)
 
 
 def install():
     """The module under the name of cupy, and as it is at first."""
     _State.arena, _State.open_to_all, _State.allocator = None, False, None
     _State.lazy = False
-    build_with(_host_module)
+    build_with(_module)
     _here.__dict__.clear()
     _null.__init__()
     log.clear()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import rank_environment
 from cuda_tools import need
-from hostcuda.build import missing
+from kernel_builds import missing
 
 import cupybn
 from cupybn.cli import COMMANDS, main

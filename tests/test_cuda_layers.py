@@ -19,7 +19,7 @@ import pytest
 import reference
 from conftest import DTYPES, ROOT, TOLERANCE
 from cuda_tools import need
-from hostcuda.build import host_module, missing
+from kernel_builds import compile_module, missing
 from kernel_cases import host_kernels, numpy_through_cuda, placed
 from rank_checks import CHECKS, Spy
 from test_binding import functions_entered
@@ -234,7 +234,7 @@ def test_a_kernel_that_does_not_compile_changes_nothing(cupy, direction, n):
     def failing(text, kernels):
         if last in kernels:
             raise RuntimeError("no compiler")
-        return host_module(text, kernels)
+        return compile_module(text, kernels)
 
     cupy.build_with(failing)
 

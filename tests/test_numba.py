@@ -97,14 +97,16 @@ def test_without_numba_numpy_computes(monkeypatch):
     assert backends.use_cpu_backend("auto") is plain
 
 
-def test_a_broken_numba_is_not_passed_over_in_silence(tmp_path):
-    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs another NumPy')\n")
+@pytest.mark.parametrize("raised", ["ImportError", "AttributeError", "OSError", "SystemError"])
+def test_a_broken_numba_is_not_passed_over_in_silence(tmp_path, raised):
+    (tmp_path / "numba.py").write_text(f"raise {raised}('Numba needs another NumPy')\n")
     name = "print(backends.cpu_backend().__name__)"
     forced = chosen(name, first_path=str(tmp_path), CUPYBN_CPU_BACKEND="numba")
     assert forced.returncode != 0
-    assert "(Numba needs another NumPy): pip install --upgrade numba" in forced.stderr
+    said = "" if raised == "ImportError" else f"{raised}: "
+    assert f"({said}Numba needs another NumPy): pip install --upgrade numba" in forced.stderr
     auto = chosen(name, first_path=str(tmp_path))
-    assert auto.stdout.split() == [plain.__name__]
+    assert auto.stdout.split() == [plain.__name__], auto.stderr
     assert "RuntimeWarning: Numba is installed, but cannot be used" in auto.stderr
 
 
@@ -734,6 +736,11 @@ def test_compiling_is_told_once_and_done_again_where_any_file_changed(tmp_path):
         file.write("# changed\n")
     assert run(MPI_LOCALRANKID="1") == (compilations, [])  # one rank of a machine says it
     assert run() == (0, [])
+    for file in (tmp_path / "cache").glob("*/*.nbc"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    assert run() == (compilations, told)
 
 
 @needs_numba

@@ -78,8 +78,12 @@ def run_and_kill(ranks, path, more, saves, delay):
 def rank_processes(job):
     """The pids of a job's ranks."""
     python = [sys.executable, "-m", "mpi4py", str(SCRIPT)]
-    lines = {pid: Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in family(job.pid)}
-    return [pid for pid, words in lines.items() if words[:4] == python]
+    ranks = []
+    for pid in family(job.pid):
+        with suppress(OSError):  # it has ended
+            if Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:4] == python:
+                ranks.append(pid)
+    return ranks
 
 
 def assert_equal(state, expected, tolerance):

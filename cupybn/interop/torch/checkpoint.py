@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -55,9 +57,30 @@ class _Recomputation(_Recording):
         return saved
 
 
-def recompute_contexts() -> tuple[Any, Any]:
+class _Both:
+    """Two contexts as one, the second inside the first; may be entered again."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        self.contexts = first, second
+
+    def __enter__(self) -> None:
+        with ExitStack() as entered:
+            for context in self.contexts:
+                entered.enter_context(context)
+            self.stack = entered.pop_all()
+
+    def __exit__(self, *error: Any) -> Any:
+        return self.stack.__exit__(*error)
+
+
+def recompute_contexts(context_fn: Callable[[], tuple[Any, Any]] | None = None) -> tuple[Any, Any]:
     """For ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False,
     context_fn=recompute_contexts)``: a context for the forward, and one for its recomputation.
+
+    Another ``context_fn`` of yours, as for selective checkpointing, goes inside it::
+
+        selective = functools.partial(create_selective_checkpoint_contexts, policy)
+        context_fn = functools.partial(recompute_contexts, selective)
 
     In the recomputation the batch norms of this module use the statistics of the forward: they
     return the same bits, do not communicate, and leave running statistics and
@@ -66,7 +89,11 @@ def recompute_contexts() -> tuple[Any, Any]:
     raises RuntimeError: it would communicate and update a second time.
     """
     recording = _Recording()
-    return recording, _Recomputation(recording)
+    contexts = recording, _Recomputation(recording)
+    if context_fn is None:
+        return contexts
+    forward, recomputation = context_fn()
+    return _Both(contexts[0], forward), _Both(contexts[1], recomputation)
 
 
 def is_watching() -> bool:

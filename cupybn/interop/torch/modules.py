@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from ...arrays import array_of_tensor
 from ...collective import CollectiveCall
-from ...communicators import Communicator, check_comm
+from ...communicators import Communicator
 from ...errors import DeviceError, DTypeError, ShapeError
 from ...forward_backward import (
     ALONE,
@@ -27,6 +27,7 @@ from ...layers.sync import Synchronised
 from ...statistics import message_length
 from .autograd import Normalise
 from .checkpoint import is_watching, remembered
+from .groups import check_comm, describe, resolve
 from .operators import forward_operator
 from .passes import run_forward
 from .tensors import (
@@ -283,14 +284,16 @@ class BatchNorm3d(BatchNorm, torch.nn.BatchNorm3d):
 
 
 class SyncBatchNorm(Synchronised, BatchNorm):
-    """``torch.nn.SyncBatchNorm`` over MPI, on the CPU too; input of 2 or more dimensions.
+    """``torch.nn.SyncBatchNorm`` over a process group or MPI, on the CPU too; 2 or more dimensions.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as in
             PyTorch, except that the weight starts at 1 (as it does there, whatever its docs say).
-        comm: an mpi4py intracommunicator, one of ``cupybn.communicators``, or None for
-            ``MPI.COMM_WORLD``, looked up at the first training forward. Not in the state dict;
-            shared by deepcopy, left behind by pickling (then set ``module.comm``).
+        comm: a ``torch.distributed`` process group, an mpi4py intracommunicator, or one of
+            ``cupybn.communicators``. None, looked up at the first training forward, is the default
+            process group where one is initialised, unless an MPI launcher started this process:
+            then, and where there is none, ``MPI.COMM_WORLD``. Not in the state dict; shared by
+            deepcopy, left behind by pickling (then set ``module.comm``).
         name: stands for the layer in errors, and tells it from others in messages; the same on all
             ranks. :func:`convert_sync_batchnorm` sets it to the path in the module.
 
@@ -300,6 +303,9 @@ class SyncBatchNorm(Synchronised, BatchNorm):
     """
 
     _communicates = True
+    _was: tuple[type, Any] | None = None  # what it was converted from
+    _check_comm = staticmethod(check_comm)
+    _look_up = staticmethod(resolve)
 
     def __init__(
         self,
@@ -315,7 +321,7 @@ class SyncBatchNorm(Synchronised, BatchNorm):
         name: str | None = None,
         **keywords: Any,
     ) -> None:
-        check_comm(comm)
+        comm = check_comm(comm)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **keywords
         )
@@ -325,6 +331,9 @@ class SyncBatchNorm(Synchronised, BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ShapeError(f"expected at least 2D input (got {input.dim()}D input)")
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, comm={describe(self._comm)}"
 
     convert_sync_batchnorm: ClassVar[Callable[..., Any]]
     """:func:`cupybn.interop.torch.convert_sync_batchnorm`, as a static method, as in PyTorch."""
