@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
+from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
 from torch.autograd.functional import hessian, jacobian  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
@@ -62,8 +62,8 @@ def test_gradients_in_a_batch(options):
             )(v)
             single = [torch.autograd.grad(y, wanted, each, retain_graph=True) for each in v]
             for a, b, c in zip(found, again, zip(*single, strict=True), strict=True):
-                assert torch.equal(a, torch.stack(c))
-                assert torch.equal(a, b)
+                torch.testing.assert_close(a, torch.stack(c))
+                torch.testing.assert_close(a, b)
         results.append(found)
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
@@ -118,11 +118,9 @@ def test_one_rank_alone_with_gradients_in_a_batch_does_not_hang_the_other():
         x = torch.randn(4, 2, requires_grad=True)
         y = module(x)
         v = torch.randn(3, *y.shape)
+        given = {"is_grads_batched": True} if comm.rank else {}
         with pytest.raises(RuntimeError if comm.rank else PeerError, match="bn|several") as raised:
-            if comm.rank:
-                torch.autograd.grad(y, x, v, is_grads_batched=True)
-            else:
-                torch.autograd.grad(y, x, v[0])
+            torch.autograd.grad(y, x, v if comm.rank else v[0], **given)
         return str(raised.value)
 
     first, second = run_ranks(2, rank, timeout=30)
@@ -159,16 +157,34 @@ def test_a_subclass_comes_out_as_it_went_in():
         assert ours.num_batches_tracked == 3
 
 
-def test_a_wrapper_is_refused_by_name_over_ranks():
-    def rank(comm):
-        wrapper = torch.Tensor._make_wrapper_subclass(Wrapper, (4, 2))
-        module = interop.SyncBatchNorm(2, comm=comm, name="bn")
-        with pytest.raises(RuntimeError, match="bn: a Wrapper cannot be normalised over ranks"):
-            module(wrapper)
-        assert module.num_batches_tracked == 0
-        module(torch.randn(4, 2))
+def test_what_cannot_be_had_over_ranks_is_refused_by_name_and_told_to_all():
+    """On one rank alone: the others raise, and the next call works."""
+    from torch.fx.experimental.proxy_tensor import make_fx
 
-    run_ranks(2, rank, timeout=30)
+    calls = {
+        "a Wrapper cannot be normalised over ranks": lambda module, x: module(
+            torch.Tensor._make_wrapper_subclass(Wrapper, (4, 2))
+        ),
+        "a Tensor cannot be normalised over ranks": lambda module, x: make_fx(module)(x),
+        r"the transforms of torch\.func": lambda module, x: torch.vmap(module)(x[None]),
+    }
+
+    def rank(comm):
+        module = interop.SyncBatchNorm(2, comm=comm, name="bn")
+        x = torch.randn(4, 2)
+        for text, call in calls.items():
+            if comm.rank:
+                with pytest.raises(RuntimeError, match=f"bn: {text}"):
+                    call(module, x)
+            else:
+                with pytest.raises(PeerError, match="forward of 'bn': rank 1 failed"):
+                    module(x)
+            assert module.num_batches_tracked == 0
+        module(x)
+        return module.running_mean.tolist()
+
+    first, second = run_ranks(2, rank, timeout=30)
+    assert first == second
 
 
 class Wrapper(torch.Tensor):
@@ -186,13 +202,13 @@ def test_a_wrapper_is_asked_about_the_operator():
     assert module.num_batches_tracked == 0
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_sparse_and_nested_input_is_told_to_all_ranks():
     bad = [
         lambda: torch.eye(4, 2).to_sparse(),
         lambda: torch.nested.nested_tensor([torch.ones(1, 2), torch.ones(3, 2)]),
     ]
 
-    @pytest.mark.filterwarnings("ignore::UserWarning")
     def rank(comm):
         module = interop.SyncBatchNorm(2, comm=comm, name="bn")
         for make in bad:
@@ -202,20 +218,20 @@ def test_sparse_and_nested_input_is_told_to_all_ranks():
         module(torch.randn(4, 2))
         return int(module.num_batches_tracked)
 
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert run_ranks(2, rank, timeout=30) == [1, 1]
+    assert run_ranks(2, rank, timeout=30) == [1, 1]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of unpack_dual
 def test_forward_mode_is_refused():
-    import torch.autograd.forward_ad as forward_ad
-
-    module, x = interop.BatchNorm1d(2), torch.randn(4, 2)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
-        module(forward_ad.make_dual(x, x))
-    assert module.num_batches_tracked == 0
+    module, x = interop.SyncBatchNorm(2, comm=ALONE, name="bn"), torch.randn(4, 2)
+    for _ in range(3):
+        module(x)
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match="bn: the transforms.*forward-mode differentiation"):
+            module(forward_ad.make_dual(x, x))
+        assert module.num_batches_tracked == 3
+        module(x)
+    assert module.num_batches_tracked == 4
 
 
 # ---- modes ---------------------------------------------------------------------------------------
