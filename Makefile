@@ -19,8 +19,10 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/mpiexec -n $(RANKS) $(BIN)/python -m mpi4py examples/train_digits.py
 
 # Two at a time; the tests of a file stay together, because they share what the file has started.
+# Without the files that are about the kernels alone: `make test-hostcuda` runs those.
+KERNELS_ALONE = tests/test_hostcuda.py tests/test_kernels.py tests/test_traffic.py
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(KERNELS_ALONE:%=--ignore=%)
 
 check: lint types
 	$(MAKE) test
@@ -59,8 +61,10 @@ test-nvrtc:
 	$(MAKE) VENV=.venv-nvrtc .venv-nvrtc/nvrtc.stamp
 	.venv-nvrtc/bin/python -m pytest tests/test_compile.py tests/test_sass.py
 
-# The kernels on the CPU again: with threads in random order, and under the sanitizers of g++.
+# The kernels on the CPU: as they are, with threads in random order, and under the sanitizers of
+# g++.
 test-hostcuda: $(VENV)/test.stamp
+	$(BIN)/python -m pytest $(KERNELS_ALONE)
 	CUPYBN_HOST_VARIANT=shuffle $(BIN)/python -m pytest tests/test_kernels.py
 	$(BIN)/python tests/hostcuda/sanitize.py -m pytest tests/test_kernels.py
 
