@@ -3,8 +3,9 @@
     python -m benchmarks.model [--dtype float16] [--batches 32 64 256] [--trip 0.28] ...
 
 For the batch norms of ResNet-50 as rows (NCHW) and as columns (channels-last memory): blocks,
-slices, trips to memory that the last block makes alone, its time (the tail), and the time of forward
-and backward. Nothing of it was measured. What is assumed are the arguments, by default about an H200:
+slices, trips to memory that the last block makes alone, its time (the tail), and the time of
+forward and backward. Nothing of it was measured. What is assumed are the arguments, by default
+about an H200:
 
 * a kernel starts `launch` us after the one before it has ended;
 * its blocks move `rate` bytes a us in all, and no more than what their loads in flight allow: a
@@ -62,8 +63,8 @@ class Kernel:
 FORWARD = (Kernel("batch_moments", 1, 0, 4, True), Kernel("normalize", 1, 1, 4, False))
 BACKWARD = (Kernel("backward_reduce", 2, 0, 2, True), Kernel("backward_input", 2, 1, 2, False))
 
-# Blocks of a multiprocessor of sm_90, by kernel: rows, and runs (columns, short rows), in vectors of
-# 8 (16-bit types) and of 4 elements (float32).
+# Blocks of a multiprocessor of sm_90, by kernel: rows, and runs (columns, short rows), in vectors
+# of 8 (16-bit types) and of 4 elements (float32).
 RESIDENT = {
     ("batch_moments", "rows"): {8: 4, 4: 4},
     ("batch_moments", "runs"): {8: 3, 4: 4},
@@ -71,7 +72,7 @@ RESIDENT = {
     ("normalize", "runs"): {8: 3, 4: 3},
     ("backward_reduce", "rows"): {8: 4, 4: 4},
     ("backward_reduce", "runs"): {8: 3, 4: 4},
-    ("backward_input", "rows"): {8: 3, 4: 3},
+    ("backward_input", "rows"): {8: 4, 4: 4},
     ("backward_input", "runs"): {8: 2, 4: 3},
 }
 

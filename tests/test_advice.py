@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = (ROOT / "pyproject.toml").read_text()
-NOT_OURS = {"torch", "jax", "nvidia-cuda-runtime", "nvidia-cuda-nvrtc"}  # named by nobody's extra
+NOT_OURS = {"torch", "jax", "flax", "nvidia-cuda-runtime", "nvidia-cuda-nvrtc"}  # named by nobody's extra
 REQUIRED, _, OPTIONAL = PROJECT.partition("\n[tool.")[0].partition("optional-dependencies]")
 EXTRAS = set(re.findall(r"^(\w+) = \[", OPTIONAL, re.MULTILINE))
 PACKAGES = set(re.findall(r"\"([\w-]+)", REQUIRED.partition("\ndependencies = ")[2] + OPTIONAL))

@@ -44,7 +44,11 @@ class Normalise(torch.autograd.Function):
             # backward, and runs a checkpoint's recomputation.
             x, weight, bias = ctx.saved_tensors
             if not stands_for_another(dy, watched=bound.ranks == 1):
-                gradients = Gradients.apply(dy, x, weight, bias, ctx.statistics, call)
+                if torch.is_grad_enabled():  # with create_graph
+                    gradients = Gradients.apply(dy, x, weight, bias, ctx.statistics, call)
+                else:
+                    with on_stream_of(x) if x.is_cuda else HOST:
+                        gradients = run_backward(call, ctx.statistics, dy, x, weight, bias)
                 return (*gradients, None, None)
             statistics = _as_tensor(ctx.statistics)
             dx, dweight, dbias = backward_operator(dy, x, weight, bias, statistics, bound.eps)
