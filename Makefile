@@ -42,7 +42,8 @@ test-openmpi:
 
 # What needs PyTorch, JAX or Numba; then what looks different with Numba computing.
 FRAMEWORKS = any_array bench binding docs double_backward jax memory names numba primitives \
-	pytorch torch torch_graphs torch_groups torch_models torch_ranks torch_tools
+	pytorch torch torch_graphs torch_groups torch_models torch_ranks torch_table torch_tensors \
+	torch_tools
 NUMBA = binding check_finite collective double_backward functional layers sync
 test-frameworks:
 	$(MAKE) VENV=.venv-frameworks .venv-frameworks/frameworks.stamp
