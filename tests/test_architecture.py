@@ -176,7 +176,7 @@ for name in sys.argv[1:]:
         importlib.import_module(name)
     except ImportError as error:
         missing = getattr(error.__cause__ or error, "name", None) or ""
-        if missing.partition(".")[0] not in {"cupy", "llvmlite", "numba", "torch"}:
+        if missing.partition(".")[0] not in {"cupy", "jax", "llvmlite", "numba", "torch"}:
             raise
 """
     names = [".".join(("cupybn", *module)) for module in sorted(MODULES)]

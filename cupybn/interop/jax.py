@@ -27,11 +27,17 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial, wraps
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import io_callback
-from jax.extend.core import get_opaque_trace_state
+
+try:
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import io_callback
+    from jax.extend.core import get_opaque_trace_state
+except ImportError as error:
+    raise ImportError(
+        f"cupybn.interop.jax needs JAX (tested with 0.10.2): pip install 'jax>=0.10' ({error})"
+    ) from error
 
 from .. import functional
 from ..communicators import Communicator, resolve
