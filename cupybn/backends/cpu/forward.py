@@ -95,6 +95,7 @@ def forward(
     helper,
     columns,
     items,
+    turns,
     y,
     x,
     residual,
@@ -107,7 +108,6 @@ def forward(
     first,
     second,
     payload,
-    turns,
     stages,
     form,
     relu,
@@ -116,8 +116,12 @@ def forward(
     factor,
 ):
     """`columns` is None for items of rows. `first` and `second` are the moments, as `form` says."""
+    given = y, x, residual, weight, bias, running_mean, running_var, mean, invstd
+    taking, lent = enter(turns, helper, (*given, first, second, payload))
+    y, x, residual, weight, bias, running_mean, running_var, mean, invstd = lent[:9]
+    first, second, payload = lent[9:]
     high, scale, shift, var = buffer(x), buffer(x), buffer(x), double_buffer(x)
-    at = take(turns) if enter(turns, helper) else len(items)
+    at = take(turns) if taking else len(items)
     while at < len(items):
         _, start, _, _, c0, c1, _, _, l0, l1, step, group = item = items[at]
         for a in range(c0, c1, group):
@@ -154,11 +158,11 @@ def forward(
 
 
 @kernel
-def pack_mask(helper, y, mask, items, turns):
+def pack_mask(helper, items, turns, y, mask):
     """One bit for each y above 0, into the bytes of each item, as ``np.packbits``."""
-    size = y.size
-    y = pointer(y, 0)
-    at = take(turns) if enter(turns, helper) else len(items)
+    taking, (array, mask) = enter(turns, helper, (y, mask))
+    size, y = array.size, pointer(array, 0)
+    at = take(turns) if taking else len(items)
     while at < len(items):
         for i in range(items[at, 0], items[at, 1]):
             byte = 0
