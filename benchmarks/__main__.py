@@ -88,7 +88,7 @@ def problem_with(args: argparse.Namespace) -> str | None:
         if file is not None and not file.parent.is_dir():
             return f"{file} cannot be written: {file.parent} is no folder"
     if args.plot is not None and find_spec("matplotlib") is None:
-        return "--plot needs matplotlib: pip install 'cupybn[bench]'"
+        return "--plot needs matplotlib: pip install matplotlib"
     if args.against is not None and not (args.against / "cupybn" / "__init__.py").is_file():
         return f"--against: {args.against} is no checkout of cupybn"
     return f"gpu: {text}" if "gpu" in args.sections and (text := no_gpu()) else None

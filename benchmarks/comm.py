@@ -23,7 +23,7 @@ from mpi4py import MPI
 
 import cupybn
 from cupybn.communicators import MpiCommunicator
-from cupybn.launcher import strangers
+from cupybn.launcher import singleton
 
 from .costs import entered
 from .report import Report
@@ -35,7 +35,7 @@ _SAMPLES = 8
 
 def measure_comm(args: argparse.Namespace, report: Report) -> None:
     section = report.begin("comm", "messages between ranks, us")
-    if problem := strangers(WORLD.size):
+    if problem := singleton(WORLD.size):
         raise SystemExit(problem)
     node = WORLD.Split_type(MPI.COMM_TYPE_SHARED)
     bind(node)

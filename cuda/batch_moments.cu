@@ -1,36 +1,43 @@
-// Mean and m2 of every channel, and what a message carries of them. One launch: the last slice of a
-// channel finishes it.
+// Mean and m2 of every channel, and what a message carries of them; or, with one rank, the statistics
+// of the batch, for which nothing is waited for. One launch: the last slice of a channel finishes it.
 #include "memory.cuh"
 #include "numeric.cuh"
 #include "geometry.cuh"
 #include "reduce.cuh"
 #include "moments.cuh"
+#include "finalize.cuh"
 
 // A message carries count * mean and m2 + count * mean^2, of float64 data the first alone: `weighted`
-// and `about_zero`, either of which may be null.
-extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
-batch_moments(double* mean, double* m2, double* weighted, double* about_zero, double* partials,
-              unsigned* counters, const scalar_t* x, i64 n, i64 c, i64 l, i64 slice_length,
-              i64 tile_channels, i64 line_samples) {
+// and `about_zero`, either of which may be null. With `invstd` the statistics are final, and m2 null.
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, SUMMING_BLOCKS)
+batch_moments(double* mean, double* m2, double* weighted, double* about_zero, double* invstd,
+              param_t* running_mean, param_t* running_var, double* partials, unsigned* counters,
+              const scalar_t* x, double eps, double factor, i64 n, i64 c, i64 l, i64 slice_length,
+              i64 tile_channels, i64 line_samples, i64 group_slices) {
   constexpr int UNROLL = 4;
   const Shape shape{n, c, l, slice_length, tile_channels, line_samples};
   Walk walk(shape, blockIdx.x, blockIdx.y, misalignment_of(x));
-  ThreadMoments<UNROLL> moments;
-  while (walk.left > 0) {
-    Slot slot[UNROLL];
-    Pack<scalar_t, V> pack[UNROLL];
+  Slot slot[UNROLL];
+  Pack<scalar_t, V> pack[UNROLL];
+  auto fetch = [&] {
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
     load_slots(pack, x, slot);
-    if (!moments.started) moments.start(pack, slot);
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) moments.add(pack[u], slot[u]);
-  }
-
+  };
+  fetch();  // on its way while the pivots come
   __shared__ double pivots[MAX_TILE_CHANNELS];
   fill_table(pivots, walk, c, [&](bool active, i64 channel) {
     return static_cast<double>(widen(load_if(active, x + channel * l)));
   });
+  ThreadMoments<UNROLL> moments;
+  for (;;) {
+    if (!moments.started) moments.start(pack, slot);
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) moments.add(pack[u], slot[u]);
+    if (walk.left <= 0) break;
+    fetch();
+  }
+
   double pivot_of[Walk::CHANNELS];
   pick(pivot_of, pivots, walk);
   Pair own[Walk::CHANNELS];
@@ -41,12 +48,19 @@ batch_moments(double* mean, double* m2, double* weighted, double* about_zero, do
     double deviation = value - pivots[single.channel];
     return Pair{deviation, deviation * deviation};
   };
-  reduce_tile(own, walk, shape, Scratch{partials, counters}, pair_of,
+  reduce_tile(own, walk, shape, Scratch{partials, counters, group_slices}, pair_of,
               [&](bool active, i64 channel, Pair sums) {
     double count = static_cast<double>(n * l);
     double pivot = pivots[active ? channel - walk.first_channel() : 0];
     double shift = sums.a / count;
     double center = pivot + shift, spread = sums.b - sums.a * shift;
+    if (invstd) {
+      const MomentSums settings{nullptr, nullptr, count, eps, factor};
+      const Statistics out{mean, nullptr, invstd, running_mean, running_var};
+      Running old = load_running(active, channel, out);
+      keep(active, true, channel, center, variance_of(spread, count), old, settings, out);
+      return;
+    }
     double weight = count * center;
     store_if(active, mean + channel, center);
     store_if(active, m2 + channel, spread);

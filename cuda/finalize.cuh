@@ -21,41 +21,58 @@ struct Statistics {
   param_t* running_var;
 };
 
-// `writes`: who alone reads the running statistics and writes. Whatever is multiplied and added in
-// one step is said to be: the compiler would choose for itself in every kernel, and the bits differ.
-__device__ __forceinline__ Channel finalize(bool active, bool writes, i64 channel, i64 form,
-                                            const MomentSums& sums, const Statistics& out) {
-  bool given = form == RUNNING, counted = sums.count > 0;
-  double n = counted ? sums.count : 1;
-  double old_mean = 0, old_var = 0;
+struct Running {
+  double mean, var;
+};
+
+// `writes`: who alone reads the running statistics and writes.
+__device__ __forceinline__ Running load_running(bool writes, i64 channel, const Statistics& out) {
+  Running running{0, 0};
   if (out.running_mean) {
-    old_mean = load_if(writes, out.running_mean + channel);
-    old_var = load_if(writes, out.running_var + channel);
+    running.mean = load_if(writes, out.running_mean + channel);
+    running.var = load_if(writes, out.running_var + channel);
   }
-  double center = old_mean, variance = old_var;
-  if (!given) {
-    double m2 = load_if(active, sums.second + channel);
-    center = load_if(active, sums.first + channel);
-    if (form != LOCAL) {
-      double weighted = center;
-      center = weighted / n;
-      if (form == POOLED) m2 = fma(-weighted, center, m2);
-    }
-    // The one place where a variance is clamped; a comparison, because fmax would swallow a NaN.
-    variance = (m2 < 0 ? 0 : m2) / n;
-  }
+  return running;
+}
+
+// The one place where a variance is clamped; a comparison, because fmax would swallow a NaN.
+__device__ __forceinline__ double variance_of(double m2, double n) { return (m2 < 0 ? 0 : m2) / n; }
+
+// Whatever is multiplied and added in one step is said to be: the compiler would choose for itself in
+// every kernel, and the bits differ.
+__device__ __forceinline__ Channel keep(bool writes, bool updates, i64 channel, double mean,
+                                        double variance, const Running& old, const MomentSums& sums,
+                                        const Statistics& out) {
   double invstd = 1 / sqrt(variance + sums.eps);
-  if (form != LOCAL) store_if(writes, out.mean + channel, center);
-  store_if(writes, out.var + channel, variance);
+  store_if(writes, out.mean + channel, mean);
+  store_at(writes, out.var, channel, variance);
   store_if(writes, out.invstd + channel, invstd);
-  if (out.running_mean && !given) {
+  if (out.running_mean && updates) {
+    double n = sums.count;
     double unbiased = variance * (n / (n > 1 ? n - 1 : 1));
     double kept = 1 - sums.factor;
-    bool updates = writes && counted;
-    store_if(updates, out.running_mean + channel,
-             static_cast<param_t>(fma(sums.factor, center, kept * old_mean)));
-    store_if(updates, out.running_var + channel,
-             static_cast<param_t>(fma(sums.factor, unbiased, kept * old_var)));
+    bool active = writes && n > 0;
+    store_if(active, out.running_mean + channel,
+             static_cast<param_t>(fma(sums.factor, mean, kept * old.mean)));
+    store_if(active, out.running_var + channel,
+             static_cast<param_t>(fma(sums.factor, unbiased, kept * old.var)));
   }
-  return {center, invstd, 1, 0};
+  return {mean, invstd, 1, 0};
+}
+
+__device__ __forceinline__ Channel finalize(bool active, bool writes, i64 channel, i64 form,
+                                            const MomentSums& sums, const Statistics& out) {
+  Running old = load_running(writes, channel, out);
+  double mean = old.mean, variance = old.var, n = sums.count > 0 ? sums.count : 1;
+  if (form != RUNNING) {
+    double m2 = load_if(active, sums.second + channel);
+    mean = load_if(active, sums.first + channel);
+    if (form != LOCAL) {
+      double weighted = mean;
+      mean = weighted / n;
+      if (form == POOLED) m2 = fma(-weighted, mean, m2);
+    }
+    variance = variance_of(m2, n);
+  }
+  return keep(writes, form != RUNNING, channel, mean, variance, old, sums, out);
 }

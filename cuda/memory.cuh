@@ -29,18 +29,6 @@ template <typename T> __device__ __forceinline__ T load_if(bool active, const T*
   return value;
 }
 
-// Past the first-level cache, which does not see what other blocks of this launch wrote.
-__device__ __forceinline__ double load_shared_by_blocks_if(bool active, const double* address) {
-  count_access(address, sizeof(double), false, active);
-  double value = 0;
-#ifdef CUPYBN_HOST
-  if (active) value = *address;
-#else
-  if (active) value = __ldcg(address);
-#endif
-  return value;
-}
-
 template <typename T> __device__ __forceinline__ void store_if(bool active, T* address, T value) {
   count_access(address, sizeof(T), true, active);
   if (active) *address = value;
@@ -95,6 +83,22 @@ __device__ __forceinline__ Pack<T, V> load_pack_if(bool active, const T* address
   Pack<T, V> pack;
   memcpy(&pack, &bits, sizeof(word));
   return pack;
+}
+
+// Past the first-level cache, which does not see what other blocks of this launch wrote. Into zeros: a
+// value chosen behind the load would wait for it, and the next load with it.
+__device__ __forceinline__ Pack<double, 2> load_pair_of_blocks_if(bool active, const double* address) {
+#ifdef CUPYBN_HOST
+  return load_pack_if<2>(active, address);
+#else
+  Pack<double, 2> pair{};
+  asm volatile("{\n.reg .pred active;\nsetp.ne.s32 active, %3, 0;\n"
+               "@active ld.global.cg.v2.f64 {%0, %1}, [%2];\n}"
+               : "+d"(pair.v[0]), "+d"(pair.v[1])
+               : "l"(__cvta_generic_to_global(address)), "r"(static_cast<int>(active))
+               : "memory");
+  return pair;
+#endif
 }
 
 template <int V, typename T>

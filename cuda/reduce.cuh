@@ -1,18 +1,22 @@
 // Two sums per channel, of threads, warps, blocks and slices, in double and in a fixed order: two
-// runs give the same bits. A slice's block leaves its sums in `partials`; the last block to arrive
-// adds them. Its counter wraps to 0 by itself, ready for the next launch.
+// runs give the same bits. A slice's block leaves its sums in `partials`; the last block of a group of
+// slices adds those of the group, and the last of the groups those of the groups. Counters wrap to 0
+// by themselves, ready for the next launch.
 #pragma once
 #include "geometry.cuh"
 
-struct Pair {
+constexpr int BATCH = 8;  // partial sums that a thread of a last block has on their way
+
+struct alignas(16) Pair {
   double a, b;
 };
 
 __device__ __forceinline__ Pair operator+(Pair p, Pair q) { return {p.a + q.a, p.b + q.b}; }
 
 struct Scratch {
-  double* partials;  // pairs: [slice][channel]
-  unsigned* counters;  // one a tile
+  double* partials;    // pairs: [slice, and behind the slices group][channel]
+  unsigned* counters;  // of each tile: one a group, and one for the groups
+  i64 group_slices;    // slices of a group
 };
 
 __device__ __forceinline__ Pair warp_sum(Pair sum) {
@@ -41,41 +45,88 @@ __device__ __forceinline__ Pair block_sum(Pair sum) {
   return total;
 }
 
-// Adds the rows of a (height, width) table in shared memory into its first row.
+// Adds the rows of a (height, width) table in shared memory into its first row, up to eight to each that
+// stays: a step costs more than the additions in it.
 __device__ __forceinline__ void add_rows(Pair* table, int width, int height) {
-  while (height > 1) {
-    int half = (height + 1) / 2;
+  constexpr int TOGETHER = 8;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < (height - half) * width; i += blockDim.x) {
-      table[i] = table[i] + table[half * width + i];
+  while (height > 1) {
+    int all = height * width;
+    height = (height + TOGETHER - 1) / TOGETHER;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < height * width; i += blockDim.x) {
+      Pair sum = table[i];
+#pragma unroll
+      for (int row = 1; row < TOGETHER; ++row) {
+        int other = i + row * height * width;
+        if (other < all) sum = sum + table[other];
+      }
+      table[i] = sum;
     }
     __syncthreads();
-    height = half;
   }
 }
 
 __device__ __forceinline__ void store_partial(bool active, double* partials, i64 index, Pair sum) {
-  store_if(active, partials + 2 * index, sum.a);
-  store_if(active, partials + 2 * index + 1, sum.b);
+  Pack<double, 2> pack{{sum.a, sum.b}};
+  store_pack_if<2>(active, partials + 2 * index, pack);
 }
 
-__device__ __forceinline__ Pair load_partial(bool active, const double* partials, i64 index) {
-  Pair sum;
-  sum.a = load_shared_by_blocks_if(active, partials + 2 * index);
-  sum.b = load_shared_by_blocks_if(active, partials + 2 * index + 1);
+// The sum of every `step`th of `count` partials of a channel, beginning with number `begin`; the first
+// of all is `index`, and they lie `channels` apart. A batch is loaded before one of it is added: an
+// unrolled loop would wait for each.
+__device__ __forceinline__ Pair sum_partials(bool active, const double* partials, i64 index,
+                                             i64 channels, int begin, int step, int count) {
+  Pair sum{0, 0};
+  const double* next = partials + 2 * (index + begin * channels);
+#pragma unroll 1
+  for (int round = 0; round < count; round += BATCH * step) {
+    Pack<double, 2> batch[BATCH];
+#pragma unroll
+    for (int u = 0; u < BATCH; ++u) {
+      batch[u] = load_pair_of_blocks_if(active && begin < count, next);
+      begin += step;
+      next += 2 * step * channels;
+    }
+#pragma unroll
+    for (int u = 0; u < BATCH; ++u) sum = sum + Pair{batch[u].v[0], batch[u].v[1]};
+  }
   return sum;
 }
 
-// Whether all other slices of this tile have left their partials. Every thread must have stored
+// Whether all other `members` that count here have left their partials. Every thread must have stored
 // its own before.
-__device__ __forceinline__ bool is_last_slice(unsigned* counter, unsigned slices) {
+__device__ __forceinline__ bool is_last(unsigned* counter, unsigned members) {
   __shared__ bool last[1];
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last[0] = atomicInc(counter, slices - 1) == slices - 1;
+  if (threadIdx.x == 0) last[0] = atomicInc(counter, members - 1) == members - 1;
   __syncthreads();
   if (last[0]) __threadfence();
   return last[0];
+}
+
+// Whether this block is the tile's last. `store(row)` leaves the block's sums as partials there;
+// `add(row, count)` then makes them those of so many rows from there on.
+template <typename Store, typename Add>
+__device__ __forceinline__ bool add_slices(const Walk& walk, const Scratch& scratch, Store store,
+                                           Add add) {
+  int members = gridDim.y, group = scratch.group_slices, own = walk.slice, row = 0;
+  int groups = (members + group - 1) / group;
+  unsigned* counter = scratch.counters + walk.tile * (groups + 1);
+#pragma unroll 1
+  do {
+    store(row + own);
+    int first = own / group * group, count = members - first < group ? members - first : group;
+    own /= group;
+    if (!is_last(counter + own, count)) return false;
+    add(row + first, count);
+    if (row > 0) break;
+    row = members;
+    counter += groups;
+    members = group = groups;
+  } while (groups > 1);
+  return true;
 }
 
 // Rows: everything belongs to the one channel of the block. `pair_of(single)` is one of the rest.
@@ -89,22 +140,17 @@ __device__ __forceinline__ void reduce_tile(const Pair (&own)[1], const Rows<V, 
     if (single.slot.active) sum = sum + rest;
   });
   sum = block_sum(sum);
-  i64 c = walk.tile;
+  i64 channel = walk.tile;
   bool first = threadIdx.x == 0;
-  int slices = gridDim.y;
-  if (slices > 1) {
-    store_partial(first, scratch.partials, walk.slice * shape.c + c, sum);
-    if (!is_last_slice(scratch.counters + c, slices)) return;
-    sum = {0, 0};
-#pragma unroll 1
-    for (int begin = 0; begin < slices; begin += blockDim.x) {
-      int slice = begin + threadIdx.x;
-      bool active = slice < slices;
-      sum = sum + load_partial(active, scratch.partials, slice * shape.c + c);
-    }
-    sum = block_sum(sum);
-  }
-  finish(first, c, sum);
+  auto store = [&](i64 row) {
+    store_partial(first, scratch.partials, row * shape.c + channel, sum);
+  };
+  auto add = [&](i64 row, int count) {
+    sum = block_sum(sum_partials(true, scratch.partials, row * shape.c + channel, shape.c,
+                                 threadIdx.x, blockDim.x, count));
+  };
+  if (gridDim.y > 1 && !add_slices(walk, scratch, store, add)) return;
+  finish(first, channel, sum);
 }
 
 // Adds the members of every channel: one thread a channel, or one warp where there are several.
@@ -126,21 +172,42 @@ __device__ __forceinline__ void add_members(Pair* channels, const Pair* elements
   __syncthreads();
 }
 
-// Runs: pair j of every thread belongs to the channel of its element j.
+// Adds the lanes' sums into those of the first lane: the upper half leaves its own in `table` for the
+// lower, until one is left. Neighbouring threads meet no bank of the table twice.
+__device__ __forceinline__ void add_lanes(Pair (&sums)[V], Pair* table,
+                                          const Runs<V, RAGGED_VECTORS>& walk) {
+  int pitch = walk.lanes / 2 * walk.slots, thread = threadIdx.x;
+#pragma unroll 1
+  for (int lanes = walk.lanes; lanes > 1; lanes = (lanes + 1) / 2) {
+    int lower = (lanes + 1) / 2 * walk.slots, all = lanes * walk.slots;
+    if (thread >= lower && thread < all) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) table[j * pitch + thread - lower] = sums[j];
+    }
+    __syncthreads();
+    if (thread + lower < all) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) sums[j] = sums[j] + table[j * pitch + thread];
+    }
+    __syncthreads();
+  }
+}
+
+// Runs: pair j of every thread belongs to the channel of its element j. `table` is as large as the plan
+// says: half of the threads' sums, those of a line, or one a thread and a channel.
 template <typename PairOf, typename Finish>
-__device__ __forceinline__ void reduce_tile(const Pair (&own)[V], const Runs<V, RAGGED_VECTORS>& walk,
+__device__ __forceinline__ void reduce_tile(Pair (&own)[V], const Runs<V, RAGGED_VECTORS>& walk,
                                             const Shape& shape, Scratch scratch, PairOf pair_of,
                                             Finish finish) {
-  __shared__ Pair elements[MAX_THREADS * V];
-  __shared__ Pair channels[MAX_TILE_CHANNELS];
-  int width = walk.slots * V;
-  if (walk.lane < walk.lanes) {
+  extern __shared__ Pair channels[];
+  Pair* table = channels + walk.tile_channels();
+  add_lanes(own, table, walk);
+  if (walk.lane == 0) {
 #pragma unroll
-    for (int j = 0; j < V; ++j) elements[walk.lane * width + walk.k * V + j] = own[j];
+    for (int j = 0; j < V; ++j) table[walk.k * V + j] = own[j];
   }
   __syncthreads();
-  add_rows(elements, width, walk.lanes);
-  add_members(channels, elements, walk);
+  add_members(channels, table, walk);
   each_single(walk, [&](const Single& single) {
     Pair rest = pair_of(single);
     Pair& sum = channels[single.channel];
@@ -152,32 +219,29 @@ __device__ __forceinline__ void reduce_tile(const Pair (&own)[V], const Runs<V, 
     __syncthreads();
   });
 
+  const Pair* sums = channels;
   int tile_channels = walk.tile_channels();
-  int slices = gridDim.y;
-  if (slices > 1) {
+  auto store = [&](i64 row) {
     each_channel(walk, shape.c, [&](bool active, i64 c, int i) {
-      store_partial(active, scratch.partials, walk.slice * shape.c + c, channels[active ? i : 0]);
+      store_partial(active, scratch.partials, row * shape.c + c, sums[active ? i : 0]);
     });
-    if (!is_last_slice(scratch.counters + walk.tile, slices)) return;
+  };
+  auto add = [&](i64 row, int count) {
     int height = blockDim.x < tile_channels ? 1 : blockDim.x / tile_channels;
 #pragma unroll 1
     for (int begin = 0; begin < tile_channels * height; begin += blockDim.x) {
       int item = begin + threadIdx.x;
       i64 c = walk.first_channel() + item % tile_channels;
       bool active = item < tile_channels * height && c < shape.c;
-      Pair sum{0, 0};
-#pragma unroll 4  // loads that do not wait for each other
-      for (int step = 0; step < slices; step += height) {
-        int slice = step + item / tile_channels;
-        sum = sum + load_partial(active && slice < slices, scratch.partials, slice * shape.c + c);
-      }
-      if (active) elements[item] = sum;
-      else if (item < tile_channels * height) elements[item] = {0, 0};
+      Pair sum = sum_partials(active, scratch.partials, row * shape.c + c, shape.c,
+                              item / tile_channels, height, count);
+      if (item < tile_channels * height) table[item] = sum;
     }
     __syncthreads();
-    add_rows(elements, tile_channels, height);
-  }
-  const Pair* sums = slices > 1 ? elements : channels;
+    add_rows(table, tile_channels, height);
+    sums = table;
+  };
+  if (gridDim.y > 1 && !add_slices(walk, scratch, store, add)) return;
   each_channel(walk, shape.c, [&](bool active, i64 c, int i) {
     finish(active, c, sums[active ? i : 0]);
   });

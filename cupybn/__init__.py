@@ -5,7 +5,7 @@ Importing this imports NumPy only; mpi4py is imported when a communicator is fir
 
 __version__ = "0.1.0"
 
-from . import communicators, distributed, functional, testing
+from . import communicators, distributed, functional, testing, typing
 from .calibration import fold, recalibrate
 from .checkpoint import StateDict, load, save
 from .communicators import SelfCommunicator
@@ -25,6 +25,7 @@ from .layers import (
     BatchNorm2d,
     BatchNorm3d,
     Layer,
+    LayerList,
     LoadResult,
     Sequential,
     SyncBatchNorm,
@@ -43,6 +44,7 @@ __all__ = [
     "DTypeError",
     "DeviceError",
     "Layer",
+    "LayerList",
     "LoadResult",
     "PeerError",
     "Sequential",
@@ -61,4 +63,5 @@ __all__ = [
     "revert_sync_batchnorm",
     "save",
     "testing",
+    "typing",
 ]

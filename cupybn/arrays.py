@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -99,22 +100,57 @@ def _of_tensor(x: Any, what: str, torch: Any) -> Array:
             f"{what} is a PyTorch tensor that requires grad, and its graph would end here: pass "
             "its .detach(), or use the modules of cupybn.interop.torch, which autograd knows"
         )
-    if x.is_neg():  # DLPack hands over the memory, and leaves out that its sign is to be turned
+    return array_of_tensor(x, what)
+
+
+_Bytes = ctypes.c_char * sys.maxsize
+"""Memory from an address on, of a length that is not known."""
+
+
+def array_of_tensor(x: Any, what: str = "input") -> Array:
+    """:func:`as_array` for a PyTorch tensor, which may require grad; the array keeps it alive.
+
+    ``tensor.numpy()`` would mark the storage, so that it could never be resized again, and FSDP
+    frees parameters that way. DLPack does not, but what comes from it is read-only for NumPy
+    before 2.2. So on the CPU it is the memory from the tensor's address on.
+    """
+    kind: Any = type(x)
+    if x.is_meta or kind.__torch_dispatch__ is not sys.modules["torch"].Tensor.__torch_dispatch__:
+        raise DeviceError(
+            f"{what} is a {kind.__name__} on {x.device}, which is neither on the CPU nor on a GPU, "
+            "or stands for other tensors: pass a plain tensor with values"
+        )
+    if x.is_neg():  # the memory alone leaves out that its sign is to be turned
         x = x.resolve_neg()
-    if x.dtype != torch.bfloat16:
-        return _of_memory(x, what)
+    if not x.is_cpu:
+        return _of_tensor_elsewhere(x, what)
     try:
-        dtype = dtype_named("bfloat16", what)
-    except ImportError as error:
-        raise DTypeError(str(error)) from error
-    return _of_memory(x.view(torch.int16), what).view(dtype)  # NumPy knows no bfloat16
+        address, dtype = x.data_ptr(), _dtype_of(x.dtype)
+        if not address and x.numel():
+            raise RuntimeError("its memory was freed, or never allocated")
+    except (ImportError, RuntimeError, TypeError) as error:
+        raise DTypeError(f"{what}: NumPy cannot take this tensor over: {error}") from error
+    if not address:
+        return np.empty(x.shape, dtype)
+    memory: Any = _Bytes.from_address(address)
+    memory.tensor = x
+    if x.is_contiguous():
+        return np.ndarray(x.shape, dtype, memory)
+    return np.ndarray(x.shape, dtype, memory, 0, [step * dtype.itemsize for step in x.stride()])
 
 
-def _of_memory(x: Any, what: str) -> Array:
-    if x.device.type != "cpu":
-        return _of_dlpack(x, what)
-    with _errors_of(what):  # NumPy before 2.2, and PyTorch's older DLPack, make all read-only
-        return x.numpy()
+def _of_tensor_elsewhere(x: Any, what: str) -> Array:
+    with _errors_of(what):
+        dtype = _dtype_of(x.dtype)
+    if dtype.name == "bfloat16":  # which DLPack does not know
+        x = x.view(sys.modules["torch"].int16)
+    return _of_dlpack(x, what).view(dtype)
+
+
+@lru_cache(maxsize=64)
+def _dtype_of(dtype: Any) -> np.dtype[Any]:
+    """NumPy's dtype of that name of PyTorch's."""
+    return dtype_named(str(dtype).removeprefix("torch."), "the tensor")
 
 
 def _of_dlpack(x: Any, what: str) -> Array:
@@ -138,7 +174,7 @@ def _errors_of(what: str) -> Iterator[None]:
     """Where another library's array is taken over."""
     try:
         yield
-    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, BufferError, ImportError, RuntimeError, TypeError, ValueError) as error:
         raise DTypeError(f"{what}: NumPy cannot take this array over: {error}") from error
 
 
@@ -165,7 +201,7 @@ def cupy_for(what: str) -> Any:
         import cupy  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         raise DeviceError(
-            f"{what}: CUDA devices need CuPy: pip install 'cupybn[cuda13]' or 'cupybn[cuda12]'"
+            f"{what}: CUDA devices need CuPy: pip install cupy-cuda13x (or cupy-cuda12x)"
         ) from error
     return cupy
 
@@ -253,7 +289,7 @@ def dtype_named(name: str, what: str = "what is asked for") -> np.dtype[Any]:
         return np.dtype(import_module("ml_dtypes").bfloat16)  # type: ignore[no-any-return]
     except ImportError as error:
         raise ImportError(
-            f"{what} is bfloat16, which needs ml_dtypes: pip install 'cupybn[bfloat16]'"
+            f"{what} is bfloat16, which needs ml_dtypes: pip install ml_dtypes"
         ) from error
 
 

@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from .arrays import Array, as_array, assign, copy_to_host, cut, dtype_named, move, on_device_of
+from . import typing
+from .arrays import as_array, assign, copy_to_host, cut, dtype_named, move, on_device_of
 from .checks import check_writeable
 from .collective import CollectiveCall
 from .communicators import Communicator, resolve
@@ -18,11 +19,54 @@ from .layers import Layer, SyncBatchNorm
 from .layers.batchnorm import BatchNorm
 from .statistics import Moments, pack_texts, padded_length, unpack_texts
 
-Norms: TypeAlias = "list[tuple[str, BatchNorm]]"
-"""Batch norms with their paths."""
+Norms: TypeAlias = "list[tuple[str, Any]]"
+"""Batch norms with their paths; see :class:`Tree`."""
 
 _TEXT = 256  # characters that say what a batch looks like
 _HOST = np.zeros(0)
+
+
+class Tree(Protocol):
+    """What is recalibrated. Its `norms` have ``num_features``, ``observed``, ``communicator()``."""
+
+    norms: Norms
+    synchronised: bool
+
+    def take(self, x: Any) -> Any:
+        """An input as the tree takes it; slices of it are others."""
+
+    def run(self, x: Any) -> object:
+        """Forward, which merges what the norms are given into their ``observed``."""
+
+    def empty(self, dtype: str, shape: tuple[int, ...]) -> Any:
+        """An input without samples."""
+
+    def check(self) -> None:
+        """Raises if running statistics cannot be written."""
+
+
+class _Layers:
+    """A tree of layers."""
+
+    def __init__(self, layer: Layer, norms: Norms) -> None:
+        self.layer, self.norms = layer, norms
+        self.synchronised = any(isinstance(norm, SyncBatchNorm) for _, norm in norms)
+
+    def take(self, x: Any) -> Any:
+        return as_array(x)
+
+    def run(self, x: Any) -> object:
+        return self.layer.forward(x, save_for_backward=False)
+
+    def empty(self, dtype: str, shape: tuple[int, ...]) -> Any:
+        return move(np.empty(shape, dtype_named(dtype)), self.norms[0][1].device)
+
+    def check(self) -> None:
+        for path, norm in self.norms:
+            for name in ("running_mean", "running_var", "num_batches_tracked"):
+                check_writeable(f"{path}.{name}" if path else name, norm.buffers[name])
+
+
 _QUIET = partial(np.errstate, all="ignore")  # NaN and Inf are results like others, as in the layers
 
 
@@ -69,7 +113,7 @@ def recalibrate(layer: Layer, batches: Iterable[Any], comm: Any = None) -> None:
     if not norms:
         return
     with _observed(layer, [norm for _, norm in norms]):
-        number, moments = _statistics(layer, norms, batches, communicator)
+        number, moments = statistics(_Layers(layer, norms), batches, communicator)
     for (_, norm), (count, mean, m2) in zip(norms, moments, strict=True):
         if count:
             with _QUIET():
@@ -78,11 +122,9 @@ def recalibrate(layer: Layer, batches: Iterable[Any], comm: Any = None) -> None:
             norm.num_batches_tracked[...] = number
 
 
-def _statistics(
-    layer: Layer, norms: Norms, batches: Iterable[Any], comm: Communicator
-) -> tuple[int, list[Moments]]:
+def statistics(tree: Tree, batches: Iterable[Any], comm: Communicator) -> tuple[int, list[Moments]]:
     """The number of batches, and what each batch norm was given, on all ranks together."""
-    reach = max(norm.communicator().size for _, norm in norms)
+    reach = max(norm.communicator().size for _, norm in tree.norms)
     if reach > comm.size:
         raise ValueError(
             f"a layer is synchronised over {reach} ranks, but comm has {comm.size}: "
@@ -90,18 +132,16 @@ def _statistics(
         )
     number, inputs = 0, _inputs(batches)
     # By the tree alone, which all ranks share: a rank may be the only one of its group.
-    if comm.size > 1 and any(isinstance(norm, SyncBatchNorm) for _, norm in norms):
-        number, inputs = _run(layer, _in_step(inputs, comm, norms[0][1].device)), iter(())
+    if comm.size > 1 and tree.synchronised:
+        number, inputs = _run(tree, _in_step(tree, inputs, comm)), iter(())
     # Without synchronised layers nothing is sent before this, and whatever fails is told here.
-    length = padded_length(len(norms) + sum(norm.num_features for _, norm in norms))
+    length = padded_length(len(tree.norms) + sum(norm.num_features for _, norm in tree.norms))
     with CollectiveCall(comm, "recalibrate", length) as call:
-        number += _run(layer, inputs)
-        for path, norm in norms:
-            for name in ("running_mean", "running_var", "num_batches_tracked"):
-                check_writeable(f"{path}.{name}" if path else name, norm.buffers[name])
-        call.agree({"": _outline(norms)}, messages=2)
+        number += _run(tree, inputs)
+        tree.check()
+        call.agree({"": _outline(tree.norms)}, messages=2)
         with _QUIET():
-            number, moments = _allreduce(call, number, [norm.observed for _, norm in norms])
+            number, moments = _allreduce(call, number, [norm.observed for _, norm in tree.norms])
         if number == 0:
             raise ValueError(
                 "there are no batches on any rank; an iterator that was used up before?"
@@ -109,7 +149,7 @@ def _statistics(
     return number, moments
 
 
-def fold(layer: BatchNorm) -> tuple[Array, Array]:
+def fold(layer: BatchNorm) -> tuple[typing.Array, typing.Array]:
     """The scale and shift, (C,) each, of a batch norm in evaluation mode.
 
     Before its residual and activation it is ``y = scale * x + shift``, with
@@ -163,34 +203,34 @@ def _observed(layer: Layer, norms: list[BatchNorm]) -> Iterator[None]:
             each.training = mode
 
 
-def _run(layer: Layer, inputs: Iterable[tuple[Array, bool]]) -> int:
+def _run(tree: Tree, inputs: Iterable[tuple[Any, bool]]) -> int:
     """Forward with each input; how many there were that are this rank's own."""
     number = 0
     for x, own in inputs:
-        layer.forward(x, save_for_backward=False)
+        tree.run(x)
         number += own
     return number
 
 
-def _inputs(batches: Iterable[Any]) -> Iterator[tuple[Array, bool]]:
+def _inputs(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
     for batch in batches:
         yield batch[0] if isinstance(batch, tuple | list) else batch, True
 
 
 def _in_step(
-    inputs: Iterator[tuple[Array, bool]], comm: Communicator, device: str
-) -> Iterator[tuple[Array, bool]]:
+    tree: Tree, inputs: Iterator[tuple[Any, bool]], comm: Communicator
+) -> Iterator[tuple[Any, bool]]:
     """This rank's inputs, then empty ones like them until no rank has more.
 
     One message before each; a second where a rank has yet to see what a batch looks like.
     """
-    like: Array = None
+    like: Any = None
     length = padded_length(max(comm.size + 1, _TEXT))
     while True:
         with CollectiveCall(comm, "a step of recalibrate", length) as call:
             x, own = next(inputs, (None, False))
             if own:
-                x = as_array(x)
+                x = tree.take(x)
                 like = x[:0]
             presence = call.payload(_HOST, comm.size + 1)
             presence[comm.rank], presence[-1] = own, like is None
@@ -202,11 +242,11 @@ def _in_step(
                 call.messages = 1
                 text = call.payload(_HOST, _TEXT)
                 if comm.rank == having[0]:
-                    words = [like.dtype.name, *map(str, like.shape)]
+                    words = [str(like.dtype).rpartition(".")[2], *map(str, like.shape)]
                     text[...] = pack_texts(" ".join(words), 0, 1, _TEXT)
                 name, *shape = unpack_texts(call.allreduce()[1], 1)[0].split()
                 if like is None:
-                    like = move(np.empty(list(map(int, shape)), dtype_named(name)), device)
+                    like = tree.empty(name, tuple(map(int, shape)))
         yield (x, True) if own else (like, False)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .arrays import Array, as_array, device_of, overlap, parameter_dtype, same_memory
@@ -23,6 +25,14 @@ def check_eps(eps: float) -> None:
         raise ValueError(f"eps must be positive, got {eps!r}")
 
 
+def check_layer_dtype(dtype: Any) -> np.dtype[Any]:
+    """The dtype of a layer's parameters; raises DTypeError unless it is float32 or float64."""
+    chosen: np.dtype[Any] = np.dtype(dtype)
+    if chosen not in (np.float32, np.float64):
+        raise DTypeError(f"dtype of a layer must be float32 or float64, got {chosen}")
+    return chosen
+
+
 def is_relu(activation: str | None) -> bool:
     """Whether the activation is ReLU. The one place that knows activations by their names.
 
@@ -34,15 +44,20 @@ def is_relu(activation: str | None) -> bool:
     return activation is not None
 
 
+def check_array(what: str, array: Array, x: Array, shape: tuple[int, ...], dtype: Any) -> None:
+    """Raises unless the array has this shape and dtype, and the device of x."""
+    if device_of(array) != device_of(x):
+        raise DeviceError(f"{what} is on {device_of(array)}, but the input is on {device_of(x)}")
+    if array.shape != shape:
+        raise ShapeError(f"{what} has shape {array.shape}, expected {shape}")
+    if array.dtype != dtype:
+        raise DTypeError(f"{what} is {array.dtype}, expected {np.dtype(dtype)}")
+
+
 def check_parameter(what: str, parameter: Array, x: Array, layout: Layout) -> None:
     """Raises unless the per-channel array has the device, shape and dtype that go with x."""
+    check_array(what, parameter, x, layout.per_channel, parameter.dtype)
     dtype = parameter_dtype(x.dtype)
-    if device_of(parameter) != device_of(x):
-        raise DeviceError(
-            f"{what} is on {device_of(parameter)}, but the input is on {device_of(x)}"
-        )
-    if parameter.shape != layout.per_channel:
-        raise ShapeError(f"{what} has shape {parameter.shape}, expected {layout.per_channel}")
     if parameter.dtype != dtype:
         raise DTypeError(
             f"{what} is {parameter.dtype}, but {x.dtype} input goes with {dtype} parameters"

@@ -18,18 +18,15 @@ import numpy as np
 
 from .arrays import Array, assign
 from .communicators import Communicator
-from .communicators.base import check_usable, first_values, refuse, refused
+from .communicators.base import check_usable, first_values, raise_for, refused
 from .errors import CollectiveMismatchError, CupyBNError, PeerError
 from .statistics import (
     COUNT,
     FAILED,
     FINGERPRINT,
     HEADER,
-    failed_ranks,
     failure_header,
     header_words,
-    pack_texts,
-    unpack_texts,
     words_of_all,
 )
 
@@ -148,23 +145,7 @@ class CollectiveCall:
 
     def _refuse(self, summed: np.ndarray[Any, Any]) -> None:
         """Raises what a summed header that was not accepted stands for."""
-        number, rank = failed_ranks(summed)
-        if number:
-            who = f"rank {rank}" if number == 1 else f"{number} of {self.ranks} ranks"
-            raise PeerError(
-                f"{self.what}: {who} failed, and raised the exception that says why; nothing was "
-                "changed on this rank"
-            )
-        table = self.comm.allreduce(
-            pack_texts(self.fingerprint, self.comm.rank, self.ranks), f"{self.what}, mismatch"
-        )
-        groups: dict[str, list[int]] = {}
-        for rank, text in enumerate(unpack_texts(table, self.ranks)):
-            groups.setdefault(text, []).append(rank)
-        lines = [f"  {_name_ranks(ranks)}: {text}" for text, ranks in groups.items()]
-        text = "the ranks met in one collective with different calls:\n" + "\n".join(lines)
-        refuse(self.comm, text)
-        raise CollectiveMismatchError(text)
+        raise_for(self.comm, self.what, self.fingerprint, summed)
 
 
 def say_where(error: Exception, what: str, comm: Communicator) -> None:
@@ -177,8 +158,3 @@ def say_where(error: Exception, what: str, comm: Communicator) -> None:
             error.add_note(note)
         elif comm.size > 1 and what not in str(error) and error.args == (str(error),):
             error.args = (f"{error}\n{note}",)  # Python 3.10
-
-
-def _name_ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"

@@ -222,7 +222,7 @@ def local_device() -> str:
         devices = cupy.cuda.runtime.getDeviceCount() if cupy.cuda.is_available() else 0
     except ImportError as error:
         raise DeviceError(
-            "CUDA devices need CuPy: pip install 'cupybn[cuda13]' (or cuda12)"
+            "CUDA devices need CuPy: pip install cupy-cuda13x (or cupy-cuda12x)"
         ) from error
     if devices == 0:
         raise DeviceError("CuPy sees no CUDA device on this machine")

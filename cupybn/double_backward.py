@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from . import typing
 from .arrays import Array, as_array, is_cupy, on_device_of, parameter_dtype
 from .backends import backend_for
 from .checks import check_like, check_parameter
@@ -48,9 +49,9 @@ class DoubleGrads(NamedTuple):
         dweight: (C,), sums over this rank's values; None where there was no weight.
     """
 
-    ddy: Array
-    dx: Array
-    dweight: Array | None
+    ddy: typing.Array
+    dx: typing.Array
+    dweight: typing.Array | None
 
 
 class _Sums(NamedTuple):
@@ -92,6 +93,7 @@ def double_backward(
     ddresidual: Array | None = None,
 ) -> DoubleGrads:
     """:func:`batch_norm_double_backward` inside a collective call."""
+    saved.check_complete()
     x3, layout = saved.x3, saved.bound.layout
     with on_device_of(x3):
         data = _prepare(saved, ddx, dy, ddresidual)
@@ -126,7 +128,7 @@ def _prepare(saved: Saved, ddx: Array | None, dy: Array, ddresidual: Array | Non
     if saved.bound.relu:
         # From the backend's own backward, so that both agree at every last value.
         ones, kept = np.ones_like(x3), np.empty_like(x3)
-        options = {"relu": True, "mask": saved.mask, "dresidual3": kept}
+        options = {"relu": True, "mask": saved.relu_bits, "dresidual3": kept}
         backend_for(x3).backward_input(ones, x3, saved.transform, **options)
         kept3 = kept != 0
     return _Data(views[0], views[1], kept3, views[2])

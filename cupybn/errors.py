@@ -40,4 +40,4 @@ class PeerError(CupyBNError, RuntimeError):
 
 
 class CollectiveTimeoutError(CupyBNError, TimeoutError):
-    """Ranks that are threads waited for a peer longer than the timeout."""
+    """Ranks that are threads, or of a process group, waited for a peer longer than the timeout."""

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from . import typing
 from .arrays import (
     Array,
     as_array,
@@ -35,6 +36,7 @@ from .arrays import (
 )
 from .backends import backend_for, by_type
 from .checks import (
+    check_array,
     check_eps,
     check_like,
     check_momentum,
@@ -46,7 +48,7 @@ from .checks import (
     is_relu,
 )
 from .collective import CollectiveCall, fingerprint, say_where
-from .communicators import Communicator, SelfCommunicator
+from .communicators import Communicator, SelfCommunicator, resolve
 from .errors import ShapeError
 from .layout import Layout, check_channel_axis, layout_of
 from .statistics import BackwardSums, Moments, Transform, message_length
@@ -96,11 +98,13 @@ class Running(NamedTuple):
 class Saved(NamedTuple):
     """What a forward keeps for its backward. x, weight and bias are kept by reference.
 
+    A forward with ``save=False`` keeps the statistics alone.
+
     Attributes:
         mean: (C,) float64, of the batch of all ranks.
         invstd: (C,) float64, ``1 / sqrt(var + eps)``.
         count: values per channel on all ranks, a host integer.
-        mask: where y passed the ReLU, a bit a value, if x alone does not tell.
+        relu_bits: where y passed the ReLU, a bit a value, if x alone does not tell.
         moments: of this rank's batch, if the forward was asked to keep them.
     """
 
@@ -108,11 +112,90 @@ class Saved(NamedTuple):
     x3: Array
     weight: Array | None
     bias: Array | None
-    mean: Array
-    invstd: Array
+    mean: typing.Array
+    invstd: typing.Array
     count: int  # type: ignore[assignment]  # of tuple, which has a method of that name
-    mask: Array | None = None
+    relu_bits: Array | None = None
     moments: Moments | None = None
+
+    @staticmethod
+    def from_arrays(
+        x: Array,
+        mean: Array,
+        invstd: Array,
+        count: int,
+        eps: float,
+        *,
+        weight: Array | None = None,
+        bias: Array | None = None,
+        comm: Any = None,
+        name: str | None = None,
+        channel_axis: int = 1,
+        activation: str | None = None,
+        relu_bits: Array | None = None,
+    ) -> Saved:
+        """The context of a forward from what :meth:`arrays` gave, and that forward's options.
+
+        For frameworks of pure functions, which keep what a backward needs themselves. A backward
+        has the same bits with it. No communication.
+
+        Args:
+            x: of the forward, of the same shape and in the same memory order.
+            mean, invstd: (C,), floating, of the batch of all ranks; float64 for the same bits.
+            count: values per channel on all ranks, an integer of any kind.
+            relu_bits: of a forward with a ReLU and a residual; see :class:`Saved`.
+            The others: as :func:`~cupybn.functional.batch_norm_forward`.
+
+        Raises:
+            ShapeError, DTypeError, DeviceError, ValueError: the arrays or options do not fit.
+        """
+        x = as_array(x)
+        affine = weight is not None, bias is not None
+        options = Options(eps, activation, affine, residual=relu_bits is not None)
+        comm = ALONE if comm is None else resolve(comm)
+        bound = bind(x, channel_axis, options, comm, name or "")
+        weight, bias, _ = bound._checked(x, weight, bias, None)
+        mean, invstd = (
+            as_array(array, what).astype(np.float64, copy=False)
+            for what, array in (("mean", mean), ("invstd", invstd))
+        )
+        for what, array in (("mean", mean), ("invstd", invstd)):
+            check_array(what, array, x, bound.layout.per_channel, np.float64)
+        if relu_bits is not None:
+            relu_bits = as_array(relu_bits, "relu_bits")
+            check_array("relu_bits", relu_bits, x, bound.mask_shape, np.uint8)
+        if int(count) != count or count < 0:
+            raise ValueError(f"count must be a number of values, got {count!r}")
+        x3 = bound.layout.view(x)
+        return Saved(bound, x3, weight, bias, mean, invstd, int(count), relu_bits)
+
+    def arrays(self) -> dict[str, Any]:
+        """What a backward needs: the arguments of :meth:`from_arrays` that are not options.
+
+        Returns:
+            dict: x, mean, invstd, weight, bias, relu_bits (the last three may be None), and count.
+
+        Raises:
+            ValueError: the forward had ``save=False``.
+        """
+        self.check_complete()
+        return {
+            "x": self.layout.restore(self.x3),
+            "mean": self.mean,
+            "invstd": self.invstd,
+            "count": self.count,
+            "weight": self.weight,
+            "bias": self.bias,
+            "relu_bits": self.relu_bits,
+        }
+
+    def check_complete(self) -> None:
+        """Raises ValueError after a forward with ``save=False``."""
+        if self.x3 is None:
+            raise ValueError(
+                "saved is of a forward with save=False, which keeps the statistics alone: a "
+                "backward needs one with save=True"
+            )
 
     @property
     def layout(self) -> Layout:
@@ -130,7 +213,7 @@ class Saved(NamedTuple):
         return self.bound.comm
 
     @property
-    def var(self) -> Array:
+    def var(self) -> typing.Array:
         """(C,) float64, the biased variance of that batch, from `invstd`: to 1e-15 of var + eps."""
         with on_device_of(self.invstd), np.errstate(all="ignore"):  # Inf where invstd is 0
             return np.maximum(self.invstd**-2.0 - self.eps, 0)
@@ -178,6 +261,7 @@ class Bindings:
 
 
 _Arrays: TypeAlias = "tuple[Array, Array, Array | None, Array | None]"  # x3, y3, weight, bias
+_Kept: TypeAlias = "tuple[Array, Array | None, Array | None]"  # x3, weight, bias
 _Statistics: TypeAlias = "tuple[Array, Array, int, Moments | None]"  # mean, invstd, count, local
 
 
@@ -303,12 +387,11 @@ class Bound:
         """(y, context), for an x of the signature that was bound, inside `call`.
 
         `params` has weight and bias, `running` the statistics to update, or those that are given;
-        `y3`, of a backward `dx3`, is new memory of the caller's, taken as it is.
+        `y3` (`dx3` of a backward) is the caller's, new. Without ``save`` x is not kept.
 
         Raises:
             ShapeError, DTypeError, DeviceError, ValueError: an array does not fit.
-            FloatingPointError: NaN or Inf, with ``check_finite``.
-            Otherwise as :meth:`CollectiveCall.allreduce`.
+            FloatingPointError: NaN or Inf, with ``check_finite``. Also what ``allreduce`` raises.
         """
         weight, bias = params.get("weight"), params.get("bias")
         moved = None if running is None else running[:2]
@@ -334,8 +417,8 @@ class Bound:
             else:
                 y3 = self.empty(self.shape3, self.dtype) if y3 is None else y3
                 y = y3.reshape(self.shape) if self.in_order else self.layout.restore(y3)
-            mask = self.empty(self.mask_shape, np.uint8) if self.needs_mask else None
-            extra = {"relu": self.relu, "residual3": residual3, "mask": mask}
+            bits = self.empty(self.mask_shape, np.uint8) if self.needs_mask else None
+            extra = {"relu": self.relu, "residual3": residual3, "mask": bits}
             if updated is not None and self.on_host:  # what fails half-way leaves all unchanged
                 moved = updated.mean.copy(), updated.var.copy()
             arrays = x3, y3, weight, bias
@@ -348,7 +431,8 @@ class Bound:
                 updated.batches[...] = values[2]
             if out is not None and not overlap(y3, out):
                 out[...] = self.layout.restore(y3)
-        return y, Saved(self, x3, weight, bias, mean, invstd, count, mask, local)
+        kept: _Kept = (x3, weight, bias) if self.options.save else (None, None, None)
+        return y, Saved(self, *kept, mean, invstd, count, bits, local)
 
     def _given(self, call: Any, arrays: _Arrays, given: Any, extra: dict[str, Any]) -> _Statistics:
         """Fills y3 with the given statistics."""
@@ -418,6 +502,8 @@ class Bound:
     ) -> tuple[Array, Array | None]:
         """(dx, dresidual), as :meth:`forward`. Adds this rank's sums to `dweight` and `dbias`."""
         x3, kind, (dtype, shape), fit = saved.x3, self.kind, self.expected, True
+        if x3 is None:
+            saved.check_complete()
         for gradient in (dweight, dbias):
             if gradient is not None and (
                 type(gradient) is not kind or gradient.dtype != dtype or gradient.shape != shape
@@ -446,7 +532,7 @@ class Bound:
                 dresidual = dresidual3.reshape(self.shape)
                 if not self.in_order:
                     dresidual = self.layout.restore(dresidual3)
-            extra = {"relu": self.relu, "mask": saved.mask, "dresidual3": dresidual3}
+            extra = {"relu": self.relu, "mask": saved.relu_bits, "dresidual3": dresidual3}
             backend = by_type[kind]
             if self.prepared.get("backward") is not backend:
                 self._prepare_backward(backend, (dy3, x3, dx3), extra)
@@ -480,7 +566,7 @@ class Bound:
             return
         payload = call.payload(x3, 2 * c)
         local = backend.backward_reduce(
-            dy3, x3, transform, relu=self.relu, mask=saved.mask, payload=payload
+            dy3, x3, transform, relu=self.relu, mask=saved.relu_bits, payload=payload
         )
         _, total = call.allreduce()
         sums = BackwardSums(total[:c], total[c:])
@@ -563,7 +649,7 @@ class Bound:
         if residual is not None:
             check_overlap(out, residual, "residual", may_be_same=True)
         given, save = self.options.given, self.options.save
-        what = "x" if given and not save else "x, which backward needs"
+        what = "x, which backward needs" if save else "x"
         check_overlap(out, x, what, may_be_same=given and not save)
         return self._written(out)
 

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays import Array, as_array, as_written, is_floating
+from .arrays import as_array, as_written, is_floating, on_device_of
 from .backends import backend_for, by_type
 from .checks import check_momentum
 from .collective import CollectiveCall
@@ -58,6 +58,7 @@ from .primitives import (
     recentre_moments,
 )
 from .statistics import BackwardSums, Moments, message_length
+from .typing import Array, ArrayLike
 
 __all__ = [
     "BackwardSums",
@@ -76,6 +77,7 @@ __all__ = [
     "normalize",
     "recentre_moments",
     "update_running",
+    "updated_running",
 ]
 
 _bindings = Bindings(256)
@@ -104,17 +106,18 @@ class Grads(NamedTuple):
 
 
 def batch_norm_forward(
-    x: Array,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    x: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     eps: float = 1e-5,
     *,
     comm: Any = None,
     name: str | None = None,
     channel_axis: int = 1,
     activation: str | None = None,
-    residual: Array | None = None,
-    out: Array | None = None,
+    residual: ArrayLike | None = None,
+    out: ArrayLike | None = None,
+    save: bool = True,
 ) -> tuple[Array, Saved]:
     """Normalises x with the statistics of the batch of all ranks of `comm`.
 
@@ -128,6 +131,7 @@ def batch_norm_forward(
         activation: None or "relu".
         residual: like x, added before the activation.
         out: like x, takes the result; may be `residual`, must not overlap x.
+        save: whether a backward may follow. Else `saved` has the statistics, and no array like x.
 
     With a communicator and without a weight, an x that has no shape on one rank only cannot be told
     to the others if they have more than 128 channels: then the job ends.
@@ -141,11 +145,11 @@ def batch_norm_forward(
         PeerError: another rank raised one of these.
         CollectiveMismatchError: the ranks called different layers, or with different settings.
     """
-    options = (eps, activation, channel_axis, weight is None, bias is None, residual is None, name)
-    key, found = _signature(x, comm, options), None
-    if key is not None:
-        found = _bindings.get(key)
-    arrays = {"residual": residual, "out": out}
+    affine = weight is not None, bias is not None
+    options = (eps, activation, channel_axis, affine, residual is None, bool(save), name)
+    key = _signature(x, comm, options)
+    found = _bindings.get(key)
+    arrays: dict[str, Any] = {"residual": residual, "out": out}
     if found is not None and found[0] is comm:
         bound: Bound = found[1]
         with CollectiveCall(bound.comm, *bound.forward_call) as call:
@@ -155,8 +159,7 @@ def batch_norm_forward(
     length = message_length(_channels(x, weight, channel_axis))
     with CollectiveCall(communicator, call_name("forward", name), length) as call:
         x = as_array(x)
-        affine = weight is not None, bias is not None
-        wanted = Options(eps, activation, affine, residual is not None)
+        wanted = Options(eps, activation, affine, residual is not None, bool(save))
         bound = bind(x, channel_axis, wanted, communicator, name or "")
         if key is not None:
             _bindings.keep(key, (comm, bound))
@@ -176,7 +179,7 @@ def _signature(x: Any, comm: Any, options: tuple[Any, ...]) -> Any:
     return None
 
 
-def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) -> Grads:
+def batch_norm_backward(dy: ArrayLike, saved: Saved, *, out: ArrayLike | None = None) -> Grads:
     """Gradients of a forward, over the ranks of its communicator.
 
     Args:
@@ -189,6 +192,7 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
 
     Raises:
         TypeError: `saved` is something else.
+        ValueError: `saved` is of a forward with ``save=False``.
         Otherwise as :func:`batch_norm_forward`.
     """
     check_saved(saved)
@@ -203,13 +207,13 @@ def batch_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) ->
 
 
 def batch_norm_double_backward(
-    ddx: Array | None,
-    ddweight: Array | None,
-    ddbias: Array | None,
+    ddx: ArrayLike | None,
+    ddweight: ArrayLike | None,
+    ddbias: ArrayLike | None,
     saved: Saved,
-    dy: Array,
+    dy: ArrayLike,
     *,
-    ddresidual: Array | None = None,
+    ddresidual: ArrayLike | None = None,
 ) -> DoubleGrads:
     """Gradients of :func:`batch_norm_backward`, over the ranks of its communicator.
 
@@ -240,26 +244,25 @@ def batch_norm_double_backward(
 
 
 def batch_norm_inference(
-    x: Array,
-    mean: Array,
-    var: Array,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     eps: float = 1e-5,
     *,
     channel_axis: int = 1,
     activation: str | None = None,
-    residual: Array | None = None,
-    out: Array | None = None,
+    residual: ArrayLike | None = None,
+    out: ArrayLike | None = None,
 ) -> Array:
     """Normalises x with a given mean and variance, (C,) each. Never communicates.
 
     `out` may be x or `residual`. Otherwise as :func:`batch_norm_forward`.
     """
     options = (eps, activation, channel_axis, weight is None, bias is None, residual is None)
-    key, bound = _signature(x, None, options), None
-    if key is not None:
-        bound = _bindings.get(key)
+    key = _signature(x, None, options)
+    bound = _bindings.get(key)
     if bound is None:
         x = as_array(x)
         affine = weight is not None, bias is not None
@@ -269,11 +272,14 @@ def batch_norm_inference(
             _bindings.keep(key, bound)
     given = Running(as_array(mean, "mean"), as_array(var, "var"), np.zeros((), np.int64))
     params = {"weight": weight, "bias": bias}
+    y: Array
     y, _ = bound.forward(None, x, params, residual=residual, out=out, running=given)
     return y
 
 
-def update_running(running_mean: Array, running_var: Array, saved: Saved, momentum: float) -> None:
+def update_running(
+    running_mean: ArrayLike, running_var: ArrayLike, saved: Saved, momentum: float
+) -> None:
     """``running = (1 - momentum) * running + momentum * new`` in place, with the unbiased variance.
 
     A batch without values on any rank changes nothing.
@@ -285,9 +291,8 @@ def update_running(running_mean: Array, running_var: Array, saved: Saved, moment
     """
     check_momentum(momentum)
     check_saved(saved)
-    running_mean = as_written(running_mean, "running_mean")
-    running_var = as_written(running_var, "running_var")
-    for what, array in (("running_mean", running_mean), ("running_var", running_var)):
+    mean, var = as_written(running_mean, "running_mean"), as_written(running_var, "running_var")
+    for what, array in (("running_mean", mean), ("running_var", var)):
         if not is_floating(array.dtype):
             raise DTypeError(f"{what} is {array.dtype}, not floating")
         if array.shape != saved.mean.shape:
@@ -295,8 +300,27 @@ def update_running(running_mean: Array, running_var: Array, saved: Saved, moment
     if saved.count:
         with np.errstate(all="ignore"):  # a statistic too large for the dtype becomes Inf
             backend_for(saved.mean).update_running(
-                running_mean, running_var, saved.mean, saved.var, saved.count, momentum
+                mean, var, saved.mean, saved.var, saved.count, momentum
             )
+
+
+def updated_running(
+    running_mean: ArrayLike, running_var: ArrayLike, saved: Saved, momentum: float
+) -> tuple[Array, Array]:
+    """What :func:`update_running` makes of the arrays, as new ones: theirs may be read-only.
+
+    Returns:
+        (mean, var): like `running_mean` and `running_var`, NumPy or CuPy. Copies where no rank had
+        values.
+
+    Raises:
+        As :func:`update_running`.
+    """
+    mean, var = as_array(running_mean, "running_mean"), as_array(running_var, "running_var")
+    with on_device_of(mean):
+        mean, var = mean.copy(), var.copy()
+    update_running(mean, var, saved, momentum)
+    return mean, var
 
 
 def _channels(x: Any, weight: Any, channel_axis: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 LOCAL_RANK_VARIABLES = (
+    "LOCAL_RANK",  # torchrun, whose processes inherit what another launcher set for it
     "OMPI_COMM_WORLD_LOCAL_RANK",  # Open MPI
     "MPI_LOCALRANKID",  # MPICH, Intel MPI
     "MV2_COMM_WORLD_LOCAL_RANK",  # MVAPICH
@@ -13,15 +14,37 @@ LOCAL_RANK_VARIABLES = (
     "SLURM_LOCALID",
 )
 LOCAL_SIZE_VARIABLES = (
+    "LOCAL_WORLD_SIZE",  # torchrun
     "OMPI_COMM_WORLD_LOCAL_SIZE",
     "MPI_LOCALNRANKS",
     "MV2_COMM_WORLD_LOCAL_SIZE",
     "PALS_LOCAL_SIZE",
     "PMI_LOCAL_SIZE",
-    "SLURM_NTASKS_PER_NODE",
-    "SLURM_TASKS_PER_NODE",  # "4(x2),3": of the nodes in turn
 )
-SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH, Intel MPI
+# The number of processes that were started together, and what is set with it; the first of them
+# counts, of mpiexec before the batch system's. None of an allocation: in a shell of one, where
+# SLURM_NTASKS is set, a process alone is nothing unusual.
+SIZE_VARIABLES = {
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_SIZE",  # MPICH, Intel MPI, Cray PALS, Slurm with pmi2
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_SIZE",
+    "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
+    "FLUX_JOB_SIZE": "FLUX_TASK_RANK",
+}
+ALLOW_SINGLETON = "CUPYBN_ALLOW_SINGLETON"
+
+STARTED_VARIABLES = (  # of every process that a launcher starts for MPI; not srun's own
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_RANK",
+    "PMIX_RANK",
+    "PALS_RANKID",
+    "MV2_COMM_WORLD_RANK",
+)
+
+
+def started_by_mpi() -> bool:
+    """Whether an MPI launcher started this process, or one that it descends from."""
+    return any(os.environ.get(name) for name in STARTED_VARIABLES)
 
 
 def local_rank_variables() -> dict[str, str]:
@@ -45,8 +68,19 @@ def local_rank() -> int:
 
 def local_size() -> int:
     """How many ranks share this machine, from the launcher's variables; 1 if unset."""
-    numbers = (leading_number(os.environ.get(name, "")) for name in LOCAL_SIZE_VARIABLES)
-    return next(filter(None, numbers), 1)
+    numbers = [leading_number(os.environ.get(name, "")) for name in LOCAL_SIZE_VARIABLES]
+    return next(filter(None, [*numbers, _slurm_local_size()]), 1)
+
+
+def _slurm_local_size() -> int:
+    """The tasks of this Slurm step on this node; 0 outside a step."""
+    node = leading_number(os.environ.get("SLURM_NODEID", ""))
+    for part in os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):  # "4(x2),3"
+        tasks, _, times = part.partition("(x")
+        node -= leading_number(times) or 1
+        if node < 0:
+            return leading_number(tasks)
+    return 0
 
 
 def leading_number(text: str) -> int:
@@ -55,14 +89,45 @@ def leading_number(text: str) -> int:
     return int(text[:digits] or 0)
 
 
-def strangers(size: int) -> str | None:
-    """What is wrong if the launcher started more processes than MPI sees; None if nothing is."""
-    for name in SIZE_VARIABLES:
-        text = os.environ.get(name, "")
-        if text.isdecimal() and int(text) > 1 and size == 1:
-            return (
-                f"the launcher started {text} processes ({name}), but each of them is alone in "
-                "MPI.COMM_WORLD: mpiexec belongs to another MPI than the library that mpi4py "
-                "loaded (MPI4PY_LIBMPI chooses it)"
-            )
-    return None
+def cores() -> set[int]:
+    """The cores that this process may run on."""
+    try:
+        return os.sched_getaffinity(0)
+    except AttributeError:  # macOS and Windows have no such call
+        return set(range(os.cpu_count() or 1))
+
+
+def share_of_cores() -> int:
+    """How many cores are this rank's: those it is bound to, or its part of those of all ranks.
+
+    A launcher that binds its ranks is not bound itself. Where Slurm says how many cores its step
+    has on this node, these count.
+    """
+    mine = cores()
+    try:
+        launchers = mine | os.sched_getaffinity(os.getppid())
+    except (AttributeError, OSError):  # no such call, or not allowed to ask
+        launchers = mine
+    of_all = leading_number(os.environ.get("SLURM_CPUS_ON_NODE", "")) or len(launchers)
+    return max(1, min(len(mine), of_all // local_size()))
+
+
+def singleton(size: int) -> str | None:
+    """What is wrong if the launcher started more processes than MPI sees; None if nothing is.
+
+    Args:
+        size: of MPI's world.
+    """
+    if size > 1 or os.environ.get(ALLOW_SINGLETON, "0") not in ("", "0"):
+        return None
+    found = [name for name, beside in SIZE_VARIABLES.items() if {name, beside} <= os.environ.keys()]
+    started = leading_number(os.environ[found[0]]) if found else 0
+    if started < 2:
+        return None
+    return (
+        f"the launcher started {started} processes ({found[0]}), but each of them is alone in "
+        "MPI.COMM_WORLD: the launcher and the MPI library that mpi4py loaded do not belong "
+        "together. Take that library's own mpiexec; or srun --mpi=pmi2 (MPICH, Intel MPI) or srun "
+        "--mpi=pmix (Open MPI). Where a process alone is meant, as in a subprocess of a rank, set "
+        f"{ALLOW_SINGLETON}=1"
+    )

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from .arrays import (
-    Array,
     as_array,
     as_written,
     device_of,
@@ -23,6 +22,7 @@ from .backends import backend_for
 from .checks import check_eps, is_relu
 from .errors import DeviceError, DTypeError, ShapeError
 from .statistics import BackwardSums, Moments, Transform
+from .typing import Array, ArrayLike
 
 _FORMS = ("local", "pooled", "recentred")
 
@@ -64,7 +64,7 @@ _ARGUMENTS = {
 }
 
 
-def _expected(kind: _Kind, array: Array, like: Array) -> tuple[tuple[int, ...], Any]:
+def _expected(kind: _Kind, array: Any, like: Any) -> tuple[tuple[int, ...], Any]:
     """Shape and dtype; `like` is x3, or (C,) where there is none."""
     c = like.shape[1] if like.ndim == 3 else like.size
     shapes = {"data": like.shape, "C": (c,), "2C": (2 * c,), "bits": ((like.size + 7) // 8,)}
@@ -85,7 +85,7 @@ def _checked(
 
     None stays None unless it is required. `shapes` are those of this call alone.
     """
-    arrays: dict[str, Array] = {}
+    arrays: dict[str, Any] = {}
     for name, value in given.items():
         convert = as_written if _ARGUMENTS[name].written else as_array
         optional = value is None and name not in required
@@ -112,7 +112,7 @@ def _checked(
     return SimpleNamespace(**{name.replace(" ", "_"): a for name, a in arrays.items()})
 
 
-def _fields(name: str, sums: BackwardSums | None) -> dict[str, Array]:
+def _fields(name: str, sums: BackwardSums | None) -> dict[str, Any]:
     """The arrays of sums by their names in the table."""
     if sums is not None and not isinstance(sums, BackwardSums):
         raise DTypeError(f"{name} must be BackwardSums, got {type(sums).__name__}")
@@ -130,7 +130,7 @@ def _check_moments(name: str, moments: Moments) -> None:
         raise DTypeError(f"{name} must be Moments, got {type(moments).__name__}")
 
 
-def batch_moments(x3: Array, *, payload: Array | None = None) -> Moments:
+def batch_moments(x3: ArrayLike, *, payload: ArrayLike | None = None) -> Moments:
     """Count, mean and m2 of each channel of an (N, C, L) array.
 
     `payload`, float64, takes this rank's part of the first message: (2C,) for ``count * mean`` and
@@ -145,7 +145,7 @@ def batch_moments(x3: Array, *, payload: Array | None = None) -> Moments:
         )
 
 
-def recentre_moments(local: Moments, weighted: Array, count: int, payload: Array) -> None:
+def recentre_moments(local: Moments, weighted: ArrayLike, count: int, payload: ArrayLike) -> None:
     """Writes ``m2 + local.count * (mean - weighted / count)**2`` into `payload`, (C,) float64.
 
     The second message of float64 data; `weighted` and `count` are what came back of the first.
@@ -162,7 +162,7 @@ def finalize_moments(
     moments: Moments,
     eps: float,
     *,
-    running: tuple[Array, Array] | None = None,
+    running: tuple[ArrayLike, ArrayLike] | None = None,
     factor: float = 0.0,
     form: str = "local",
 ) -> tuple[Array, Array, Array]:
@@ -193,16 +193,16 @@ def finalize_moments(
 
 
 def normalize(
-    x3: Array,
-    mean: Array,
-    invstd: Array,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    x3: ArrayLike,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
     activation: str | None = None,
-    residual3: Array | None = None,
-    out3: Array | None = None,
-    mask: Array | None = None,
+    residual3: ArrayLike | None = None,
+    out3: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
 ) -> Array:
     """``activation((x - mean) * invstd * weight + bias + residual)``, (N, C, L).
 
@@ -225,20 +225,20 @@ def normalize(
     transform = Transform(given.mean, given.invstd, given.weight, given.bias)
     options = {"residual3": given.residual3, "out3": given.out3, "mask": given.mask}
     with on_device_of(given.x3):
-        return backend_for(given.x3).normalize(given.x3, transform, relu=relu, **options)
+        return backend_for(given.x3).normalize(given.x3, transform, relu=relu, **options)  # type: ignore[no-any-return]
 
 
 def backward_reduce(
-    dy3: Array,
-    x3: Array,
-    mean: Array,
-    invstd: Array,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    dy3: ArrayLike,
+    x3: ArrayLike,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
     activation: str | None = None,
-    mask: Array | None = None,
-    payload: Array | None = None,
+    mask: ArrayLike | None = None,
+    payload: ArrayLike | None = None,
 ) -> BackwardSums:
     """The sums of dy and of dy * (x - mean), after the activation's backward, per channel.
 
@@ -267,22 +267,22 @@ def backward_reduce(
 
 
 def backward_input(
-    dy3: Array,
-    x3: Array,
-    mean: Array,
-    invstd: Array,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    dy3: ArrayLike,
+    x3: ArrayLike,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
     sums: BackwardSums | None = None,
     count: int = 0,
     activation: str | None = None,
-    mask: Array | None = None,
-    out3: Array | None = None,
-    dresidual3: Array | None = None,
+    mask: ArrayLike | None = None,
+    out3: ArrayLike | None = None,
+    dresidual3: ArrayLike | None = None,
     local: BackwardSums | None = None,
-    dweight: Array | None = None,
-    dbias: Array | None = None,
+    dweight: ArrayLike | None = None,
+    dbias: ArrayLike | None = None,
 ) -> Array:
     """The gradient of x, (N, C, L).
 
@@ -323,4 +323,4 @@ def backward_input(
         "dbias": given.dbias,
     }
     with on_device_of(given.x3):
-        return backend_for(given.x3).backward_input(given.dy3, given.x3, transform, **options)
+        return backend_for(given.x3).backward_input(given.dy3, given.x3, transform, **options)  # type: ignore[no-any-return]

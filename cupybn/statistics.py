@@ -24,6 +24,7 @@ import numpy as np
 
 from .arrays import Array
 
+PROTOCOL = 1  # raised by whatever two versions could not understand of each other's messages
 HEADER = 16
 FAILED, _FAILED_RANKS, COUNT, FINGERPRINT = 0, 1, 2, 3
 _MIN_PAYLOAD = 256

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Array, as_array
+from .arrays import Array, as_array, is_floating, on_device_of
 from .communicators import Communicator, SelfCommunicator, ThreadCommunicator, resolve
 from .errors import DTypeError, PeerError
 from .layers import Layer
+from .typing import ArrayLike
 
 
 def run_ranks(
@@ -54,7 +55,7 @@ def run_ranks(
 
 def check_gradients(
     layer: Layer,
-    x: Array,
+    x: ArrayLike,
     *,
     comm: Any = None,
     eps: float = 1e-6,
@@ -65,33 +66,45 @@ def check_gradients(
 ) -> None:
     """Compares ``backward`` with central differences of ``forward``, in float64.
 
+    It does so with a copy of `layer` that is cast to float64, and with casts of `x` and a residual.
+
     The loss is a random linear form of y, summed over the ranks. Checked are dx, the gradients of
     all parameters, and dresidual where `options` has a ``residual``. `layer` is not changed.
 
     Args:
-        layer: of dtype float64, on the CPU, in the mode to check.
-        x: float64; any shape the layer takes. With ranks, every rank passes its own.
+        layer: on the CPU, in the mode to check.
+        x: floating, of any shape the layer takes. With ranks, every rank passes its own.
         comm: of the ranks that check together; None is this process alone.
         eps: the step.
         atol, rtol: the largest difference allowed is ``atol + rtol * abs(numeric)``.
         seed: of the linear form.
-        options: for ``forward``; a float64 ``residual`` is differentiated as well.
+        options: for ``forward``; a ``residual`` is differentiated as well.
 
     Raises:
         AssertionError: names the worst value that differs.
-        DTypeError: x is not float64.
+        DTypeError: x or the residual is not floating.
     """
-    if as_array(x).dtype != np.float64:
-        raise DTypeError(f"check_gradients works in float64, but x is {as_array(x).dtype}")
     ranks: Communicator = SelfCommunicator() if comm is None else resolve(comm)
+    layer = copy.deepcopy(layer).to(dtype=np.float64)
+    if options.get("residual") is not None:
+        options["residual"] = _in_float64(options["residual"], "residual")
     failures = []
-    for what, value, numeric in _slopes(copy.deepcopy(layer), x.copy(), ranks, eps, seed, options):
+    for what, value, numeric in _slopes(layer, _in_float64(x, "x"), ranks, eps, seed, options):
         difference = abs(value - numeric)
         if not difference <= atol + rtol * abs(numeric):
             text = f"{what} is {value:.9g}, central differences give {numeric:.9g}"
             failures.append((difference, text))
     if failures:
         raise AssertionError(f"{len(failures)} gradients differ; the worst: {max(failures)[1]}")
+
+
+def _in_float64(array: ArrayLike, what: str) -> Any:
+    """A copy of it in float64."""
+    own = as_array(array, what)
+    if not is_floating(own.dtype):
+        raise DTypeError(f"{what} is {own.dtype}; gradients are by what is floating")
+    with on_device_of(own):
+        return own.astype(np.float64)
 
 
 def _slopes(
@@ -103,8 +116,8 @@ def _slopes(
     """
     layer.zero_grad()
     inputs = {"dx": x}
-    if "residual" in options:
-        inputs["dresidual"] = options["residual"] = options["residual"].copy()
+    if options.get("residual") is not None:
+        inputs["dresidual"] = options["residual"]
     state = layer.state_dict()
     y = layer.forward(x, save_for_backward=True, **options)
     # A dy that depends on x linearly would hide a wrong dx: no seed that x may come from.

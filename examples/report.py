@@ -16,12 +16,16 @@ _STYLES: list[dict[str, Any]] = [
 
 @dataclass
 class Course:
-    """How a training went: after each epoch its mean loss and the test accuracy, from 0 to 1."""
+    """How a training went: after each epoch its mean loss and the test accuracy, from 0 to 1.
+
+    `stopped` says that a signal ended it before its time.
+    """
 
     title: str
     losses: list[float] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    stopped: bool = False
 
 
 def table(courses: list[Course]) -> str:

@@ -8,9 +8,11 @@ synchronisation. (a) and (b) are the same computation; in (c) each rank normalis
 statistics of its own few images. The network is far too small for more ranks to make it faster.
 ``--help`` lists the options.
 
-With ``--save FILE`` the training (b) leaves a checkpoint every 50 steps; ``--resume FILE``
-goes on from it: with as many ranks exactly as if it had never stopped, with another number up to
-rounding, if ``--batch`` times the ranks stays the same.
+With ``--save FILE`` the training (b) leaves a checkpoint every 50 steps, and on SIGTERM or SIGUSR1
+to any rank one more, before all ranks end with code 143; ``--resume FILE`` goes on from it: with as
+many ranks exactly as if it had never stopped, with another number up to rounding, if ``--batch``
+times the ranks stays the same. ``--timing`` ends (b) with a table of its messages: which layer takes
+how long, and which rank the others wait for.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ if __name__ == "__main__":
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
+import signal
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,13 +35,14 @@ from typing import Any
 import numpy as np
 from network import Conv2d, Flatten, Linear, ReLU
 from report import Course, plot, table
-from training import Data, Training, accuracy
+from training import Data, StopRequest, Training, accuracy
 
 import cupybn
-from cupybn.communicators import Communicator, MpiCommunicator
+from cupybn.communicators import Communicator, MpiCommunicator, Timed
 from cupybn.distributed import local_device, verify_sync
 
 TRAINING_IMAGES = 900  # of 1797
+STOPPED = 128 + signal.SIGTERM  # exit code
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ def run(way: Way, data: Data, args: argparse.Namespace) -> Course:
         state = cupybn.load(args.resume)
         training.load_state_dict(state)
         course = Course(way.title, **state.metadata["course"])
+    stop = StopRequest(way.comm) if args.save else None
     begin = time.perf_counter()
     for last in progress(training, args.epochs, way.title):
         if last:
@@ -95,8 +100,11 @@ def run(way: Way, data: Data, args: argparse.Namespace) -> Course:
             if way.comm.rank == 0:
                 course.losses.append(loss)
                 course.accuracies.append(accuracy(network, data))
-        if args.save and (last or training.steps_done % args.save_every == 0):
+        course.stopped = stop is not None and stop.made()
+        if args.save and (last or course.stopped or training.steps_done % args.save_every == 0):
             save(training, course, args.save)
+        if course.stopped:
+            break
     course.seconds = time.perf_counter() - begin
     if way.sync:
         verify_sync(network, way.comm)
@@ -104,14 +112,17 @@ def run(way: Way, data: Data, args: argparse.Namespace) -> Course:
 
 
 def progress(training: Training, epochs: int, title: str) -> Iterable[bool]:
-    """The steps that are left; with a progress bar on rank 0."""
+    """The steps that are left; with a progress bar on rank 0, if that writes to a terminal."""
     steps = training.steps(epochs)
     if training.comm.rank != 0:
         return steps
     from tqdm import tqdm
 
     total, done = epochs * training.steps_in_epoch, training.steps_done
-    return tqdm(steps, desc=title, total=total, initial=done, leave=False, mininterval=1)
+    return tqdm(
+        steps, desc=title, total=total, initial=done, leave=False, mininterval=1,
+        disable=None,  # where nobody watches: in a file the bar is a mess
+    )  # fmt: skip
 
 
 def save(training: Training, course: Course, path: Path) -> None:
@@ -162,8 +173,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--save", type=checkpoint, metavar="FILE", help="to write, .npz or .safetensors")
     add("--save-every", type=positive, default=50, metavar="STEPS", help="default %(default)s")
     add("--resume", type=checkpoint, metavar="FILE", help="a checkpoint to go on from")
+    add("--timing", action="store_true", help="(b) alone: messages and seconds waited, by layer")
     args = parser.parse_args()
-    if args.save or args.resume:
+    if args.save or args.resume or args.timing:
         if args.sync is False:
             parser.error("without synchronisation every rank has statistics of its own: use --sync")
         args.sync = True
@@ -185,7 +197,9 @@ def check_extras() -> None:
         import sklearn  # noqa: F401
         import tqdm  # noqa: F401
     except ImportError as error:
-        raise SystemExit(f"{error.name} is missing: pip install 'cupybn[examples]'") from error
+        raise SystemExit(
+            f"{error.name} is missing: pip install tqdm matplotlib scikit-learn"
+        ) from error
 
 
 def wait_asleep(world: Any) -> None:
@@ -204,11 +218,19 @@ def main() -> None:
     if first:
         check_extras()
     data = world.bcast(load_data(args.dtype) if first else None)
+    comm = MpiCommunicator(world)
+    timed = Timed(comm) if args.timing else None
     courses = []
-    for way in chosen_ways(args, MpiCommunicator(world)):
+    for way in chosen_ways(args, timed or comm):
         if world.rank < way.comm.size:
             courses.append(run(way, data, args))
         wait_asleep(world)
+    if timed:
+        timed.report()
+    if args.save and courses[-1].stopped:
+        if first:
+            print(f"Stopped by a signal: --resume {args.save} goes on from there.", flush=True)
+        raise SystemExit(STOPPED)
     if first:
         print(table(courses))
         if args.sync is not True and world.size > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +130,23 @@ class Training:
         self.used = progress["used"]
         self.loss = progress["loss"] if self.comm.rank == 0 else 0.0
         self.rng.bit_generator.state = progress["rng"]
+
+
+class StopRequest:
+    """A wish to stop, by SIGTERM or SIGUSR1 to any rank: the same answer on all of them."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self.comm = comm
+        self.received = 0.0
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.receive)
+
+    def receive(self, *_: object) -> None:
+        self.received = 1.0
+
+    def made(self) -> bool:
+        """Whether any rank has got a signal, by one small message; all ranks have to call it."""
+        return bool(self.comm.allreduce(np.array([self.received]), "stop request")[0] > 0)
 
 
 def part_of(state: cupybn.StateDict, prefix: str) -> cupybn.StateDict:

@@ -29,7 +29,7 @@ SHAPES = {
 
 class _Nothing:
     def get_function(self, name):
-        return lambda *launch: None
+        return lambda *launch, **options: None
 
 
 def texts(dtype: str, shape: tuple[int, ...]) -> list[str]:

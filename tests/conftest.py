@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ os.environ.setdefault("CUPYBN_CPU_BACKEND", "numpy")
 DTYPES = [np.dtype(name) for name in ("float16", "float32", "float64")] + BFLOAT16
 TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5, "float64": 1e-10}
 ROOT = Path(__file__).resolve().parent.parent
-STARTUP = 60  # seconds for a job's ranks to start
+STARTUP = 120  # seconds for a job's ranks to start
 
 
 def _mpiexec() -> str | None:
@@ -52,12 +53,17 @@ def rank_environment(**more: str) -> dict[str, str]:
 
 
 def run_job(
-    command: list[str], env: dict[str, str], timeout: float, ready: int = 0
+    command: list[str],
+    env: dict[str, str],
+    timeout: float,
+    ready: int = 0,
+    interrupted: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """``subprocess.run``; takes away the shared memory that ranks leave when they are killed.
 
     `ready`: the timeout counts from when there are so many lines of output. On a busy machine most
     of a job's time goes into its start, which has ``STARTUP`` seconds of its own then.
+    `interrupted`: the command gets a SIGINT, as by Ctrl-C, a second after that.
     """
     deadline = time.monotonic() + (STARTUP if ready else timeout)
     files: set[Path] = set()
@@ -75,6 +81,9 @@ def run_job(
                     now = time.monotonic()
                     if ready and (running.stdout or b"").count(b"\n") >= ready:
                         ready, deadline = 0, now + timeout
+                        if interrupted:
+                            time.sleep(1)
+                            process.send_signal(signal.SIGINT)
                     if now > deadline:
                         raise
         finally:
@@ -85,32 +94,53 @@ def run_job(
 
 
 @pytest.fixture(scope="session")
+def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``torchrun(n, script, *args)``: n processes that torchrun starts, on this machine alone."""
+
+    def run(
+        n: int, script: str | Path, *args: object, timeout: float = 60, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        options = ["--standalone", "--local-addr", "127.0.0.1", f"--nproc-per-node={n}"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", *options]
+        env = rank_environment(GLOO_SOCKET_IFNAME="lo")
+        process = run_job([*launcher, str(script), *map(str, args)], env, timeout)
+        if check and process.returncode != 0:
+            said = f"{process.stdout}\n{process.stderr}"
+            pytest.fail(f"torchrun {script} {args}: {process.returncode}\n{said}", pytrace=False)
+        return process
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
     """``mpirun(n, script, *args)``: a real MPI job; shows every rank's output when it fails.
 
     `aborting`: under ``python -m mpi4py``, with which an exception on one rank ends the job.
-    `options`: of mpiexec. `under`: what runs each rank's Python. `ready`: see ``run_job``.
+    `options`: of mpiexec. `under`: what runs each rank's Python. `ready`, `interrupted`: see
+    ``run_job``.
     """
     mpiexec = _mpiexec()
     if mpiexec is None:
-        pytest.skip("no mpiexec: pip install 'cupybn[mpich]'")
+        pytest.skip("no mpiexec: pip install mpich")
 
     def run(
         n: int,
         script: str | Path,
         *args: object,
-        timeout: float = 60,
+        timeout: float = 120,
         check: bool = True,
         env: dict[str, str] | None = None,
         aborting: bool = True,
         options: Sequence[str] = (),
         under: Sequence[str] = (),
         ready: int = 0,
+        interrupted: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         python = [sys.executable, "-m", "mpi4py"] if aborting else [sys.executable]
         command = [mpiexec, *options, "-n", str(n), *under, *python, str(script), *map(str, args)]
         try:
-            process = run_job(command, rank_environment(**(env or {})), timeout, ready)
+            process = run_job(command, rank_environment(**(env or {})), timeout, ready, interrupted)
         except subprocess.TimeoutExpired as job:
             if not check:
                 raise

@@ -4,7 +4,7 @@ Its ``ndarray`` is a class of its own, so that the library takes it for CuPy's a
 CUDA: every layer runs on it. It holds the memory of a NumPy array, and refuses what CuPy refuses:
 mixing with NumPy arrays, becoming one without being asked, arrays of another device in a kernel.
 
-Kernels run on the CPU, through the host build (``tests/hostcuda``), one after the other. Besides,
+Kernels run on the CPU (``kernel_builds.py``), one after the other. Besides,
 
 * ``do_nothing()``: kernels are not even compiled, for counting and timing what Python does;
 * ``put_off()``: copies and kernels wait in their stream's queue until somebody waits for them or an
@@ -35,6 +35,7 @@ import numpy as np
 __version__ = "14.0"
 SIZE = 1 << 28  # of guarded memory
 DEVICES = 2
+RESIDENT = 3  # blocks of any kernel on a multiprocessor
 _NONE, _READ_WRITE = 0, 3
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -42,10 +43,10 @@ log = []  # what happened, in order: "get", "event wait", "pinned", ...
 launched = Counter()  # kernels, by their names
 
 
-def _host_module(text, names):
-    from hostcuda.build import host_module
+def _module(text, names):
+    from kernel_builds import compile_module
 
-    return host_module(text, names)
+    return compile_module(text, names)
 
 
 class _State:
@@ -56,14 +57,14 @@ class _State:
     open_to_all = False  # as if MPI could follow device pointers
     hook = None  # is told of every allocation
     allocator = None  # of CuPy's pool, if None
-    build = staticmethod(_host_module)  # (text, names) to a module with get_function(name)
+    build = staticmethod(_module)  # (text, names) to a module with get_function(name)
 
 
 def install():
     """The module under the name of cupy, and as it is at first."""
     _State.arena, _State.open_to_all, _State.allocator = None, False, None
     _State.lazy = False
-    build_with(_host_module)
+    build_with(_module)
     _here.__dict__.clear()
     _null.__init__()
     log.clear()
@@ -77,7 +78,7 @@ def do_nothing():
     build_with(lambda text, names: types.SimpleNamespace(get_function=lambda name: _no_kernel))
 
 
-def _no_kernel(grid, block, arguments):
+def _no_kernel(grid, block, arguments, shared_mem=0):
     pass
 
 
@@ -757,14 +758,15 @@ class RawKernel:
         self.kernel = _Kernel(function, name)
 
     def __call__(self, grid, block, args, **options):
-        self.kernel(grid, block, args)
+        self.kernel(grid, block, args, **options)
 
 
 class _Kernel:
     def __init__(self, function, name):
         self.function, self.name = function, name
+        self.kernel = types.SimpleNamespace(ptr=id(function))
 
-    def __call__(self, grid, block, args, *, shared_mem=0):
+    def __call__(self, grid, block, args, **options):
         launched[self.name] += 1
         if self.function is _no_kernel:
             return
@@ -776,7 +778,7 @@ class _Kernel:
                     f"{x.data.device_id} while current = {_here.device}"
                 )
         plain = [x.memory if isinstance(x, ndarray) else x for x in args]
-        get_current_stream().launch(lambda: self.function(grid, block, plain))
+        get_current_stream().launch(lambda: self.function(grid, block, plain, **options))
 
 
 # Modules of CuPy
@@ -815,6 +817,9 @@ cuda = types.SimpleNamespace(
     MemoryPool=MemoryPool,
     Stream=Stream,
     alloc_pinned_memory=alloc_pinned_memory,
+    driver=types.SimpleNamespace(
+        occupancyMaxActiveBlocksPerMultiprocessor=lambda function, threads, shared: RESIDENT
+    ),
     get_allocator=get_allocator,
     get_current_stream=get_current_stream,
     get_elapsed_time=get_elapsed_time,

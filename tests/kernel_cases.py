@@ -12,7 +12,7 @@ from typing import Any
 
 import fake_cupy
 import numpy as np
-from hostcuda.build import host_modules
+from kernel_builds import compile_modules
 
 from cupybn.backends import cuda
 from cupybn.backends.cuda import launch, source
@@ -312,7 +312,7 @@ def clear_caches():
     launch._multiprocessors.cache_clear()
     source._kernels.clear()
     launch._kept.scratch.clear()
-    launch._kept.outgrown.clear()
+    launch._captured.clear()
 
 
 @contextmanager
@@ -342,7 +342,7 @@ class _Collector:
     def __call__(self, text, kernels):
         self.modules.append((text, kernels))
         note = self.launched.add
-        launch = lambda name: lambda grid, block, arguments: note((text, name))  # noqa: E731
+        launch = lambda name: lambda *arguments, **more: note((text, name))  # noqa: E731
         return SimpleNamespace(get_function=launch)
 
 
@@ -354,5 +354,5 @@ def compile_ahead(cases: Iterable[Case]) -> set[tuple[str, str]]:
             run(cuda, case)
             if case.x.dtype == np.float64:
                 run_recentred(case, fused=True)
-    host_modules(collector.modules)
+    compile_modules(collector.modules)
     return collector.launched

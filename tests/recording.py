@@ -63,7 +63,7 @@ def run_cases(backend: str, options: argparse.Namespace) -> tuple[dict[str, str]
             beside = Path(sys.executable).parent / "mpiexec"
             mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
             if mpiexec is None:
-                sys.exit("no mpiexec: pip install 'cupybn[mpich]'")
+                sys.exit("no mpiexec: pip install mpich")
             command = [mpiexec, "-n", str(options.mpi), *command[:1], "-m", "mpi4py", *command[1:]]
             command.append("--mpi")
         else:

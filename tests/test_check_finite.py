@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import DTYPES
 from cuda_tools import need
-from hostcuda.build import missing
+from kernel_builds import missing
 from kernel_cases import host_kernels, numpy_through_cuda, parameter_dtype
 from rank_checks import Spy, bits, normal
 

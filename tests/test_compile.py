@@ -119,13 +119,15 @@ def _sections(text: str, heading: str) -> dict[int, str]:
     return {int(number): body for number, body in zip(pieces[1::2], pieces[2::2], strict=True)}
 
 
-def _instructions(cubin: bytes) -> dict[int, str]:
+def disassemble(cubin: bytes) -> dict[str, str]:
+    """The SASS of each kernel, by its name."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin + b"\0")  # the last byte of the file, which CuPy takes off as of a string
         file.flush()
         command = [str(_nvdisasm()), "-c", file.name]
         sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return _sections(sass, r"\.section\s+\.text\.")
+    pieces = re.split(r"\.section\s+\.text\.(\w+)", sass)
+    return dict(zip(pieces[1::2], pieces[2::2], strict=True))
 
 
 def compile_bundle(variants: Sequence[Variant], arch: str) -> list[Compiled]:
@@ -137,15 +139,15 @@ def compile_bundle(variants: Sequence[Variant], arch: str) -> list[Compiled]:
             return [Compiled(variants[0].label, "", str(error), "", False, False)]
         return [one for v in variants for one in compile_bundle([v], arch)]
     reports = _sections(log, r"Function properties for ")
-    code = _instructions(cubin) if arch == LOOKED_AT and _nvdisasm() else {}
+    code = disassemble(cubin) if arch == LOOKED_AT and _nvdisasm() else {}
     return [
         Compiled(
             variant.label,
             kernel,
             "",
             re.search(r"\d+ bytes stack frame.*", reports[i]).group(),
-            bool(re.search(r"\bLDG\.E(\.\w+)*\.128\b", code.get(i, ""))),
-            bool(re.search(r"\bSTG\.E(\.\w+)*\.128\b", code.get(i, ""))),
+            bool(re.search(r"\bLDG\.E(\.\w+)*\.128\b", code.get(f"kernel_{i}", ""))),
+            bool(re.search(r"\bSTG\.E(\.\w+)*\.128\b", code.get(f"kernel_{i}", ""))),
         )
         for i, (variant, kernel) in enumerate((v, k) for v in variants for k in v.kernels)
     ]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_cupy
 import numpy as np
 import pytest
 from conftest import DTYPES
 from cuda_tools import need
-from hostcuda.build import missing
+from kernel_builds import missing
 from kernel_cases import (
     SPLIT,
     Case,
@@ -262,7 +263,7 @@ def test_two_runs_give_the_same_bits_and_counters_return_to_zero():
             assert not counters.any()
 
 
-def test_scratch_is_of_one_thread_device_and_stream_and_outgrown_is_kept():
+def test_scratch_is_of_one_thread_device_and_stream():
     fake_cupy.do_nothing()
     small, large = (fake_cupy.zeros(shape) for shape in (SPLIT[0], (40000, 64, 1)))
     cuda.batch_moments(small)
@@ -270,7 +271,6 @@ def test_scratch_is_of_one_thread_device_and_stream_and_outgrown_is_kept():
     cuda.batch_moments(large)
     (second,) = launch._kept.scratch.values()
     assert second[0].size >= 2 * first[0].size
-    assert launch._kept.outgrown == [first]
     stream = fake_cupy.cuda.Stream(non_blocking=True)
     with stream:
         cuda.batch_moments(small)
@@ -282,6 +282,74 @@ def test_scratch_is_of_one_thread_device_and_stream_and_outgrown_is_kept():
         pool.submit(cuda.batch_moments, small).result()
         assert pool.submit(lambda: list(launch._kept.scratch)).result() == [(0, 0)]
         assert pool.submit(lambda: launch._kept.scratch[0, 0]).result() is not second
+
+
+def test_a_captured_launch_has_scratch_of_its_own_for_good():
+    """Neither eager work of the stream nor another graph of it uses that, nor another launch."""
+    used = []
+
+    def noting(text, names):
+        def launched(name):
+            return lambda grid, block, args, **more: used.append((name, args[7], args[8]))
+
+        return SimpleNamespace(get_function=launched)
+
+    fake_cupy.build_with(noting)
+    x, stream = fake_cupy.zeros((40000, 64, 1)), fake_cupy.cuda.Stream(non_blocking=True)
+
+    def capture():
+        with stream:
+            stream.begin_capture()
+            cuda.batch_moments(x)
+            cuda.batch_moments(x)
+            return stream.end_capture()
+
+    with stream:
+        cuda.batch_moments(x)
+    with ThreadPoolExecutor(1) as pool:
+        graphs = capture(), pool.submit(capture).result()  # a thread's own things end with it
+    with stream:
+        cuda.batch_moments(x)
+        for graph in graphs:
+            graph.launch()
+            graph.launch()
+    names, partials, counters = zip(*used, strict=True)
+    assert set(names) == {"batch_moments"}
+    for arrays in (partials, counters):
+        addresses = [array.ctypes.data for array in arrays]
+        assert addresses[0] == addresses[1]  # eager
+        assert addresses[2:4] == addresses[4:6]  # the first graph, twice
+        assert addresses[6:8] == addresses[8:10]
+        assert len(set(addresses)) == 5
+        held = {pair[arrays is counters].data.ptr for pair in launch._captured}
+        assert held == set(addresses[2:])
+    assert not any(array.any() for array in counters)
+
+
+@pytest.mark.parametrize("resident", [1, 2, 4])
+def test_blocks_are_as_many_as_the_driver_says_the_device_holds(monkeypatch, resident):
+    """Of the compiled kernel with its threads and the shared memory that it is launched with."""
+    asked, launches = [], []
+
+    def holds(function, threads, shared):
+        asked.append((threads, shared))
+        return resident
+
+    driver = "occupancyMaxActiveBlocksPerMultiprocessor"
+    monkeypatch.setattr(fake_cupy.cuda.driver, driver, holds)
+
+    def launched(grid, block, args, shared_mem=0):
+        launches.append((grid, (*block, shared_mem)))
+
+    fake_cupy.build_with(lambda *text: SimpleNamespace(get_function=lambda name: launched))
+    for shape in ((64, 64, 12544), (401408, 64, 1)):
+        x = fake_cupy.zeros(shape, np.float16)
+        moments = cuda.batch_moments(x)
+        cuda.normalize(x, Transform(moments.mean, moments.m2))
+    assert [how for _, how in launches] == asked
+    assert [shared > 0 for _, (_, shared) in launches] == [False, False, True, False]
+    for grid, _ in launches:
+        assert 0.85 <= grid[0] * grid[1] / (132 * resident) <= 1
 
 
 def test_nothing_is_compiled_or_planned_twice():
@@ -346,16 +414,17 @@ def test_a_bound_step_enters_few_functions_and_allocates_three_arrays(n, residua
     ]
     assert entered == [name for name in one if name != "scratch_for" or n > 8]
     assert allocated == [8 * 16, 8 * 16, 2 * 8 * 16]
-    assert sum((fake_cupy.launched - launched).values()) == 5
+    assert sum((fake_cupy.launched - launched).values()) == 4
 
 
-def test_launches_are_three_forward_and_two_backward():
+def test_launches_of_one_rank_are_two_a_direction():
+    """The statistics are final in the launch that sums; asked for, they take another."""
     bound_step(True, True)()
-    forward = ["batch_moments", "finalize_moments", "normalize"]
-    assert list(fake_cupy.launched) == [*forward, "backward_reduce", "backward_input"]
+    kernels = ["batch_moments", "normalize", "backward_reduce", "backward_input"]
+    assert list(fake_cupy.launched) == kernels
     assert set(fake_cupy.launched.values()) == {1}
     run(cuda, Case((3, 32, 49), np.dtype(np.float32), "residual relu"))
-    assert set(fake_cupy.launched.values()) == {2}
+    assert fake_cupy.launched == dict.fromkeys(kernels, 2) | {"finalize_moments": 1}
 
 
 def test_arrays_of_another_device_are_not_launched_on():

@@ -9,44 +9,27 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PREAMBLE = """
-import numpy as np
-import cupybn
-rng = np.random.default_rng(0)
-x = rng.standard_normal((3, 64, 5, 5)).astype(np.float32)
-dy = rng.standard_normal((3, 64, 5, 5)).astype(np.float32)
-"""
-
-
-EMBEDDING = ROOT / "docs" / "embedding.md"
 
 
 def python_blocks(path):
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 
 
-@pytest.mark.mpi
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
-def test_python_blocks_run(path, mpirun, tmp_path):
-    blocks = python_blocks(path)
-    if not blocks or path == EMBEDDING:
-        return
-    script = tmp_path / "blocks.py"
-    # In a folder of its own, where the files that it saves go too.
-    script.write_text("\n".join([f"import os; os.chdir({str(tmp_path)!r})", PREAMBLE, *blocks]))
-    mpirun(2, script)
+PROGRAMS = [(path, i) for path in DOCUMENTS for i in range(len(python_blocks(path)))]
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("number", range(len(python_blocks(EMBEDDING))))
-def test_each_program_of_embedding_runs_by_itself(number, n, mpirun, tmp_path):
-    program = python_blocks(EMBEDDING)[number]
-    if "import torch" in program:
-        pytest.importorskip("torch", reason="PyTorch is not installed")
-    script = tmp_path / "program.py"
-    script.write_text(program)
-    mpirun(n, script)
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("path, number", PROGRAMS, ids=lambda p: getattr(p, "name", p))
+def test_each_program_runs_as_it_is_pasted(path, number, ranks, mpirun, tmp_path, monkeypatch):
+    """Nothing is added, not even an import; in a folder of its own, where its files go too."""
+    program = python_blocks(path)[number]
+    for module, name in (("torch", "PyTorch"), ("jax", "JAX")):
+        if re.search(rf"^import {module}\b", program, re.MULTILINE):
+            pytest.importorskip(module, reason=f"{name} is not installed")
+    monkeypatch.chdir(tmp_path)
+    Path("program.py").write_text(program)
+    mpirun(ranks, "program.py")
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)

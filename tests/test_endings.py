@@ -1,13 +1,17 @@
 """Ranks that wait for a message that never comes: how the job ends. Real MPI jobs.
 
-Every rank says when it begins to wait; the job must have ended 5 seconds after the timeout, and no
-process of it may be left. A job that has not ended LIMIT seconds after that is killed, and its test
-fails. The jobs mostly wait, so several run at a time.
+Every rank says when it begins to wait; the job must have ended SLACK seconds after the timeout, and
+no process of it may be left. On an idle machine it takes one or two; what must not end it, such as
+a culprit that sleeps or a shell that lingers, takes longer than SLACK on any. A job that has not
+ended LIMIT seconds after its ranks were ready is killed, and its test fails. The jobs mostly wait,
+so several run at a time.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import re
 import signal
 import subprocess
@@ -25,7 +29,8 @@ from cupybn.communicators.watchdog import EXIT_CODE, Watch, _give_up
 
 PROGRAM = Path(__file__).parent / "mpi" / "endings.py"
 TIMEOUT = 3
-LIMIT = 20  # seconds from when all ranks are ready
+SLACK = 17  # seconds for a machine that is busy with other things
+LIMIT = 25  # seconds from when all ranks are ready
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(2 * (STARTUP + LIMIT))]
 RANKS = [2, 4]
 AT_A_TIME = 5
@@ -102,16 +107,17 @@ def said(stdout):
     return [json.loads(line) for line in stdout.splitlines() if line[:1] == "{"]
 
 
+def alive(pid):
+    """Whether there is such a process, other than as an entry nobody has collected yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):  # it was gone, or went between open and read
+        return False
+
+
 def left_over(ranks):
-    """Processes of the job that still exist, other than as an entry nobody has collected yet."""
-
-    def alive(pid):
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-        except FileNotFoundError:
-            return False
-
-    deadline = time.monotonic() + 2
+    """The ranks whose processes still exist."""
+    deadline = time.monotonic() + 10
     while any(alive(line["pid"]) for line in ranks) and time.monotonic() < deadline:
         time.sleep(0.05)
     return [line["rank"] for line in ranks if alive(line["pid"])]
@@ -119,9 +125,18 @@ def left_over(ranks):
 
 def check_spoken(job, n, where):
     assert job.code != 0
-    assert job.seconds < TIMEOUT + 5
-    said = rf"cupybn: rank [0-{n - 2}] of {n}, {re.escape(where)} of this communicator: "
-    assert re.search(said + r"waited [3-7]\.\d s for the other ranks", job.stderr), job.stderr
+    assert job.seconds < TIMEOUT + SLACK
+    said = (
+        rf"cupybn: rank ([0-{n - 2}]) of {n} on (.*), process (\d+), {re.escape(where)} of this "
+        r"communicator: waited (?:[3-9]|1\d)\.\d s for the other ranks"
+    )
+    found = re.findall(said, job.stderr)
+    assert found, job.stderr
+    pids = {str(line["rank"]): str(line["pid"]) for line in job.ranks}
+    for rank, host, pid in found:
+        assert host == platform.node()
+        assert pid == pids[rank]
+    assert "suspect the ranks that say nothing" in job.stderr
     assert re.search(r'File ".*endings.py", line \d+ in ', job.stderr)  # the Python stack
     assert left_over(job.ranks) == []
 
@@ -143,7 +158,7 @@ def test_under_a_shell_that_lingers_the_ranks_outlive_one_that_is_gone(endings, 
 def test_the_launcher_ends_the_job_when_a_process_is_gone(endings, n, case):
     job = endings(n, case)
     assert job.code != 0
-    assert job.seconds < TIMEOUT + 5
+    assert job.seconds < TIMEOUT + SLACK
     assert "cupybn: " not in job.stderr
     assert left_over(job.ranks) == []
 
@@ -154,7 +169,7 @@ def test_a_process_that_is_gone_without_an_error_ends_the_job_too(endings, mpiru
     """MPICH's launcher may then give the code of that process, 0, for the whole job."""
     job = endings(n, case)
     assert job.code != 0 or job.library == "MPICH"
-    assert job.seconds < TIMEOUT + 5
+    assert job.seconds < TIMEOUT + SLACK
     assert "cupybn: " not in job.stderr
     assert left_over(job.ranks) == []
     if job.library == "MPICH":
@@ -167,7 +182,7 @@ def test_messages_of_different_length_end_the_job(endings, n, case):
     """MPICH aborts; with Open MPI a rank raises or crashes, or the others wait in vain."""
     job = endings(n, case)
     assert job.code != 0
-    assert job.seconds < TIMEOUT + 5
+    assert job.seconds < TIMEOUT + SLACK
     assert not (job.library == "MPICH" and "cupybn: " in job.stderr)
     assert left_over(job.ranks) == []
 
@@ -178,7 +193,7 @@ def test_a_waiting_rank_ends_the_job_even_if_it_cannot_say_why(endings, n, case)
     """Standard error is closed: writing to it raises in the watchdog's thread."""
     job = endings(n, case)
     assert job.code != 0
-    assert TIMEOUT < job.seconds < TIMEOUT + 5
+    assert TIMEOUT < job.seconds < TIMEOUT + SLACK
     assert left_over(job.ranks) == []
 
 
@@ -219,10 +234,18 @@ def waiting(timeout, waits, abort):
 
 
 def test_a_process_whose_abort_hangs_ends_itself():
-    began = time.monotonic()
-    with waiting(timeout=0.5, waits=60, abort="time.sleep(60)") as process:
-        assert process.wait(20) == EXIT_CODE
-    assert time.monotonic() - began < 0.5 + 5
+    with waiting(timeout=0.5, waits=200, abort="time.sleep(200)") as process:
+        assert process.wait(100) == EXIT_CODE
+
+
+def test_a_process_that_goes_while_it_is_looked_at_is_gone(monkeypatch):
+    def gone(path):
+        raise ProcessLookupError(3, "No such process")
+
+    assert alive(os.getpid())
+    monkeypatch.setattr(Path, "read_text", gone)
+    assert not alive(os.getpid())
+    assert left_over([{"rank": 0, "pid": os.getpid()}]) == []
 
 
 def test_messages_in_quick_succession_are_not_one_wait():
@@ -238,12 +261,13 @@ def test_messages_in_quick_succession_are_not_one_wait():
 
 def test_time_for_which_the_whole_job_is_suspended_does_not_count():
     """Some schedulers stop all ranks, and go on with them much later."""
-    with waiting(timeout=3, waits=5.8, abort="os._exit(code)") as process:
+    # It counts 1.3 s of waiting, and 1 s for the 4.2 in between. A busy machine adds to both.
+    with waiting(timeout=4, waits=5.5, abort="os._exit(code)") as process:
         time.sleep(0.6)  # it has been seen waiting
         process.send_signal(signal.SIGSTOP)
-        time.sleep(4)
+        time.sleep(4.2)
         process.send_signal(signal.SIGCONT)
-        assert process.wait(20) == 0
+        assert process.wait(100) == 0
 
 
 def test_the_job_is_aborted_even_if_no_thread_can_be_started(monkeypatch):
@@ -266,6 +290,20 @@ def test_the_job_is_aborted_even_if_no_thread_can_be_started(monkeypatch):
 def test_under_mpi4py_an_exception_ends_the_job_at_once(mpirun, n, case, text):
     job = ending(mpirun, n, case, aborting=True)
     assert job.code != 0
-    assert job.seconds < TIMEOUT + 5
+    assert job.seconds < TIMEOUT + SLACK
     assert text in job.stderr
     assert "cupybn: " not in job.stderr
+
+
+@pytest.mark.parametrize("n", RANKS)
+@pytest.mark.parametrize("aborting", [False, True])
+def test_ctrl_c_ends_the_job(mpirun, n, aborting):
+    """MPICH's launcher hands it to the ranks, of which only one that computes can hear it."""
+    job = ending(mpirun, n, "sleeps", aborting=aborting, interrupted=True)
+    assert job.code != 0
+    assert left_over(job.ranks) == []
+    if job.library == "MPICH" and not aborting:
+        check_spoken(job, n, FIRST)
+    else:
+        assert "cupybn: " not in job.stderr
+        assert job.seconds < TIMEOUT + 5

@@ -102,7 +102,7 @@ def outcomes(mpirun):
 
     def of(n, case=None):
         if n not in told:
-            process = mpirun(n, PROGRAM, timeout=110, env={"CUPYBN_TIMEOUT": "10"})
+            process = mpirun(n, PROGRAM, timeout=240, env={"CUPYBN_TIMEOUT": "60"})
             told[n] = defaultdict(dict)
             for line in map(json.loads, process.stdout.splitlines()):
                 told[n][line["case"]][line["rank"]] = line

@@ -735,6 +735,36 @@ def test_a_captured_step_replays_with_the_same_bits(step, dtype):
     assert kept.count == x.size // 8
 
 
+def test_graphs_of_one_stream_beside_each_other_and_beside_eager_work():
+    """Each has scratch of its own: they run at the same time, on streams of their own."""
+    values = [[cp.asarray(normal(SPLIT, seed=10 * i + j)) for j in range(2)] for i in range(3)]
+    layers = [layer_for(np.float32, c=8, activation="relu").to("cuda") for _ in range(3)]
+    expected = [train(layer, *data) for layer, data in zip(layers, values, strict=True)]
+    stream = cp.cuda.Stream(non_blocking=True)
+    cp.cuda.Device().synchronize()
+    graphs, results = [], []
+    with stream:
+        for layer, data in zip(layers[:2], values, strict=False):
+            train(layer, *data)
+            stream.begin_capture()
+            try:
+                results.append((layer.forward(data[0]), layer.saved, layer.backward(data[1])))
+            finally:
+                graphs.append(stream.end_capture())
+    others = [cp.cuda.Stream(non_blocking=True) for _ in graphs]
+    stream.synchronize()
+    for _ in range(20):
+        for graph, other in zip(graphs, others, strict=True):
+            graph.launch(other)
+        with stream:
+            eager = train(layers[2], *values[2])
+    cp.cuda.Device().synchronize()
+    got = [(y, dx) for y, _, dx in results] + [eager]
+    for ours, exact in zip(got, expected, strict=True):
+        for a, b in zip(ours, exact, strict=True):
+            assert copy_to_host(a).tobytes() == copy_to_host(b).tobytes()
+
+
 def test_a_cumulative_average_is_refused_under_capture():
     _, gpu = pair(FLOAT32, c=8, momentum=None)
     stream = cp.cuda.Stream(non_blocking=True)

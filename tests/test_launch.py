@@ -73,7 +73,9 @@ def visits(plan, shape, misalignment):
 
 
 def check(shape, itemsize, alignment, congruence, whole_bytes=False, multiprocessors=132):
-    plan = plan_launch(shape, itemsize, alignment, congruence, multiprocessors, whole_bytes)
+    whole = plan_launch(shape, itemsize, alignment, congruence, multiprocessors, whole_bytes)
+    assert whole.slices == 1
+    plan = whole.over(3 * multiprocessors)
     v, tiles, slices = plan.vector, *plan.grid
     assert 1 <= tiles <= MAX_TILES
     assert 1 <= slices <= MAX_SLICES
@@ -141,7 +143,37 @@ def test_resnet_shapes_come_in_wide_vectors(n, itemsize):
 def test_few_channels_are_split_over_many_blocks():
     for shape in ((64, 64, 12544), (256, 3, 50176), (800_000, 64, 1), (4_000_000, 3, 1)):
         plan = check(shape, 2, 16, 16)
-        assert plan.grid[0] * plan.slices >= 4 * 132
+        assert 0.9 <= plan.grid[0] * plan.slices / (3 * 132) <= 1
+
+
+@pytest.mark.parametrize("places", [2 * 40, 4 * 108, 3 * 132, 4 * 132, 6 * 142])
+@pytest.mark.parametrize("c", [3, 64, 100, 256, 300, 512, 600, 1024, 2048])
+def test_blocks_fill_the_device(c, places):
+    """Once, where the tiles leave that open; no wave is left half empty for want of slices."""
+    for shape in ((5000, c, 3136), (5000 * 3136, c, 1)):
+        plan = plan_launch(shape, 2, 16, 16, 132).over(places)
+        blocks = plan.tiles * plan.slices
+        assert blocks / (-(-blocks // places) * places) >= 0.83
+        if plan.tiles <= 0.1 * places:
+            assert 0.85 * places <= blocks <= places
+
+
+@pytest.mark.parametrize("shape", [(401408, 64, 1), (401408, 128, 1), (700, 8, 49), (4, 3, 10**6)])
+def test_groups_of_slices_are_as_many_as_a_few_batches_hold(shape):
+    """What the last block of a group adds, and what the last of the groups adds."""
+    for itemsize, places in product((2, 4, 8), (2 * 132, 4 * 132)):
+        plan = plan_launch(shape, itemsize, 16, 16, 132).over(places)
+        rows_at_once = 8 * max(1, plan.threads // plan.tile_channels)
+        assert min(plan.group_slices, plan.slices) <= 4 * rows_at_once
+        assert plan.groups <= 3 * rows_at_once
+        assert plan.groups == -(-plan.slices // plan.group_slices)
+
+
+def test_shared_memory_lets_a_multiprocessor_hold_three_blocks_of_columns():
+    """Beside the 3 KB of a kernel's tables, in the 64 KB of sm_75."""
+    for itemsize, c in product((2, 4, 8), (64, 128, 256, 2048)):
+        plan = plan_launch((100_000, c, 1), itemsize, 16, 16, 132)
+        assert 3 * (plan.shared_bytes + 3200) <= 64 << 10
 
 
 def test_a_small_channel_is_not_split():

@@ -188,3 +188,41 @@ def test_the_result_can_be_saved(tmp_path):
     assert isinstance(state, StateDict)
     cupybn.save(state, tmp_path / "flax.npz")
     assert_same(cupybn.load(tmp_path / "flax.npz"), state)
+
+
+@pytest.mark.parametrize("framework", ["keras", "flax", "chainer", "pytorch"])
+@pytest.mark.parametrize("training_on", [False, True], ids=["inference", "training on"])
+def test_which_running_variance_comes_over(framework, training_on):
+    """Without a count the predictions are kept; with it, what training here would have kept."""
+    rng = np.random.default_rng(3)
+    batches, eps = rng.standard_normal((4, 5, 3)) * 2 + 1, 1e-3
+    unbiased = framework in ("chainer", "pytorch")
+    mean, var = np.zeros(3), np.ones(3)
+    for batch in batches:  # a training of theirs
+        mean = 0.9 * mean + 0.1 * batch.mean(axis=0)
+        var = 0.9 * var + 0.1 * batch.var(axis=0, ddof=unbiased)
+    names = CONVENTIONS[framework]
+    theirs = {
+        names.key(("bn",), "weight"): np.full(3, 1.5),
+        names.key(("bn",), "bias"): np.full(3, -2.0),
+        names.key(("bn",), "running_mean"): mean,
+        names.key(("bn",), "running_var"): var,
+    }
+    count = 5 if training_on else None
+    ours = convert_state_dict(theirs, framework, count=count)
+    layer = cupybn.BatchNorm1d(3, eps=eps, dtype="float64").eval()
+    layer.load_state_dict(ours.part("bn"))
+
+    x = rng.standard_normal((7, 3))
+    predicted = (x - mean) / np.sqrt(var + eps) * 1.5 - 2.0
+    if not training_on or unbiased:
+        np.testing.assert_allclose(layer(x), predicted, rtol=1e-12)
+    else:
+        assert abs(layer(x) - predicted).max() > 0.01
+
+    trained_here = cupybn.BatchNorm1d(3, dtype="float64")
+    for batch in batches:
+        trained_here(batch)
+    start = 0.9**4  # which is biased and unbiased at once, and is corrected with the rest
+    expected = trained_here.running_var + start * (5 / 4 - 1) * (not unbiased)
+    assert np.allclose(layer.running_var, expected, rtol=1e-12) == (training_on or unbiased)

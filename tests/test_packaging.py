@@ -28,7 +28,7 @@ print(importlib.util.find_spec("benchmarks") is not None)
 def run(*command, cwd):
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     process = subprocess.run(
-        list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=110
+        list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=240
     )
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,8 +38,9 @@ def never_killed(mpirun, tmp_path_factory):
     return path
 
 
-def run_and_kill(ranks, path, more, saves, delay):
-    """Starts a job and ends all its processes by SIGKILL, some time after so many saves."""
+@contextmanager
+def running(ranks, path, more, saves, delay):
+    """A job, some time after it has saved so often."""
     command = [_mpiexec(), "-n", ranks, sys.executable, "-m", "mpi4py", SCRIPT,
                *options(ranks, path, *more)]  # fmt: skip
     env = rank_environment(TMPDIR=str(path.parent))  # where Open MPI would leave files
@@ -54,6 +56,12 @@ def run_and_kill(ranks, path, more, saves, delay):
             last = now
             time.sleep(0.001)
         time.sleep(delay)
+        yield job
+
+
+def run_and_kill(ranks, path, more, saves, delay):
+    """Ends all processes of a job by SIGKILL."""
+    with running(ranks, path, more, saves, delay) as job:
         members = family(job.pid)
         assert len(members) > ranks
         orphans = shared_memory(members)
@@ -65,6 +73,17 @@ def run_and_kill(ranks, path, more, saves, delay):
     assert job.returncode == -signal.SIGKILL
     for orphan in orphans:
         orphan.unlink(missing_ok=True)
+
+
+def rank_processes(job):
+    """The pids of a job's ranks."""
+    python = [sys.executable, "-m", "mpi4py", str(SCRIPT)]
+    ranks = []
+    for pid in family(job.pid):
+        with suppress(OSError):  # it has ended
+            if Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:4] == python:
+                ranks.append(pid)
+    return ranks
 
 
 def assert_equal(state, expected, tolerance):
@@ -108,6 +127,25 @@ def test_killed_and_resumed_equals_never_killed(never_killed, mpirun, tmp_path):
     assert "(b) 4 ranks, synchronised" in output
     assert_equal(cupybn.load(path), cupybn.load(never_killed), tolerance=0)
     assert_equal(cupybn.load(other), cupybn.load(never_killed), tolerance=1e-9)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_saves_and_what_resumes_equals_never_stopped(
+    number, never_killed, mpirun, tmp_path
+):
+    path = tmp_path / "state.npz"
+    rarely = ["--save-every", 7]  # of the options' two, the last counts
+    with running(4, path, rarely, saves=1, delay=random.uniform(0, 0.1)) as job:
+        ranks = rank_processes(job)
+        assert len(ranks) == 4
+        os.kill(ranks[random.randrange(4)], number)
+        output = job.stdout.read()
+    assert job.returncode == 128 + signal.SIGTERM
+    assert f"--resume {path} goes on from there" in output
+    assert "test accuracy" not in output
+    assert 7 <= steps_in(path) < 45
+    mpirun(4, SCRIPT, *options(4, path, "--resume", path))
+    assert_equal(cupybn.load(path), cupybn.load(never_killed), tolerance=0)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

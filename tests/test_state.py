@@ -262,3 +262,53 @@ def test_any_tree_round_trips(sizes, seed):
         array[...] = rng.integers(-9, 9, array.shape)
     target.load_state_dict(source.state_dict())
     assert bits(source) == bits(target)
+
+
+def test_the_part_of_a_layer_and_a_state_under_a_prefix():
+    """The versions come along: without them, a state counts as version 1."""
+    net = Sequential({"a": Sequential(trained(seed=1)), "ab": trained(seed=2), "c": Sequential()})
+    state = net.state_dict()
+    for prefix in ("a", "a."):
+        part = state.part(prefix)
+        assert list(part) == [f"0.{name}" for name in NAMES]
+        assert part.metadata == {"": {"version": 1}, "0": {"version": 2}}
+        assert part["0.weight"] is state["a.0.weight"]
+    assert state.part("a.0").metadata == {"": {"version": 2}}
+    assert state.part("c") == {}
+    assert state.part("c").metadata == {"": {"version": 1}}
+    assert BatchNorm2d(4).load_state_dict(state.part("ab")) == ([], [])
+    assert state.part("").metadata == state.metadata
+    for prefix in ("d", "a.1", "b"):
+        with pytest.raises(KeyError, match=r"a\.0\.weight"):
+            state.part(prefix)
+
+    for prefix in ("x.y", "x.y."):
+        moved = state.with_prefix(prefix)
+        assert list(moved) == [f"x.y.{name}" for name in state]
+        assert set(moved.metadata) == {"x.y", "x.y.a", "x.y.a.0", "x.y.ab", "x.y.c"}
+        again = moved.part("x.y")
+        assert list(again) == list(state)
+        assert again.metadata == state.metadata
+    assert list(state.with_prefix("")) == list(state)
+    moved.metadata["x.y.ab"]["version"] = 1
+    assert state.metadata["ab"] == {"version": 2}
+
+
+def test_states_put_together_keep_the_versions_of_both():
+    """Else a counter that is missing would not be noticed: version 1 had none."""
+    first, second = trained(seed=1).state_dict(), trained(seed=2).state_dict()
+    together = first.with_prefix("0") | second.with_prefix("1")
+    merged = first.with_prefix("0")
+    merged |= second.with_prefix("1")
+    for state in (together, merged):
+        assert type(state) is StateDict
+        assert state.metadata == {"0": {"version": 2}, "1": {"version": 2}}
+        del state["1.num_batches_tracked"]
+        with pytest.raises(cupybn.StateDictError, match=r'Missing key.*"1\.num_batches_tracked"'):
+            Sequential(BatchNorm2d(4), BatchNorm2d(4)).load_state_dict(state)
+    torchs = OrderedDict(second)
+    torchs._metadata = OrderedDict({"": {"version": 1}})
+    assert (first | torchs).metadata == {"": {"version": 1}}
+    assert (first | dict(second)).metadata == {"": {"version": 2}}
+    merged |= {"x": np.ones(1)}
+    assert merged.metadata == together.metadata

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cuda_tools import need
-from hostcuda.build import missing
+from ptx.launch import missing
 from traffic import DTYPES, LAYOUTS, SHAPES, Figures, counted_kernels, measure, shortfalls
 
 

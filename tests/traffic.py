@@ -1,4 +1,4 @@
-"""Global memory traffic of the kernels, counted by the host build: python tests/traffic.py.
+"""Global memory traffic of the kernels, as their PTX makes it: python tests/traffic.py.
 
 For the batch norms of ResNet-50, rows and columns: bytes of whole tensors over the floor, the use
 made of the 32-byte sectors that each warp's accesses touch, and bytes per access. Arrays of one
@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +21,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fake_cupy import over
-from hostcuda.build import host_module
-from hostcuda.traffic import Access, Launch, counting
 from kernel_cases import host_kernels
+from ptx.launch import Access, Counted, compile_module, counting
 
 from cupybn.backends import cuda
 from cupybn.statistics import Transform
@@ -58,7 +56,7 @@ class Figures(NamedTuple):
 @contextmanager
 def counted_kernels() -> Iterator[None]:
     """The CUDA backend with kernels that count."""
-    with host_kernels(partial(host_module, variant="count")):
+    with host_kernels(compile_module):
         yield
 
 
@@ -106,14 +104,14 @@ def passes(tensors: list[np.ndarray[Any, Any]]) -> dict[str, Callable[[], object
 
 
 def _split(
-    launches: list[Launch], tensors: list[np.ndarray[Any, Any]]
+    launches: list[Counted], tensors: list[np.ndarray[Any, Any]]
 ) -> tuple[list[Access], list[Access]]:
     """The accesses to whole tensors, and the others."""
     known = {tensor.ctypes.data for tensor in tensors}
     whole, others = [], []
     for launch in launches:
         for accesses in (launch.loads, launch.stores):
-            for (address, _), access in zip([*launch.memory, (0, 0)], accesses, strict=True):
+            for (address, _), access in zip(launch.memory, accesses, strict=True):
                 (whole if address in known else others).append(access)
     return whole, others
 

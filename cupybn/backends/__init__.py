@@ -65,8 +65,8 @@ def use_cpu_backend(name: str | ModuleType) -> ModuleType:
         except ImportError as error:
             if name == "numba":
                 raise ImportError(
-                    f"the CPU backend 'numba' cannot be used ({error}): pip install 'cupybn[cpu]', "
-                    f"or {_VARIABLE}=numpy"
+                    f"the CPU backend 'numba' cannot be used ({error}): pip install --upgrade "
+                    f"numba, or {_VARIABLE}=numpy"
                 ) from error
             warnings.warn(
                 f"Numba is installed, but cannot be used ({error}); NumPy computes instead. "

@@ -6,10 +6,9 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from shutil import copymode
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import CheckpointError
 from . import npz, safetensors
@@ -20,12 +19,13 @@ __all__ = ["StateDict", "load", "save"]
 _FORMATS = {".npz": npz, ".safetensors": safetensors}
 
 
-def save(state_dict: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def save(state_dict: Mapping[str, Any], path: str | bytes | os.PathLike[Any]) -> None:
     """Writes arrays and metadata into a file: all of it, or what was there stays.
 
     The new file is written beside the target under a temporary name, and takes its place when it
-    is on the disk. It gets the permissions that ``open(path, "wb")`` would give; where `path` is a
-    symbolic link, what it points to is replaced. The same state gives the same bytes.
+    is on the disk. It gets the permissions that ``open(path, "wb")`` would give, where the file
+    system lets them be set; where `path` is a symbolic link, what it points to is replaced. The
+    same state gives the same bytes.
 
     Args:
         state_dict: from ``Layer.state_dict``, or any mapping from name to array (NumPy, CuPy, or
@@ -39,38 +39,71 @@ def save(state_dict: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         ValueError: a name does not fit into a file: empty, "..", absolute, a backslash, ...
         DTypeError: a value is no array, or of another dtype.
         TypeError: `state_dict` is no mapping, or JSON cannot express the metadata.
-        ImportError: the extra is missing.
-        OSError: the file cannot be written; the temporary one is removed.
+        ImportError: safetensors or ml_dtypes is missing.
+        OSError: the file cannot be written: PermissionError if it is read-only. Its ``filename`` is
+            `path`; the old file is whole, and the temporary one removed.
     """
-    form = _format_of(path)
+    name = os.fsdecode(path)
+    form = _format_of(name)
     content = pack(state_dict)
-    target = os.path.realpath(path)
-    if os.path.exists(target) and not os.path.isfile(target):
-        raise OSError(errno.EINVAL, "not a regular file, cannot be replaced", target)
-    folder = os.path.dirname(target)
-    temporary = os.path.join(folder, f".cupybn-{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            form.write(file, content)
-            with suppress(FileNotFoundError):  # of a target that is not there yet
-                copymode(target, temporary)
+        _replace(os.path.realpath(name), lambda file: form.write(file, content))
+    except OSError as error:  # it may name the temporary file, or none
+        raise OSError(error.errno, error.strerror or str(error), name) from error
+
+
+def _replace(target: str, write: Callable[[BinaryIO], None]) -> None:
+    """Puts a new file, which `write` fills, in the place of `target`."""
+    mode = None
+    with suppress(FileNotFoundError):
+        mode = _mode_of_writable(target)
+    temporary = os.path.join(os.path.dirname(target), f".cupybn-{secrets.token_hex(8)}.tmp")
+    try:
+        # From the start nobody may read it who could not read the old one.
+        limit = 0o666 if mode is None else mode
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, limit)) as file:
+            write(file)
+            if mode is not None:
+                with suppress(OSError):  # of a file system whose modes are fixed
+                    os.chmod(temporary, mode)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        try:
+            os.replace(temporary, target)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                error.strerror = f"{error.strerror}: is it mounted by itself? Mount its folder"
+            raise
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary)
         raise
-    if hasattr(os, "O_DIRECTORY"):  # other systems cannot open folders
-        # Puts the new name on the disk; without it, a power cut may bring the old file back.
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    # Puts the new name on the disk; without it, a power cut may bring the old file back. The file
+    # is saved already: not every system can open folders, or flush them.
+    with suppress(OSError):
+        descriptor = os.open(os.path.dirname(target), os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
 
-def load(path: str | os.PathLike[str]) -> StateDict:
+def _mode_of_writable(target: str) -> int:
+    """The mode of a file that ``open(target, "wb")`` would write to.
+
+    Raises:
+        OSError: there is no such file, or none that may be written to.
+    """
+    status = os.stat(target)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file, cannot be replaced")
+    if not status.st_mode & 0o222:  # root could write to it all the same
+        raise PermissionError(errno.EACCES, "the file is read-only, and is not replaced")
+    os.close(os.open(target, os.O_WRONLY))
+    return stat.S_IMODE(status.st_mode)
+
+
+def load(path: str | bytes | os.PathLike[Any]) -> StateDict:
     """The state dict in a file that ``save`` wrote, as NumPy arrays, with its ``metadata``.
 
     The structure of the file is checked against its size before anything is allocated, and what
@@ -79,9 +112,10 @@ def load(path: str | os.PathLike[str]) -> StateDict:
     Raises:
         CheckpointError: the file is truncated, altered, of a newer format, or was not written by
             ``save``; the text says which.
-        ImportError: the extra ``safetensors``, or ``bfloat16`` for such arrays, is missing.
+        ImportError: safetensors, or ml_dtypes for bfloat16 arrays, is missing.
         OSError: the file cannot be read; FileNotFoundError if there is none.
     """
+    path = os.fsdecode(path)
     form = _format_of(path)
     # A named pipe is opened too, instead of waiting for somebody to write into it.
     without_waiting = getattr(os, "O_NONBLOCK", 0)
@@ -104,8 +138,8 @@ def load(path: str | os.PathLike[str]) -> StateDict:
             raise CheckpointError(f"{path}: {reason if known else f'altered: {reason}'}") from error
 
 
-def _format_of(path: str | os.PathLike[str]) -> Any:
-    suffix = os.path.splitext(os.fspath(path))[1]
+def _format_of(path: str) -> Any:
+    suffix = os.path.splitext(path)[1]
     if suffix not in _FORMATS:
         raise CheckpointError(f"{path}: the name must end in .npz or .safetensors")
     return _FORMATS[suffix]

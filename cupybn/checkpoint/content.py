@@ -53,7 +53,8 @@ _FAULTS = {
 class StateDict(dict[str, Any]):
     """Arrays by path, with ``metadata``: for each layer's path, its ``{"version": ...}``.
 
-    A copy, and ``state | others``, have it too; a plain ``dict(state)`` counts as version 1.
+    A copy, ``state | others`` and ``state |= others`` have it too, with the others' if they have
+    any; a plain ``dict(state)`` counts as version 1.
     """
 
     def __init__(self, *args: Any, metadata: Mapping[str, Any] | None = None) -> None:
@@ -67,7 +68,48 @@ class StateDict(dict[str, Any]):
         return StateDict(self)
 
     def __or__(self, others: Any) -> StateDict:  # type: ignore[override]
-        return StateDict(super().__or__(others), metadata=self.metadata)
+        metadata = self.metadata | StateDict(metadata=metadata_of(others)).metadata
+        return StateDict(super().__or__(others), metadata=metadata)
+
+    def __ior__(self, others: Any) -> StateDict:  # type: ignore[override]
+        super().__ior__(others)
+        self.metadata.update(StateDict(metadata=metadata_of(others)).metadata)
+        return self
+
+    def part(self, prefix: str) -> StateDict:
+        """The state of the layer at this path, under the names that it has by itself.
+
+        Args:
+            prefix: a path, with or without a dot at its end; "" is all of it.
+
+        Returns:
+            The same arrays, not copied, and the versions of that layer and those inside it.
+
+        Raises:
+            KeyError: there is nothing of that layer.
+        """
+        start = _with_dot(prefix)
+        path = start.removesuffix(".")
+        arrays = {k.removeprefix(start): v for k, v in self.items() if k.startswith(start)}
+        metadata = {
+            each.removeprefix(path).removeprefix("."): entry
+            for each, entry in self.metadata.items()
+            if each == path or each.startswith(start)
+        }
+        if path and not arrays and not metadata:
+            raise KeyError(f"no layer {path!r} in this state, whose arrays are {', '.join(self)}")
+        return StateDict(arrays, metadata=metadata)
+
+    def with_prefix(self, prefix: str) -> StateDict:
+        """The state as that of a layer at this path: the reverse of :meth:`part`."""
+        start = _with_dot(prefix)
+        arrays = {start + name: array for name, array in self.items()}
+        metadata = {(start + path).removesuffix("."): e for path, e in self.metadata.items()}
+        return StateDict(arrays, metadata=metadata)
+
+
+def _with_dot(prefix: str) -> str:
+    return f"{prefix.removesuffix('.')}." if prefix else ""
 
 
 class Description(NamedTuple):

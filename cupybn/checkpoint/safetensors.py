@@ -29,7 +29,7 @@ def _library() -> Any:
         import safetensors.numpy
     except ImportError as error:
         raise ImportError(
-            ".safetensors files need the safetensors package: pip install 'cupybn[safetensors]'"
+            ".safetensors files need the safetensors package: pip install safetensors"
         ) from error
     return safetensors
 

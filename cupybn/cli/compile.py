@@ -24,11 +24,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         kernels = backend.load()
     except ImportError as error:
-        print(f"Numba cannot be used ({error}): pip install 'cupybn[cpu]'")
+        print(f"Numba cannot be used ({error}): pip install --upgrade numba")
         return 1
     names = list(args.dtypes or DATA_TYPES)
     if "bfloat16" in names and find_spec("ml_dtypes") is None:
-        print("bfloat16 needs ml_dtypes: pip install 'cupybn[bfloat16]'")
+        print("bfloat16 needs ml_dtypes: pip install ml_dtypes")
         names.remove("bfloat16")
     kernels.announced.update(names)  # the bar says it
     work = list(product(names, (False, True), backend.DIRECTIONS))

@@ -1,4 +1,4 @@
-"""``python -m cupybn info``: what this installation consists of."""
+"""``python -m cupybn info``: what this installation consists of; over ranks, on every host."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ import os
 import platform
 import sys
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .. import __version__, backends
+from .. import __version__
 from ..backends.cpu.pool import thread_count
 from ..backends.cuda.source import source_directory
 from ..communicators import MpiCommunicator
-from ..communicators.mpi import library_version, load_mpi
+from ..communicators.process import library_version, load_mpi
 from ..distributed import local_device
 from ..errors import DeviceError
-from ..launcher import local_rank_variables, strangers
+from ..launcher import local_rank_variables, singleton
+from . import hosts
 
 _LABELS = {
     "cupybn": "cupybn",
     "python": "Python",
     "numpy": "NumPy",
     "cpu_backend": "CPU backend",
+    "threads": "  threads",
     "cupy": "CuPy",
     "cuda_driver": "CUDA driver",
     "cuda_runtime": "CUDA runtime",
@@ -56,9 +57,16 @@ def run(args: argparse.Namespace) -> int:
     found = here() | cuda() | ({} if args.no_mpi else mpi())
     if found.pop("rank", 0):
         return 0
-    lines = [json.dumps(found, indent=2)] if args.json else _table(found)
-    print("\n".join(lines))
+    print(json.dumps(found, indent=2) if args.json else "\n".join(_lines_of_all(found)))
     return 0
+
+
+def _lines_of_all(found: dict[str, Any]) -> list[str]:
+    lines = _table(found)
+    if "hosts" in found:
+        lines += ["", *hosts.table(found["hosts"]), ""]
+        lines += [f"WARNING: {warning}" for warning in found["warnings"]]
+    return lines
 
 
 def _table(found: dict[str, Any]) -> list[str]:
@@ -91,23 +99,12 @@ def here() -> dict[str, Any]:
         "cupybn": f"{__version__} ({Path(__file__).parents[1]})",
         "python": f"{platform.python_version()} ({sys.executable})",
         "numpy": np.__version__,
-        "cpu_backend": cpu_backend_line(),
+        "cpu_backend": hosts.backend(),
+        "threads": thread_count(),
         "kernel_sources": str(source_directory()),
         "local_rank": local_rank_variables(),
         "local_device": device,
     }
-
-
-def cpu_backend_line() -> str:
-    """Which backend computes on NumPy arrays here, and why not the fast one if it is not."""
-    try:
-        name = backends.cpu_backend().__name__.rpartition(".")[2]
-    except (ImportError, ValueError) as error:
-        return f"none: {error}"
-    if name != "cpu":
-        missing = find_spec("numba") is None
-        return f"{name} (pip install 'cupybn[cpu]' for the fast one)" if missing else name
-    return f"numba {metadata.version('numba')}, {thread_count()} threads"
 
 
 def cuda() -> dict[str, Any]:
@@ -153,7 +150,7 @@ def _gpu(runtime: Any, device: int) -> str:
 
 
 def mpi() -> dict[str, Any]:
-    """mpi4py, its library, and the transport that all ranks agree on. Collective."""
+    """mpi4py, its library, what all ranks say, and the transport they agree on. Collective."""
     try:
         version = metadata.version("mpi4py")
     except metadata.PackageNotFoundError:
@@ -163,12 +160,17 @@ def mpi() -> dict[str, Any]:
     except RuntimeError as error:
         return {"mpi4py": version, "mpi_library": f"none: {error}"}
     world = loaded.COMM_WORLD
+    problem = singleton(world.size)
     found = {
         "mpi4py": version,
         "mpi_library": library_version(loaded),
-        "ranks": strangers(world.size) or world.size,
+        "ranks": problem or world.size,
         "rank": world.rank,
     }
+    if problem:
+        return found
+    ranks = world.allgather(hosts.facts(loaded))
+    found |= {"hosts": ranks, "warnings": hosts.warnings(ranks)}
     try:
         comm = MpiCommunicator(world)
     except Exception as error:  # the report says why

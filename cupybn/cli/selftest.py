@@ -1,7 +1,8 @@
 """``mpiexec -n 4 python -m cupybn selftest``: do synchronised layers work on these machines?
 
-Rank 0 prints a table, a row for each device and transport. Exit code 0 if all is well on every
-rank, else 1; 124 if a rank did not come, as in any job.
+Rank 0 prints what all ranks consist of, and a table of checks, a row for each device and transport.
+Exit code 0 if all is well on every rank, else 1; 124 if a rank did not come, as in any job. What
+makes a job slow is a warning.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from typing import Any
 
 from .. import __version__
 from ..communicators import MpiCommunicator
-from ..communicators.mpi import library_version, load_mpi
+from ..communicators.base import by_rank
+from ..communicators.process import library_version, load_mpi
 from ..distributed import local_device
-from ..launcher import strangers
+from ..launcher import singleton
+from . import hosts
 from .selfchecks import (
     Setup,
     check_against_one_process,
@@ -28,6 +31,7 @@ from .selfchecks import (
     check_same_bits,
 )
 
+_SLOW = 1000.0  # us for a message of C = 64
 _TIMEOUT = 120.0  # seconds, where CUPYBN_TIMEOUT does not say: long enough to compile kernels
 
 
@@ -57,15 +61,20 @@ def run(args: argparse.Namespace) -> int:
 def _selftest(world: Any, args: argparse.Namespace) -> int:
     # Rank 0 speaks for all of them.
     say: Callable[..., Any] = partial(print, flush=True) if world.rank == 0 else lambda *words: None
-    machines = len(set(world.allgather(load_mpi().Get_processor_name())))
+    if problem := singleton(world.size):
+        say(f"FAILED: {problem}")
+        return 1
+    ranks = world.allgather(hosts.facts(load_mpi()))
+    machines = len({rank["host"] for rank in ranks})
     say(
         f"cupybn {__version__} selftest: {world.size} rank{'s' * (world.size > 1)} on {machines} "
-        f"machine{'s' * (machines > 1)}, {library_version(load_mpi())}"
+        f"machine{'s' * (machines > 1)}, {library_version(load_mpi())}\n"
     )
-    problems = [problem for problem in [strangers(world.size)] if problem]
+    say("\n".join([*hosts.table(ranks), ""]))
     make_comm = partial(
         MpiCommunicator, world, timeout=None if os.environ.get("CUPYBN_TIMEOUT") else _TIMEOUT
     )
+    problems: list[str] = []
     device, reason = _cuda_device(world) if args.device != "cpu" else (None, "not asked for")
     if args.device == "cuda" and device is None:
         problems.append(f"CUDA: {reason}")
@@ -77,23 +86,39 @@ def _selftest(world: Any, args: argparse.Namespace) -> int:
         places += [(device, transport) for transport in [*aware, "pinned", "host"]]
     elif args.device == "all":
         say(f"CUDA is not tried: {reason}")
-    columns = _columns(world.size)
-    say("\n" + "  ".join(["device  transport", *columns]))
+    warnings = hosts.warnings(ranks)
+    say("\n" + "  ".join(["device  transport", *_columns(world.size)]))
     for place, transport in places:
         setup = Setup(place, partial(make_comm, transport), max(1, args.repeat))
-        cells = [f"{place:6}  {transport:9}"]
-        for name, (check, shown) in columns.items():
-            worst, failures = _everywhere(world, check, setup)
-            problems += [f"{place}, {transport}, {name.strip()}: {text}" for text in failures]
-            text = "FAILED" if failures else "-" if worst is None else shown.format(worst)
-            cells.append(f"{text:>{len(name)}}")
-        say("  ".join(cells))
+        cells, failures, slow = _check(world, setup)
+        say("  ".join([f"{place:6}  {transport:9}", *cells]))
+        problems += [f"{place}, {transport}, {text}" for text in failures]
+        warnings += [f"{place}, {transport}: {text}" for text in slow]
     say()
+    for warning in warnings:
+        say(f"WARNING: {warning}")
     for problem in problems:
         say(f"FAILED: {problem}")
     if not problems:
         say("all is well" + (" (with one rank: try mpiexec -n 4)" if world.size == 1 else ""))
     return int(world.bcast(bool(problems)))
+
+
+def _check(world: Any, setup: Setup) -> tuple[list[str], list[str], list[str]]:
+    """The cells of a row, what went wrong, and messages that take too long."""
+    cells, problems, slow = [], [], []
+    for name, (check, shown) in _columns(world.size).items():
+        worst, failures = _everywhere(world, check, setup)
+        problems += [f"{name.strip()}: {text}" for text in failures]
+        text = "FAILED" if failures else "-" if worst is None else shown.format(worst)
+        cells.append(f"{text:>{len(name)}}")
+        if name.strip() == "C = 64" and not failures and worst > _SLOW:
+            slow.append(
+                f"a message of C = 64 takes {worst:.0f} us; 1 to 100 us are usual within a "
+                "machine, up to 1000 over a network. Other load on these machines, more ranks than "
+                "cores, or a slow network interface?"
+            )
+    return cells, problems, slow
 
 
 def _cuda_device(world: Any) -> tuple[str | None, str]:
@@ -134,13 +159,6 @@ def _everywhere(world: Any, check: Callable[[Setup], Any], setup: Setup) -> tupl
     except Exception as error:  # in the table, on all ranks
         fault = f"{type(error).__name__}: {error}"[:600]
     results, faults = zip(*world.allgather((result, fault)), strict=True)
-    ranks_of: dict[str, list[int]] = {}
-    for rank, text in enumerate(faults):
-        if text:
-            ranks_of.setdefault(text, []).append(rank)
-    named = [
-        f"{text} (rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))})"
-        for text, ranks in ranks_of.items()
-    ]
+    named = [f"{text} ({who})" for text, who in by_rank(faults).items() if text]
     measured = [result for result in results if result is not None]
     return max(measured, default=None), named

@@ -2,49 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .base import Communicator, SelfCommunicator
-from .mpi import MpiCommunicator, check_intracomm, mpi_communicator
+from .mpi import MpiCommunicator, check_comm, resolve
 from .threads import ThreadCommunicator
+from .timed import Timed
 
 __all__ = [
     "Communicator",
     "MpiCommunicator",
     "SelfCommunicator",
     "ThreadCommunicator",
+    "Timed",
     "check_comm",
     "resolve",
 ]
-
-
-def _is_mpi(comm: Any) -> bool:
-    return any(cls.__module__.startswith("mpi4py") for cls in type(comm).__mro__)
-
-
-def check_comm(comm: Any) -> None:
-    """Raises TypeError or ValueError if a ``comm=`` argument is no communicator; not collective."""
-    if comm is None:
-        return
-    if _is_mpi(comm):
-        check_intracomm(comm)
-    elif isinstance(comm, type) or not isinstance(comm, Communicator):
-        raise TypeError(
-            "comm must be an mpi4py communicator, one of cupybn.communicators (anything with rank, "
-            f"size and allreduce), or None for MPI.COMM_WORLD; got {type(comm).__name__}"
-        )
-
-
-def resolve(comm: Any) -> Communicator:
-    """The communicator for a ``comm=`` argument; None is ``MPI.COMM_WORLD``.
-
-    The first call for an mpi4py communicator duplicates it, which is collective.
-
-    Raises:
-        RuntimeError: comm is None and no MPI library can be loaded.
-        TypeError, ValueError: comm is no communicator.
-    """
-    check_comm(comm)
-    if comm is None or _is_mpi(comm):
-        return mpi_communicator(comm)
-    return comm  # type: ignore[no-any-return]

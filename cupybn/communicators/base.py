@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from ..arrays import Array, assign, copy_to_host, is_cupy
-from ..errors import CollectiveMismatchError
+from ..errors import CollectiveMismatchError, PeerError
+from ..statistics import failed_ranks, pack_texts, unpack_texts
 
 DEFAULT_TIMEOUT = 600.0  # seconds
+_Value = TypeVar("_Value", bound=Hashable)
 
 
 @runtime_checkable
 class Communicator(Protocol):
-    """Adds up messages across ranks. Any object with these three will do.
+    """Adds up messages across ranks. Any object with ``rank``, ``size`` and ``allreduce`` will do.
 
-    All ranks call ``allreduce`` in the same order. It returns, on every rank, the same bits.
+    What it must do:
+
+    * ``rank`` and ``size`` never change.
+    * ``allreduce`` is collective: all ranks call it in the same order, with messages of one length
+      and dtype (float64, float32 or int64). It returns, on every rank, the same bits.
+    * It returns when the sum is there, or raises. A call that raises before anything was sent
+      leaves the communicator usable; if the others can wait for this rank then, a timeout of its
+      own has to end that.
+    * It may keep or overwrite the message, and may return it.
+    * Where a message is a CuPy array, so is the sum, and work on the current stream comes before
+      and after it.
+    * One thread at a time calls it.
+
+    It may have one method more, ``first_values(total, n)``, see :func:`first_values`.
     """
 
     @property
@@ -28,9 +43,9 @@ class Communicator(Protocol):
     def size(self) -> int: ...
 
     def allreduce(self, message: Array, label: str = "") -> Array:
-        """The elementwise sum of the ranks' messages, which are contiguous and of one length.
+        """The elementwise sum of the ranks' messages, which are contiguous and of one dimension.
 
-        May work in place. `label` says what is being summed, for errors.
+        `label` says what is being summed, for errors.
         """
         ...
 
@@ -44,7 +59,11 @@ class OfOneProcess:
     def __reduce__(self) -> Any:
         name = type(self).__name__
         article = "an" if name.startswith("Mpi") else "a"
-        raise TypeError(f"{article} {name} belongs to its process and cannot be pickled")
+        raise TypeError(
+            f"{article} {name} belongs to its process and cannot be pickled, and neither can the "
+            "context of a forward over it. Pickle the layer, whose communicator is left behind, or "
+            "its state_dict(); run forward again where the context is needed"
+        )
 
 
 def seconds_to_wait(timeout: Any = None) -> float:
@@ -84,6 +103,24 @@ def first_values(comm: Communicator, total: Array, n: int) -> Any:
     return copy_to_host(total[:n]) if at_hand is None else at_hand(total, n)
 
 
+def by_rank(values: Iterable[_Value]) -> dict[_Value, str]:
+    """The ranks' values, each once, and whose they are: "ranks 0, 2"."""
+    ranks_of: dict[_Value, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks_of.setdefault(value, []).append(rank)
+    return {value: _name_ranks(ranks) for value, ranks in ranks_of.items()}
+
+
+def _name_ranks(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
+def listed(texts: Iterable[str]) -> str:
+    """A line for each of the ranks' texts, with whose it is."""
+    return "".join(f"\n  {who}: {text}" for text, who in by_rank(texts).items())
+
+
 class SelfCommunicator:
     """The communicator of a process by itself: size one, nothing is ever sent."""
 
@@ -115,3 +152,19 @@ def check_usable(comm: Communicator) -> None:
             "this communicator is closed, because the ranks were found out of step earlier:\n"
             + refused[id(comm)][1]
         )
+
+
+def raise_for(comm: Communicator, what: str, fingerprint: str, summed: Any) -> NoReturn:
+    """Raises, on every rank, what a summed header that was not accepted stands for. Collective."""
+    number, rank = failed_ranks(summed)
+    if number:
+        who = f"rank {rank}" if number == 1 else f"{number} of {comm.size} ranks"
+        raise PeerError(
+            f"{what}: {who} failed, and raised the exception that says why; nothing was changed on "
+            "this rank"
+        )
+    table = pack_texts(fingerprint, comm.rank, comm.size)
+    texts = unpack_texts(comm.allreduce(table, f"{what}, mismatch"), comm.size)
+    text = f"the ranks met in one collective with different calls:{listed(texts)}"
+    refuse(comm, text)
+    raise CollectiveMismatchError(text)

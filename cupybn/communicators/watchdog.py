@@ -31,7 +31,8 @@ class Watch:
         watch.sequence += 1
         watch.label = "what it waits for"
 
-    and sets ``label`` to None when the call is over, whatever its outcome.
+    and sets ``label`` to None when the call is over, whatever its outcome. A timeout of infinity
+    is none.
     """
 
     where: str
@@ -105,8 +106,9 @@ def _give_up(watch: Watch, waited: float) -> None:
 def _tell(watch: Watch, waited: float) -> None:
     print(
         f"cupybn: {watch}: waited {waited:.1f} s for the other ranks (the limit is "
-        f"{watch.timeout:g} s, CUPYBN_TIMEOUT); a rank has stopped, or calls other layers than "
-        "this one. Ending the job. This rank stands at:",
+        f"{watch.timeout:g} s, CUPYBN_TIMEOUT). A rank has stopped, its host or network is gone, "
+        "or it calls other layers than this one: suspect the ranks that say nothing. Ending the "
+        "job. This rank stands at:",
         file=sys.__stderr__,
         flush=True,
     )

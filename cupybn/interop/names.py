@@ -95,9 +95,11 @@ def convert_state_dict(
             ``flatten_dict(variables, sep="/")``.
         source, target: "cupybn", "pytorch", "chainer", "keras" or "flax".
         count: values per channel (N * H * W over all ranks) that the running variance was taken
-            from, for all layers, or by path with dots. With it, variances are multiplied by
+            from, for all layers, or by path with dots. Without it, variances are left alone, and
+            an evaluation with the same eps gives what it gave: for inference. With it, they become
+            what the target would have kept of the same batches, for training on: multiplied by
             n / (n - 1) on the way from a framework that keeps the biased one to one that keeps the
-            unbiased one, and by (n - 1) / n on the way back; without it they are left alone.
+            unbiased one, and by (n - 1) / n on the way back.
 
     Returns:
         The arrays, not copied, except for corrected variances. With metadata where the target is

@@ -4,7 +4,7 @@ from ..checkpoint import StateDict
 from .base import Layer
 from .batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .convert import convert_sync_batchnorm, revert_sync_batchnorm
-from .sequential import Sequential
+from .sequential import LayerList, Sequential
 from .state import LoadResult
 from .sync import SyncBatchNorm
 
@@ -15,6 +15,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "Layer",
+    "LayerList",
     "LoadResult",
     "Sequential",
     "StateDict",

@@ -3,35 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from inspect import signature
-from typing import Any, ClassVar, TypeVar
+from itertools import islice
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
-from ..arrays import Array, as_array, assign, check_device, is_floating, move, on_device_of
+from ..arrays import as_array, assign, check_device, is_floating, move, on_device_of
 from ..checkpoint import StateDict
+from ..checks import check_layer_dtype
 from ..errors import DTypeError, ShapeError
+from ..forward_backward import call_name
+from ..typing import Array, ArrayLike
 from .state import LoadResult, load_state, state_of
 
 _Self = TypeVar("_Self", bound="Layer")
 
 
 _EMPTY: Any = object()  # the saved context of a layer that needs none: None means no forward
+_CONTAINERS = (list, tuple, set, frozenset, dict)
+_OWN = frozenset({"params", "grads", "buffers", "children", "saved", "_absent"})
+
+
+def _layers_in(value: Any, depth: int = 3) -> Iterator[Layer]:
+    """Layers in a list, tuple, set or dict, and in those inside it: among the first ten of each."""
+    if isinstance(value, Layer):
+        yield value
+    elif depth and isinstance(value, _CONTAINERS):
+        for inner in islice(value.values() if isinstance(value, dict) else value, 10):
+            yield from _layers_in(inner, depth - 1)
+
+
+def _changed(array: Any, device: str | None, dtype: Any) -> Any:
+    """The array on the device, and of the dtype if it is floating; None: as it is."""
+    array = array if device is None else move(array, device)
+    if dtype is None or not is_floating(array.dtype):
+        return array
+    with on_device_of(array), np.errstate(all="ignore"):  # a value too large becomes Inf
+        return array.astype(dtype, copy=False)
 
 
 class Layer:
     """Base class of layers that keep their own arrays.
 
     To write one, call ``super().__init__()``, then :meth:`register_parameter`,
-    :meth:`register_buffer` or assign child layers to attributes (layers in a list are not found:
-    put them into a :class:`~cupybn.Sequential`), and implement
+    :meth:`register_buffer` or assign child layers to attributes (several of them as a
+    :class:`~cupybn.LayerList`: in a plain list they are a TypeError), and implement
 
     * ``compute_forward(self, x, **options) -> (y, context)``: `context` is whatever backward needs.
       Declare a keyword ``save_for_backward`` to be told whether the context will be kept.
     * ``compute_backward(self, dy, context, **options) -> dx``: adds to arrays of ``self.grads``.
 
     A layer made of layers calls their :meth:`run_forward` and ``compute_backward``, and keeps their
-    contexts in its own: docs/architecture.md has both kinds.
+    contexts in its own: docs/architecture.md has both kinds. For type checkers, annotate the
+    registered names in the class: ``factor: cupybn.typing.Array``.
 
     Attributes:
         params, grads, buffers: dicts from name to array; ``grads`` has the keys, shapes and dtypes
@@ -52,6 +78,7 @@ class Layer:
     grads: dict[str, Array]
     buffers: dict[str, Array]
     children: dict[str, Layer]
+    _absent: set[str]
     _path: str
     training: bool
     device: str
@@ -65,34 +92,34 @@ class Layer:
 
     # ---- registering -----------------------------------------------------------------------------
 
-    def register_parameter(self, name: str, array: Array | None) -> None:
+    def register_parameter(self, name: str, array: ArrayLike | None) -> None:
         """Registers a trained array with a gradient of zeros; None registers the name as absent.
 
         Raises:
             ValueError: the name is empty, has a dot, or is taken.
             DTypeError: what is registered is no array, or not floating.
         """
-        array = self._registered(name, array)
-        if array is not None:
-            if not is_floating(array.dtype):
+        own = self._registered(name, array)
+        if own is not None:
+            if not is_floating(own.dtype):
                 raise DTypeError(
-                    f"{name} is {array.dtype}; a parameter is trained, so it is floating"
+                    f"{name} is {own.dtype}; a parameter is trained, so it is floating"
                 )
-            self.params[name] = array
-            self.grads[name] = np.zeros_like(array)
+            self.params[name] = own
+            self.grads[name] = np.zeros_like(own)
 
-    def register_buffer(self, name: str, array: Array | None) -> None:
+    def register_buffer(self, name: str, array: ArrayLike | None) -> None:
         """Registers an array that belongs to the state but is not trained; None: absent.
 
         Raises:
             ValueError: the name is empty, has a dot, or is taken.
             DTypeError: what is registered is no array.
         """
-        array = self._registered(name, array)
-        if array is not None:
-            self.buffers[name] = array
+        own = self._registered(name, array)
+        if own is not None:
+            self.buffers[name] = own
 
-    def _registered(self, name: str, array: Array | None) -> Array | None:
+    def _registered(self, name: str, array: ArrayLike | None) -> Any:
         if not name or "." in name:
             raise ValueError(f"a name must not be empty or contain a dot, got {name!r}")
         if hasattr(self, name):
@@ -102,7 +129,7 @@ class Layer:
             return None
         return as_array(array, name)
 
-    def __getattr__(self, name: str) -> Any:
+    def _registered_value(self, name: str) -> Any:
         state = self.__dict__
         for kind in ("params", "buffers", "children"):
             if name in state.get(kind, ()):
@@ -112,10 +139,12 @@ class Layer:
         hint = "" if "params" in state else ": its __init__ must call super().__init__() first"
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def _set(self, name: str, value: Any) -> None:
         if isinstance(value, Layer):
             self._set_child(name, value)
             return
+        if isinstance(value, _CONTAINERS):
+            self._check_seen(name, value)
         for kind in ("params", "buffers"):
             if name in self.__dict__.get(kind, ()):
                 self._copy_into(name, self.__dict__[kind][name], value)
@@ -126,6 +155,22 @@ class Layer:
             return
         self.__dict__.get("children", {}).pop(name, None)
         super().__setattr__(name, value)
+
+    if not TYPE_CHECKING:  # with these, every misspelt attribute is one
+        __getattr__ = _registered_value
+        __setattr__ = _set
+
+    def _check_seen(self, name: str, value: Any) -> None:
+        """Raises TypeError for a list of layers that are not children as well."""
+        seen = [self]
+        for layer in seen:
+            seen += layer.children.values()
+        if any(layer not in seen for layer in _layers_in(value)):
+            raise TypeError(
+                f"{type(self).__name__}.{name}: layers in a {type(value).__name__} would not be "
+                "found (no state, no gradients): make it a cupybn.LayerList, or assign each layer "
+                "to an attribute of its own"
+            )
 
     def _copy_into(self, name: str, target: Array, value: Any) -> None:
         if value is target:
@@ -161,19 +206,20 @@ class Layer:
 
     # ---- forward and backward --------------------------------------------------------------------
 
-    def compute_forward(self, x: Array, *args: Any, **options: Any) -> tuple[Array, Any]:
+    def compute_forward(self, x: Any, *args: Any, **options: Any) -> tuple[Any, Any]:
         """(y, context); implemented by every layer. Changes no state when it raises."""
         raise NotImplementedError(f"{type(self).__name__} must implement compute_forward")
 
-    def compute_backward(self, dy: Array, context: Any, *args: Any, **options: Any) -> Any:
+    def compute_backward(self, dy: Any, context: Any, *args: Any, **options: Any) -> Any:
         """dx; adds the parameters' gradients to ``self.grads``. Implemented by every layer."""
         raise NotImplementedError(f"{type(self).__name__} must implement compute_backward")
 
     def forward(
-        self, x: Array, *args: Any, save_for_backward: bool | None = None, **options: Any
+        self, x: ArrayLike, *args: Any, save_for_backward: bool | None = None, **options: Any
     ) -> Array:
         """y; keeps the context in ``self.saved`` if `save_for_backward` (None: when training)."""
         save = self.training if save_for_backward is None else save_for_backward
+        y: Array
         y, context = self.run_forward(x, save, *args, **options)
         if save:
             self.__dict__["saved"] = _EMPTY if context is None else context
@@ -182,11 +228,18 @@ class Layer:
     def __call__(self, *args: Any, **options: Any) -> Array:
         return self.forward(*args, **options)
 
-    def run_forward(self, x: Array, save: bool, *args: Any, **options: Any) -> tuple[Array, Any]:
-        """``compute_forward``, told whether the context will be kept if it wants to know."""
+    def run_forward(self, x: Any, save: bool, *args: Any, **options: Any) -> tuple[Any, Any]:
+        """``compute_forward``, told whether the context will be kept if it wants to know.
+
+        A note of what it raises says in which layer (in the text on Python 3.10).
+        """
         if self._wants_save:
             options["save_for_backward"] = save
-        return self.compute_forward(x, *args, **options)
+        try:
+            return self.compute_forward(x, *args, **options)
+        except Exception as error:
+            self.say_where(error, "forward")
+            raise
 
     _wants_save: ClassVar[bool] = False
 
@@ -194,7 +247,7 @@ class Layer:
         super().__init_subclass__(**kwargs)
         cls._wants_save = "save_for_backward" in signature(cls.compute_forward).parameters
 
-    def backward(self, dy: Array, saved: Any = None, **options: Any) -> Any:
+    def backward(self, dy: ArrayLike, saved: Any = None, **options: Any) -> Any:
         """dx, from the context of the last saving forward, or from the one passed in.
 
         The context is dropped, unless backward raises. Gradients of parameters are added to
@@ -212,7 +265,11 @@ class Layer:
             self.leave_backward(error)
             raise error
         given = None if context is _EMPTY else context
-        dx = self.compute_backward(dy, given, **options)
+        try:
+            dx = self.compute_backward(dy, given, **options)
+        except Exception as error:
+            self.say_where(error, "backward")
+            raise
         if self.saved is context:
             self.__dict__["saved"] = None
         return dx
@@ -220,6 +277,18 @@ class Layer:
     def leave_backward(self, error: Exception) -> bool:
         """Tells the ranks that wait in this tree's backward of the error; False if none would."""
         return any(child.leave_backward(error) for child in reversed(self.children.values()))
+
+    def say_where(self, error: Exception, direction: str) -> None:
+        """Adds to an error which layer raised it, unless a layer inside this one did already."""
+        with suppress(Exception):  # of an exception that takes no note, or has no text
+            said = "\n".join([str(error), *getattr(error, "__notes__", ())])
+            if any(f"{way} of " in said for way in ("forward", "backward")):
+                return
+            note = call_name(direction, self.label)
+            if hasattr(error, "add_note"):
+                error.add_note(note)
+            elif error.args == (str(error),):
+                error.args = (f"{error}\n{note}",)  # Python 3.10
 
     @property
     def label(self) -> str:
@@ -230,7 +299,7 @@ class Layer:
 
     def train(self: _Self, mode: bool = True) -> _Self:
         """Sets training mode, or evaluation mode, in the whole tree."""
-        for _, layer in self.named_layers():
+        for _, layer in list(self.named_layers()):
             layer.training = bool(mode)
         return self
 
@@ -240,26 +309,44 @@ class Layer:
 
     def zero_grad(self) -> None:
         """Sets all gradients of the tree to zero, in place."""
-        for _, grad in self.named_gradients():
+        for _, grad in list(self.named_gradients()):
             with on_device_of(grad):
                 grad[...] = 0
 
-    def to(self: _Self, device: str | None) -> _Self:
-        """Moves parameters, gradients and buffers of the tree to "cpu", "cuda" or "cuda:<n>".
+    def to(self: _Self, device: str | None = None, *, dtype: Any = None) -> _Self:
+        """Moves the tree's arrays to "cpu", "cuda" or "cuda:<n>", or converts them, or both.
 
-        Where arrays have to move, the layers get new ones. Buffers in ``host_buffers`` stay.
+        Where arrays have to change, the layers get new ones; arrays that layers shared stay shared.
+        Buffers in ``host_buffers`` stay on the host. None leaves the device, or the dtype, alone.
+        A forward from before cannot go backward after a change.
+
+        Args:
+            device: where parameters, gradients and buffers go.
+            dtype: float32 or float64, of all of them that are floating; a ``dtype`` that a layer
+                keeps is set. Gradients of zeros stay so; integers, such as counters, stay as well.
 
         Raises:
             DeviceError: there is no such device, or CuPy is not installed.
+            DTypeError: another dtype. Nothing was changed.
         """
-        name = check_device(device)
-        for _, layer in self.named_layers():
-            for kind in (layer.params, layer.grads, layer.buffers):
-                for key, array in kind.items():
-                    if key not in layer.host_buffers:
-                        kind[key] = move(array, name)
-            layer.device = name
+        place = None if device is None else check_device(device)
+        wanted = None if dtype is None else check_layer_dtype(dtype)
+        layers = [layer for _, layer in self.named_layers()]
+        new: dict[int, Any] = {}
+        for layer in layers:
+            for name, array in [each for kind in layer._kinds() for each in kind.items()]:
+                stays = place is None or name in layer.host_buffers
+                new[id(array)] = _changed(array, None if stays else place, wanted)
+        for layer in layers:
+            for kind in layer._kinds():
+                kind.update({name: new[id(array)] for name, array in kind.items()})
+            layer.device = layer.device if place is None else place
+            if wanted is not None and "dtype" in layer.__dict__:
+                layer._set("dtype", wanted)
         return self
+
+    def _kinds(self) -> tuple[dict[str, Array], ...]:
+        return self.params, self.grads, self.buffers
 
     def named_layers(self, prefix: str = "") -> Iterator[tuple[str, Layer]]:
         """(path, layer) of the tree, this one first; a shared layer once, under its first path."""
@@ -270,6 +357,9 @@ class Layer:
                 yield path, layer
 
     def _walk(self, prefix: str) -> Iterator[tuple[str, Layer]]:
+        for name, value in self.__dict__.items():
+            if type(value) in _CONTAINERS and name not in _OWN:
+                self._check_seen(name, value)  # what was appended to a list since it was assigned
         yield prefix, self
         for name, child in self.children.items():
             yield from child._walk(f"{prefix}.{name}" if prefix else name)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, ClassVar
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..arrays import Array, as_array, check_device, device_of, is_capturing, parameter_dtype
+from ..arrays import as_array, check_device, device_of, is_capturing, parameter_dtype
 from ..backends import by_type
-from ..checks import check_eps, check_momentum, is_relu
+from ..checks import check_eps, check_layer_dtype, check_momentum, is_relu
 from ..collective import CollectiveCall
 from ..communicators import Communicator
 from ..errors import DeviceError, DTypeError, ShapeError
@@ -28,6 +29,7 @@ from ..forward_backward import (
 )
 from ..layout import check_channel_axis
 from ..statistics import Moments, message_length
+from ..typing import Array, ArrayLike
 from .base import Layer
 
 # What a binding is made of. A subclass that has its own is asked at every call.
@@ -74,7 +76,17 @@ ARGUMENTS = """
 """
 
 
-def _initial_weight(weight_init: Any, shape: tuple[int], dtype: np.dtype[Any]) -> Array:
+def _named(function: Any, qualname: str) -> Any:
+    """The same function under another name: that by which TypeErrors call it."""
+    named = FunctionType(function.__code__, function.__globals__, closure=function.__closure__)
+    named.__dict__.update(function.__dict__)
+    for each in ("__defaults__", "__kwdefaults__", "__annotations__", "__doc__", "__module__"):
+        setattr(named, each, getattr(function, each))
+    named.__qualname__ = qualname
+    return named
+
+
+def _initial_weight(weight_init: Any, shape: tuple[int], dtype: np.dtype[Any]) -> Any:
     if not callable(weight_init):
         if isinstance(weight_init, str) and weight_init == "ones":
             return np.ones(shape, dtype)
@@ -101,6 +113,13 @@ class BatchNorm(Layer):
     observed: Moments | None = None
     """Merged moments of this rank's batches, in place of the running statistics, if not None."""
 
+    weight: Array  # these are None where they are absent
+    bias: Array
+    running_mean: Array
+    running_var: Array
+    num_batches_tracked: Array
+    _bindings: Bindings
+
     def __init__(
         self,
         num_features: int,
@@ -112,7 +131,7 @@ class BatchNorm(Layer):
         bias: bool = True,
         channel_axis: int = 1,
         activation: str | None = None,
-        weight_init: str | Callable[[tuple[int]], Array] = "ones",
+        weight_init: str | Callable[[tuple[int]], ArrayLike] = "ones",
         check_finite: bool = False,
         dtype: Any = None,
         device: str | None = None,
@@ -126,9 +145,7 @@ class BatchNorm(Layer):
             check_momentum(momentum)
         is_relu(activation)
         device = check_device(device)
-        dtype = np.dtype(np.float32 if dtype is None else dtype)
-        if dtype not in (np.float32, np.float64):
-            raise DTypeError(f"dtype of a layer must be float32 or float64, got {dtype}")
+        dtype = check_layer_dtype(np.float32 if dtype is None else dtype)
         super().__init__()
         self.num_features = int(num_features)
         self.eps = eps
@@ -169,26 +186,32 @@ class BatchNorm(Layer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "__init__" not in vars(cls) and isinstance(cls.__init__, FunctionType):
+            cls.__init__ = _named(cls.__init__, f"{cls.__qualname__}.__init__")  # type: ignore[method-assign]
         if "_binds" not in vars(cls) and not _ASKED_WHEN_BINDING.isdisjoint(vars(cls)):
             cls._binds = False
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
+    def _set(self, name: str, value: Any) -> None:
+        super()._set(name, value)
         # The mode is part of a signature, and parameters are looked at in each call.
         if name in self.__dict__ and name != "training":
             self.__dict__["_bindings"] = Bindings()
+
+    if not TYPE_CHECKING:
+        __setattr__ = _set
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _bindings=Bindings())
 
     def forward(  # type: ignore[override]
         self,
-        x: Array,
-        residual: Array | None = None,
+        x: ArrayLike,
+        residual: ArrayLike | None = None,
         *,
-        out: Array | None = None,
+        out: ArrayLike | None = None,
         save_for_backward: bool | None = None,
     ) -> Array:
+        y: Array
         save = self.training if save_for_backward is None else save_for_backward
         if self._wants_save:
             y, context = self.compute_forward(x, residual, out=out, save_for_backward=save)
@@ -198,14 +221,21 @@ class BatchNorm(Layer):
             self.__dict__["saved"] = context
         return y
 
+    if TYPE_CHECKING:  # the keywords that :class:`Layer` hands on
+        __call__ = forward
+
+        def backward(  # type: ignore[override]
+            self, dy: ArrayLike, saved: Any = None, *, out: ArrayLike | None = None
+        ) -> Any: ...
+
     def compute_forward(
         self,
-        x: Array,
-        residual: Array | None = None,
+        x: Any,
+        residual: ArrayLike | None = None,
         *,
-        out: Array | None = None,
+        out: ArrayLike | None = None,
         save_for_backward: bool = True,
-    ) -> tuple[Array, Saved]:
+    ) -> tuple[Any, Any]:
         own = self.__dict__
         bound: Bound | None = None
         key: Any = None
@@ -233,8 +263,8 @@ class BatchNorm(Layer):
             raise
 
     def _bind_and_run(
-        self, key: Any, x: Array, save: bool, arrays: dict[str, Any]
-    ) -> tuple[Array, Saved]:
+        self, key: Any, x: Any, save: bool, arrays: dict[str, Any]
+    ) -> tuple[Any, Saved]:
         """A forward of a signature that was not met twice before; `key` None: not to be kept."""
         with self._call("forward", self.communicator()) as call:
             x = as_array(x)
@@ -291,7 +321,7 @@ class BatchNorm(Layer):
             )
         return running_factor(self.momentum, self.num_batches_tracked)
 
-    def compute_backward(self, dy: Array, context: Any, *, out: Array | None = None) -> Any:
+    def compute_backward(self, dy: Any, context: Any, *, out: ArrayLike | None = None) -> Any:
         if type(context) is not Saved or context.bound.channels != self.num_features:
             with self._call("backward", self.communicator()):
                 raise TypeError(f"{self.label}: saved must be a context of this layer's forward")

@@ -109,6 +109,8 @@ def _fitting(key: str, value: Any, target: Array) -> Array:
         CupyBNError: it does not fit.
     """
     array = as_array(value, key)
+    if target.shape == () and array.shape == (1,):  # as PyTorch 0.3 wrote counters
+        array = array.reshape(())
     if array.shape != target.shape:
         raise StateDictError(
             f"size mismatch for {key}: copying a param with shape {array.shape} from the state, "

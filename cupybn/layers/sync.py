@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from ..communicators import Communicator, check_comm, resolve
 from ..forward_backward import ALONE
+from ..typing import ArrayLike
 from .base import Layer
 from .batchnorm import ARGUMENTS, BatchNorm
 
@@ -19,7 +20,7 @@ class CommReference:
         self.detached = detached
         self.resolved: Communicator | None = None
 
-    def resolve(self, label: str) -> Communicator:
+    def resolve(self, label: str, look_up: Callable[[Any], Communicator]) -> Communicator:
         """The communicator, looked up once; `label` is the layer's, for the error if it is gone."""
         if self.resolved is None:
             if self.detached:
@@ -27,7 +28,10 @@ class CommReference:
                     f"{label}: this layer was unpickled, which leaves its communicator "
                     "behind: set layer.comm before training"
                 )
-            self.resolved = resolve(self.comm)
+            try:
+                self.resolved = look_up(self.comm)
+            except RuntimeError as error:
+                raise type(error)(f"{label}: {error}") from error
         return self.resolved
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CommReference:
@@ -42,6 +46,8 @@ class Synchronised:
 
     name: str | None
     training: bool
+    _check_comm = staticmethod(check_comm)
+    _look_up = staticmethod(resolve)
 
     @property
     def comm(self) -> Any:
@@ -50,8 +56,7 @@ class Synchronised:
 
     @comm.setter
     def comm(self, comm: Any) -> None:
-        check_comm(comm)
-        self._comm = CommReference(comm)
+        self._comm = CommReference(self._check_comm(comm))
 
     @property
     def label(self) -> str:
@@ -60,7 +65,9 @@ class Synchronised:
 
     def communicator(self) -> Communicator:
         """Who takes part in the next forward."""
-        return self._comm.resolve(self.label) if self.training else ALONE
+        if not self.training:
+            return ALONE
+        return self._comm.resolve(self.label, self._look_up)
 
 
 class SyncBatchNorm(Synchronised, BatchNorm):
@@ -97,10 +104,29 @@ class SyncBatchNorm(Synchronised, BatchNorm):
         comm: Any = None,
         *,
         name: str | None = None,
-        **keywords: Any,
+        bias: bool = True,
+        channel_axis: int = 1,
+        activation: str | None = None,
+        weight_init: str | Callable[[tuple[int]], ArrayLike] = "ones",
+        check_finite: bool = False,
+        dtype: Any = None,
+        device: str | None = None,
     ) -> None:
         check_comm(comm)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, **keywords)
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            bias=bias,
+            channel_axis=channel_axis,
+            activation=activation,
+            weight_init=weight_init,
+            check_finite=check_finite,
+            dtype=dtype,
+            device=device,
+        )
         self.name = name
         self.comm = comm
         self._converted_from: type[BatchNorm] | None = None

@@ -1,14 +1,17 @@
 """One rank, the last, does something wrong: every case in turn, each on its own communicator.
 
-Each rank prints a line of JSON for each case: the exception's class and text, its notes, whether
-any array of the layers changed, and what came of the same call without the mistake. A case has 20
+With an argument, a path that is not there yet, the communicators are process groups of gloo. Each
+rank prints a line of JSON for each case: the exception's class and text, its notes, whether any
+array of the layers changed, and what came of the same call without the mistake. A case has 20
 seconds: past them a rank shows where it is, and ends the job.
 """
 
+import atexit
 import faulthandler
 import hashlib
 import json
 import os
+import sys
 from contextlib import nullcontext
 from unittest.mock import patch
 
@@ -373,10 +376,24 @@ def outcome(action, wrong):
     return {"error": None, "text": "", "notes": []}
 
 
+def process_groups(path):
+    """A function that makes a communicator over a process group of its own."""
+    from torch import distributed
+
+    from cupybn.interop.torch import ProcessGroupCommunicator
+
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{path}", rank=world.rank, world_size=world.size
+    )
+    atexit.register(distributed.destroy_process_group)
+    return lambda: ProcessGroupCommunicator(distributed.new_group())
+
+
 def main():
+    new_comm = process_groups(sys.argv[1]) if sys.argv[1:] else world.Dup
     for name, prepare in CASES.items():
         faulthandler.dump_traceback_later(LIMIT, exit=True)
-        comm = world.Dup()
+        comm = new_comm()
         net, action = prepare(comm)
         before = bits(net)
         first = outcome(action, culprit)

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from ...launcher import leading_number, local_size
+from ...launcher import leading_number, share_of_cores
 from .plan import TURNS
 
 _NUMBER_VARIABLES = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS")
@@ -39,8 +39,8 @@ _calls: SimpleQueue[Any] = SimpleQueue()  # (kernel, arguments, core), or None: 
 def thread_count() -> int:
     """Threads for one call: what :func:`set_threads` said, or the environment, or a fair share.
 
-    ``NUMBA_NUM_THREADS``, then ``OMP_NUM_THREADS``; where neither is set, the cores this process
-    may run on divided by the ranks on this machine.
+    ``NUMBA_NUM_THREADS``, then ``OMP_NUM_THREADS``; where neither is set, the cores that the
+    launcher bound this rank to, or those of this machine divided by the ranks on it.
     """
     global _threads
     if _threads is None:
@@ -111,11 +111,7 @@ def _default_threads() -> int:
         number = leading_number(os.environ.get(variable, ""))
         if number:
             return number
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS and Windows have no such call
-        cores = os.cpu_count() or 1
-    return max(1, cores // local_size())
+    return share_of_cores()
 
 
 if sys.platform == "linux":

@@ -17,12 +17,13 @@ import numpy as np
 
 from ...arrays import DATA_TYPES, Array
 from . import source
-from .plan import plan_launch
+from .plan import LaunchPlan, plan_launch
 
 NULL = np.uint64(0)
 NO_SCRATCH = NULL, NULL
 
 _THREADS_PER_CHANNEL_BLOCK = 128
+_REDUCTIONS = "batch_moments", "backward_reduce"
 
 
 class Launch(NamedTuple):
@@ -31,14 +32,12 @@ class Launch(NamedTuple):
     Attributes:
         run: launches; takes the tuple of all arguments.
         sizes: the last arguments.
-        values: of a channel, where the kernel is over tensors.
         empty: ``cupy.ndarray``, which allocates at a third of the price of ``cupy.empty_like``.
         partials, counters: how much scratch it needs; 0 where no channel is split.
     """
 
     run: Callable[[tuple[Any, ...]], None]
     sizes: tuple[np.int64, ...]
-    values: np.float64
     empty: Any
     partials: int = 0
     counters: int = 0
@@ -69,27 +68,42 @@ def tensor_launch(
         whole_bytes,
     )
     scalar = DATA_TYPES[dtype.name].cuda
-    sizes: tuple[int, ...] = shape
     if plan.flat:
         compiled = source.get_kernel(f"{kernel}_flat", SCALAR=scalar)
-    else:
-        compiled = source.get_kernel(
-            kernel,
-            SCALAR=scalar,
-            ROWS=int(plan.rows),
-            VECTOR=plan.vector,
-            RAGGED_VECTORS=int(plan.ragged),
-        )
-        sizes = (*shape, plan.slice_length, plan.tile_channels, plan.line_samples)
-    split = plan.slices > 1
-    return Launch(
-        partial(compiled, plan.grid, (plan.threads,)),
-        tuple(map(np.int64, sizes)),
-        np.float64(shape[0] * shape[2]),
-        sys.modules["cupy"].ndarray,
-        2 * shape[1] * plan.slices if split else 0,
-        plan.grid[0] if split else 0,
+        return _launch_of(compiled, plan, shape)
+    compiled = source.get_kernel(
+        kernel,
+        SCALAR=scalar,
+        ROWS=int(plan.rows),
+        VECTOR=plan.vector,
+        RAGGED_VECTORS=int(plan.ragged),
     )
+    reduces = kernel in _REDUCTIONS
+    shared = plan.shared_bytes if reduces else 0
+    plan = plan.over(_multiprocessors(device) * _resident(compiled, plan.threads, shared))
+    sizes = (*shape, plan.slice_length, plan.tile_channels, plan.line_samples)
+    if not reduces:
+        return _launch_of(compiled, plan, sizes)
+    options = {"shared_mem": shared} if shared else {}
+    launch = _launch_of(compiled, plan, (*sizes, plan.group_slices), **options)
+    if plan.slices == 1:
+        return launch
+    partials = 2 * shape[1] * (plan.slices + plan.groups)
+    return launch._replace(partials=partials, counters=plan.tiles * (plan.groups + 1))
+
+
+def _launch_of(compiled: Any, plan: LaunchPlan, sizes: tuple[int, ...], **options: int) -> Launch:
+    return Launch(
+        partial(compiled, plan.grid, (plan.threads,), **options),
+        tuple(map(np.int64, sizes)),
+        sys.modules["cupy"].ndarray,
+    )
+
+
+def _resident(compiled: Any, threads: int, shared: int) -> int:
+    """Blocks of a kernel that a multiprocessor of the current device holds at once."""
+    count = sys.modules["cupy"].cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor
+    return max(1, int(count(compiled.kernel.ptr, threads, shared)))
 
 
 @lru_cache(maxsize=4096)
@@ -99,7 +113,7 @@ def channel_launch(kernel: str, channels: int, dtype: np.dtype[Any] | None = Non
     threads = _THREADS_PER_CHANNEL_BLOCK
     grid = (-(-channels // threads),)
     run = partial(source.get_kernel(kernel, **scalar), grid, (threads,))
-    return Launch(run, (np.int64(channels),), np.float64(0), sys.modules["cupy"].ndarray)
+    return Launch(run, (np.int64(channels),), sys.modules["cupy"].ndarray)
 
 
 @lru_cache(maxsize=4096)
@@ -111,15 +125,13 @@ def forward_launches(
     some: int,
     every: int,
     whole_bytes: bool,
-    running_dtype: np.dtype[Any],
-) -> tuple[Launch, Launch, Launch]:
-    """Those of ``local_forward``: the moments, what becomes of them, and y.
+) -> tuple[Launch, Launch]:
+    """Those of ``local_forward``: the statistics, and y.
 
     Bits as for :func:`tensor_launch`: of x alone, and of all tensors.
     """
     return (
         tensor_launch("batch_moments", shape, dtype, device, x, x),
-        channel_launch("finalize_moments", shape[1], running_dtype),
         tensor_launch("normalize", shape, dtype, device, some, every, whole_bytes),
     )
 
@@ -141,32 +153,40 @@ def backward_launches(
     )
 
 
+Scratch = tuple[Array, Array]
+
+
 class _Kept(threading.local):
     """Scratch of one thread, by device and stream."""
 
     def __init__(self) -> None:
-        self.scratch: dict[tuple[int, int], tuple[Array, Array]] = {}
-        # A captured graph may still point at scratch that was outgrown. Sizes double, so that
-        # this holds no more than the scratch in use.
-        self.outgrown: list[tuple[Array, Array]] = []
+        self.scratch: dict[tuple[int, int], Scratch] = {}
 
 
 _kept = _Kept()
+# Of launches that went into CUDA graphs, for good: nobody says when a graph is gone.
+_captured: list[Scratch] = []
 
 
-def scratch_for(launch: Launch, device: int) -> tuple[Array, Array]:
+def scratch_for(launch: Launch, device: int) -> Scratch:
     """Partials and counters for a launch: of this thread, device and stream alone.
 
-    Counters are 0 between launches; a kernel sets them back itself.
+    Counters are 0 between launches; a kernel sets them back itself. A launch that is captured gets
+    scratch of its own: its graph may be replayed beside other graphs and other work of the stream.
     """
     cupy = sys.modules["cupy"]
-    key = device, cupy.cuda.get_current_stream().ptr
-    held = _kept.scratch.get(key)
+    stream = cupy.cuda.get_current_stream()
     partials, counters = launch.partials, launch.counters
+    if stream.is_capturing():
+        made = cupy.empty(partials), cupy.zeros(counters, np.uint32)
+        _captured.append(made)
+        return made
+    key = device, stream.ptr
+    held = _kept.scratch.get(key)
     if held is not None:
         if held[0].size >= partials and held[1].size >= counters:
             return held
-        _kept.outgrown.append(held)
+        # what is outgrown goes back to its stream, which uses it again only after this launch
         partials, counters = max(partials, 2 * held[0].size), max(counters, 2 * held[1].size)
     made = cupy.empty(max(partials, 4096)), cupy.zeros(max(counters, 1024), np.uint32)
     _kept.scratch[key] = made

@@ -7,7 +7,7 @@ share of one block in them: so many vectors of a channel, or so many lines of a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 THREADS = 256
@@ -19,40 +19,102 @@ BYTE = 8
 
 VECTOR_BYTES = 16
 _SHORT_ROW_BYTES = 512  # shorter rows leave a warp's access in several places of memory
-_RUN_BYTES = 256  # what a run should at least be, for the same reason
-_SLICE_BYTES = 32 << 10  # a smaller share of a channel is not worth a block
-_BLOCKS_PER_MULTIPROCESSOR = 8  # two waves of four: enough loads in flight, and an even end
+_RUN_BYTES = 128  # what a run should at least be: whole lines of a cache
+_SLICE_BYTES = 16 << 10  # a smaller share of a channel is not worth a block
+_FULL = 0.85  # of the places for blocks that is worth no smaller slices
+_TRIED = 8
+_BATCH = 8  # as in cuda/reduce.cuh
+_PAIR_BYTES = 16  # two doubles
 
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """One launch.
+    """One launch; as it is planned first, a block takes a tile whole.
 
     Attributes:
         rows: one channel a block; else runs.
         vector: elements of a vector.
         ragged: rows or the tensor may begin or end inside of a vector.
-        grid: tiles of channels, slices.
+        tiles: of channels.
         threads: of a block.
-        slice_length: vectors (rows) or lines (runs) of a slice.
+        length: vectors (rows) or lines (runs) of a tile.
+        step: those that a block takes at once.
+        tile_bytes: what of the tensor is in a tile.
         tile_channels: channels of a tile.
         line_samples: samples of a line.
+        line_vectors: vectors of a line in a tile (runs).
+        slices: blocks that share a tile.
         flat: one thread for eight neighbouring values, whatever their channels.
     """
 
     rows: bool
     vector: int
     ragged: bool
-    grid: tuple[int, int]
+    tiles: int
     threads: int
-    slice_length: int
+    length: int
+    step: int
+    tile_bytes: int
     tile_channels: int = 1
     line_samples: int = 1
+    line_vectors: int = 0
+    slices: int = 1
     flat: bool = False
 
     @property
-    def slices(self) -> int:
-        return self.grid[1]
+    def grid(self) -> tuple[int, int]:
+        return self.tiles, self.slices
+
+    @property
+    def slice_length(self) -> int:
+        """Vectors or lines of a slice; the last one may have fewer."""
+        return _round_up(_ceil(self.length, self.slices), self.step)
+
+    @property
+    def group_slices(self) -> int:
+        """Slices whose sums are added by the last of them, before those of the groups are added.
+
+        Of runs as many as one batch of loads holds. One channel, in rows, needs no groups; neither
+        do a few batches, which take no longer than groups would.
+        """
+        at_once = _BATCH * max(1, self.threads // self.tile_channels)
+        return self.slices if self.rows or self.slices <= 4 * at_once else at_once
+
+    @property
+    def groups(self) -> int:
+        return _ceil(self.slices, self.group_slices)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Memory in which a reduction over runs adds its threads' sums, and keeps its channels'."""
+        if self.rows:
+            return 0
+        lanes = self.threads // self.line_vectors
+        sums = max(1, lanes // 2) * self.line_vectors * self.vector
+        return _PAIR_BYTES * (self.tile_channels + max(sums, self.threads, self.tile_channels))
+
+    def over(self, places: int) -> LaunchPlan:
+        """The plan in slices, for a device with places for so many blocks at once.
+
+        They fill it once, if they can: a second wave would wait for the last block of the first.
+        Where tiles then leave many places empty, slices are smaller and more.
+        """
+        if self.flat:
+            return self
+        most = max(1, min(self.tile_bytes // _SLICE_BYTES, MAX_SLICES))
+        once = max(1, places // self.tiles)
+        slices = most
+        if most > once:
+            slices = max(
+                range(once, min(most + 1, once + _TRIED)), key=lambda n: self._full(n, places)
+            )
+        slices = _ceil(self.length, _round_up(_ceil(self.length, slices), self.step))
+        return replace(self, slices=slices)
+
+    def _full(self, slices: int, places: int) -> float:
+        """The part of the places that blocks take over all waves, if it is less than enough."""
+        blocks = self.tiles * slices
+        return min(_FULL, blocks / (_ceil(blocks, places) * places))
 
 
 def plan_launch(
@@ -73,14 +135,14 @@ def plan_launch(
         multiprocessors: of the device.
         whole_bytes: a thread, or neighbouring lanes of a warp, must own whole bytes of a bit mask.
     """
-    rows = _plan_rows(shape, itemsize, alignment, congruence, multiprocessors, whole_bytes)
+    rows = _plan_rows(shape, itemsize, alignment, congruence, whole_bytes)
     found = (
         _plan_runs(shape, itemsize, alignment, multiprocessors, whole_bytes, rows.vector) or rows
     )
     if whole_bytes and found.rows and (found.ragged or shape[2] % BYTE):
         found = _plan_flat(shape)
-    if found.grid[0] > MAX_TILES:
-        raise ValueError(f"a tensor of shape {shape} needs {found.grid[0]} blocks")
+    if found.tiles > MAX_TILES:
+        raise ValueError(f"a tensor of shape {shape} needs {found.tiles} blocks")
     return found
 
 
@@ -89,7 +151,6 @@ def _plan_rows(
     itemsize: int,
     alignment: int,
     congruence: int,
-    multiprocessors: int,
     whole_bytes: bool,
 ) -> LaunchPlan:
     n, c, length = shape
@@ -102,10 +163,8 @@ def _plan_rows(
     threads = min(THREADS, _round_up(_ceil(total, 2), WARP))
     # what is read by the element costs a thread as much as a vector
     alone = 2 * n * vector if ragged else 0
-    slices = _slices(c, (total + alone) * vector * itemsize, multiprocessors)
-    slice_length = _round_up(_ceil(total, slices), threads)
-    grid = (c, _ceil(total, slice_length))
-    return LaunchPlan(True, vector, ragged, grid, threads, slice_length)
+    tile_bytes = (total + alone) * vector * itemsize
+    return LaunchPlan(True, vector, ragged, c, threads, total, threads, tile_bytes)
 
 
 def _plan_runs(
@@ -154,21 +213,25 @@ def _fit_run(
         channels, slots = 2 * channels, 2 * slots
     threads = _round_up(slots * min(THREADS // slots, lines), WARP)
     tiles = _ceil(c, channels)
-    slices = _slices(tiles, n * min(channels, c) * length * itemsize, multiprocessors)
-    slice_length = _round_up(_ceil(lines, slices), threads // slots)
-    grid = (tiles, _ceil(lines, slice_length))
-    return LaunchPlan(False, vector, ragged, grid, threads, slice_length, channels, samples)
+    return LaunchPlan(
+        rows=False,
+        vector=vector,
+        ragged=ragged,
+        tiles=tiles,
+        threads=threads,
+        length=lines,
+        step=threads // slots,
+        tile_bytes=n * min(channels, c) * length * itemsize,
+        tile_channels=channels,
+        line_samples=samples,
+        line_vectors=slots,
+    )
 
 
 def _plan_flat(shape: tuple[int, int, int]) -> LaunchPlan:
     n, c, length = shape
     blocks = _ceil(_ceil(n * c * length, BYTE), THREADS)
-    return LaunchPlan(False, 1, False, (blocks, 1), THREADS, 0, flat=True)
-
-
-def _slices(tiles: int, tile_bytes: int, multiprocessors: int) -> int:
-    wanted = _ceil(_BLOCKS_PER_MULTIPROCESSOR * multiprocessors, tiles)
-    return max(1, min(wanted, tile_bytes // _SLICE_BYTES, MAX_SLICES))
+    return LaunchPlan(False, 1, False, blocks, THREADS, 0, 1, 0, flat=True)
 
 
 def _ceil(a: int, b: int) -> int:

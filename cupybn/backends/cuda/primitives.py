@@ -38,7 +38,6 @@ _ZERO = np.float64(0)
 _RELU = np.int64(0), np.int64(1)
 # as in finalize.cuh
 _FORMS = {name: np.int64(i) for i, name in enumerate(("local", "pooled", "recentred", "running"))}
-_LOCAL = _FORMS["local"]
 
 _is_dense = attrgetter("flags.c_contiguous")  # in C: no frame; NULL has flags, too
 
@@ -61,7 +60,8 @@ def batch_moments(x3: Array, *, payload: Array | None = None) -> Moments:
     mean, m2 = launch.empty(c), launch.empty(c)
     both = payload is not None and payload.size > c
     about_zero = np.uint64(weighted.data.ptr + 8 * c) if both else NULL
-    launch.run((mean, m2, weighted, about_zero, *scratch, x3, *launch.sizes))
+    outputs = mean, m2, weighted, about_zero, NULL, NULL, NULL
+    launch.run((*outputs, *scratch, x3, _ZERO, _ZERO, *launch.sizes))
     return Moments(n * length, mean, m2)
 
 
@@ -297,16 +297,13 @@ def local_forward(
     x, y, device = x3.data.ptr, y3.data.ptr, x3.data.device_id
     residual, r = (NULL, y) if residual3 is None else (residual3, residual3.data.ptr)
     where = device, x & 15, (x | y | r) & 15, x & y & r & 15
-    dtype = _FLOAT64 if running is None else running[0].dtype
-    reduce, finalize, finish = forward_launches(x3.shape, x3.dtype, *where, mask is not None, dtype)
+    reduce, finish = forward_launches(x3.shape, x3.dtype, *where, mask is not None)
     mean, invstd = reduce.empty(x3.shape[1]), reduce.empty(x3.shape[1])
     scratch = scratch_for(reduce, device) if reduce.partials else NO_SCRATCH
     weight, bias, *states = _pointers(weight, bias, *(running or _NONE))
-    # Where invstd ends up, m2 and the variance come first: a thread of finalize_moments reads its
-    # channel before it writes, and writes invstd last.
-    reduce.run((mean, invstd, NULL, NULL, *scratch, x3, *reduce.sizes))
-    numbers = reduce.values, np.float64(eps), np.float64(factor), _LOCAL
-    finalize.run((mean, invstd, invstd, *states, mean, invstd, *numbers, *finalize.sizes))
+    outputs = mean, NULL, NULL, NULL, invstd, *states
+    numbers = np.float64(eps), np.float64(factor)
+    reduce.run((*outputs, *scratch, x3, *numbers, *reduce.sizes))
     bits = NULL if mask is None else mask
     finish.run((y3, bits, x3, residual, mean, invstd, weight, bias, _RELU[relu], *finish.sizes))
     if running is not None and not all(map(is_, running, states)):
@@ -370,7 +367,7 @@ def prepare_forward(
     recentred = x3.dtype == _FLOAT64 and ranks > 1
     if recentred:
         channel_launch("recentre_moments", c)
-    if not (recentred and x3.size):
+    if not x3.size or (ranks > 1 and not recentred):
         channel_launch("finalize_moments", c, np.dtype(running_dtype or "float64"))
     if x3.size:
         kernel = "normalize_recentred" if recentred else "normalize"

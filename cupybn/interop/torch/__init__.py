@@ -1,4 +1,4 @@
-"""Batch norm over MPI for PyTorch modules, on the CPU and on CUDA devices, with autograd.
+"""Batch norm over MPI or a process group for PyTorch modules, on the CPU and CUDA, with autograd.
 
 ``SyncBatchNorm`` and ``BatchNorm1d``, ``2d``, ``3d`` stand in for those of ``torch.nn``: the same
 arguments (``comm`` for ``process_group``), parameters, buffers and state dicts, and in evaluation
@@ -15,9 +15,11 @@ try:
 except ImportError as error:
     raise ImportError("cupybn.interop.torch needs PyTorch: pip install torch") from error
 
+from .calibration import fold, recalibrate
 from .checkpoint import recompute_contexts
-from .convert import convert_sync_batchnorm
+from .convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .gradients import allreduce_gradients, broadcast_parameters, verify_sync
+from .groups import ProcessGroupCommunicator
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 
 SyncBatchNorm.convert_sync_batchnorm = staticmethod(convert_sync_batchnorm)
@@ -26,10 +28,14 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "ProcessGroupCommunicator",
     "SyncBatchNorm",
     "allreduce_gradients",
     "broadcast_parameters",
     "convert_sync_batchnorm",
+    "fold",
+    "recalibrate",
     "recompute_contexts",
+    "revert_sync_batchnorm",
     "verify_sync",
 ]

@@ -2,79 +2,22 @@
 
 The context of a forward keeps x, weight and bias where autograd wants them, among its saved
 tensors, so that checkpointing, hooks on saved tensors and the check for changes in place work; and
-the statistics beside them.
+the statistics beside them. Several gradients at once (``is_grads_batched``, ``vmap`` of a backward)
+go through the operators, which PyTorch knows how to repeat.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
 
-from ...arrays import DATA_TYPES, Array, as_array, cupy_for
 from ...collective import CollectiveCall
-from ...double_backward import double_backward, double_backward_call
-from ...errors import DTypeError
+from ...double_backward import double_backward_call
 from ...forward_backward import Saved
-
-Tensor = Any
-
-PLAIN = (torch.Tensor, torch.nn.Parameter)
-"""Tensors of these types are arrays in memory, and not something that stands for one."""
-_HOST = nullcontext()
-WIDE = {getattr(torch, name): getattr(torch, kind.arithmetic) for name, kind in DATA_TYPES.items()}
-"""The dtype of the arithmetic, and of what is per channel, for data of a dtype."""
-
-
-def array_of(tensor: Tensor, what: str = "input", dtype: torch.dtype | None = None) -> Array:
-    """The tensor's memory as a NumPy or CuPy array.
-
-    With `dtype` what may be absent, None, is, and a tensor of another dtype is converted.
-    """
-    if dtype is not None:
-        if tensor is None:
-            return None
-        if tensor.dtype is not dtype:  # a call of tensor.to takes long
-            tensor = tensor.to(dtype)
-    if type(tensor) in PLAIN and tensor.dtype is not torch.bfloat16 and not tensor.is_cuda:
-        try:
-            return tensor.detach().numpy()
-        except (RuntimeError, TypeError):  # a pending negation, a wrapper of torch.func, ...
-            pass
-    if not isinstance(tensor, torch.Tensor):
-        raise DTypeError(f"{what} must be a torch.Tensor, got {type(tensor).__name__}")
-    return as_array(tensor.detach(), what)
-
-
-def tensor_of(array: Array | None) -> Tensor:
-    """A tensor over the memory of a new array; None for None."""
-    if array is None:
-        return None
-    if array.dtype.name == "bfloat16":
-        return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_dlpack(array)
-
-
-def on_stream_of(tensor: Tensor) -> Any:
-    """A context in which CuPy works on the tensor's device and PyTorch's current stream there."""
-    return _on_stream(tensor) if getattr(tensor, "is_cuda", False) else _HOST
-
-
-@contextmanager
-def _on_stream(tensor: Tensor) -> Iterator[None]:
-    device = tensor.device
-    cupy = cupy_for("the tensor")
-    stream = torch.cuda.current_stream(device).cuda_stream
-    with (
-        torch.cuda.device(device),  # without which PyTorch does not hand the tensor over
-        cupy.cuda.Device(device.index),
-        cupy.cuda.ExternalStream(stream, device.index),
-    ):
-        yield
+from .operators import backward_operator, double_backward_operator
+from .passes import run_backward, run_double_backward
+from .tensors import HOST, Tensor, on_stream_of, stands_for_another
 
 
 class Normalise(torch.autograd.Function):
@@ -99,7 +42,14 @@ class Normalise(torch.autograd.Function):
         try:
             # Unpacking raises where a tensor was changed in place, or was given up by an earlier
             # backward, and runs a checkpoint's recomputation.
-            return (*Gradients.apply(dy, *ctx.saved_tensors, ctx.statistics, call), None, None)
+            x, weight, bias = ctx.saved_tensors
+            if not stands_for_another(dy, watched=bound.ranks == 1):
+                gradients = Gradients.apply(dy, x, weight, bias, ctx.statistics, call)
+                return (*gradients, None, None)
+            statistics = _as_tensor(ctx.statistics)
+            dx, dweight, dbias = backward_operator(dy, x, weight, bias, statistics, bound.eps)
+            none = dweight if weight is not None else None, dbias if bias is not None else None
+            return dx, *none, None, None
         except Exception as error:
             bound.leave(call, "backward", error)
             raise
@@ -112,55 +62,62 @@ class Gradients(torch.autograd.Function):
     def forward(
         ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, saved: Saved, call: Any
     ) -> tuple[Tensor, ...]:
-        bound, layout, wide = saved.bound, saved.bound.layout, WIDE[x.dtype]
-        with on_stream_of(x):
-            dx = torch.empty_strided(layout.shape, layout.strides, dtype=x.dtype, device=x.device)
-            dx3 = array_of(dx)
-            dx3 = dx3.reshape(layout.shape3) if bound.in_order else layout.view(dx3)
-            dweight = None if weight is None else torch.zeros_like(weight, dtype=wide)
-            dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
-            bound.backward(
-                call,
-                array_of(dy, "dy"),
-                _complete(saved, x, weight, bias),
-                dx3=dx3,
-                dweight=array_of(dweight, dtype=wide),
-                dbias=array_of(dbias, dtype=wide),
-            )
+        with on_stream_of(x) if x.is_cuda else HOST:
+            gradients = run_backward(call, saved, dy, x, weight, bias)
         ctx.save_for_backward(dy, x, weight, bias)
         ctx.statistics = saved
-        return (
-            dx,
-            dweight if dweight is None or weight.dtype is wide else dweight.to(weight.dtype),
-            dbias if dbias is None or bias.dtype is wide else dbias.to(bias.dtype),
-        )
+        return gradients
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, ddx: Tensor, ddweight: Tensor, ddbias: Tensor) -> tuple[Tensor, ...]:
-        with double_backward_call(ctx.statistics) as call:
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, ...]:
+        saved = ctx.statistics
+        with double_backward_call(saved) as call:
             dy, x, weight, bias = ctx.saved_tensors
-            wide = WIDE[x.dtype]
-            with on_stream_of(x):
-                saved = _complete(ctx.statistics, x, weight, bias)
-                grads = double_backward(
-                    call,
-                    array_of(ddx, "ddx"),
-                    array_of(ddweight, "ddweight", wide),
-                    array_of(ddbias, "ddbias", wide),
-                    saved,
-                    array_of(dy, "dy"),
+            alone = saved.bound.ranks == 1
+            if not any(stands_for_another(given, watched=alone) for given in cotangents):
+                gradients = Last.apply(call, saved, bias, dy, x, weight, *cotangents)
+            else:
+                gradients = double_backward_operator(
+                    *cotangents, dy, x, weight, _as_tensor(saved), saved.eps
                 )
-                ddy, dx, dweight = map(tensor_of, grads)
-        return ddy, dx, None if weight is None else dweight.to(weight.dtype), None, None, None
+        ddy, dx, dweight = gradients
+        return ddy, dx, None if weight is None else dweight, None, None, None
 
 
-def _complete(saved: Saved, x: Tensor, weight: Tensor, bias: Tensor) -> Saved:
-    """The context with its arrays; a hook may have put x into another memory order since."""
-    layout, wide, array = saved.bound.layout, WIDE[x.dtype], array_of(x)
-    in_order = saved.bound.in_order and array.flags.c_contiguous
-    return saved._replace(
-        x3=array.reshape(layout.shape3) if in_order else layout.view(array),
-        weight=array_of(weight, "weight", wide),
-        bias=array_of(bias, "bias", wide),
-    )
+class Last(torch.autograd.Function):
+    """(ddy, dx, dweight) of :class:`Gradients`, which cannot be differentiated.
+
+    ``once_differentiable`` would cut them off from x, and ``torch.autograd.grad(value, x)`` pass
+    over what leads nowhere: a third derivative without these terms, instead of an error.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Any, saved: Saved, bias: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        dy, x, weight, *cotangents = tensors
+        with on_stream_of(x) if x.is_cuda else HOST:
+            gradients: tuple[Tensor, ...] = run_double_backward(
+                call, saved, cotangents, (dy, x, weight, bias)
+            )
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(
+            "a batch norm of cupybn.interop.torch has first and second derivatives, no third ones"
+        )
+
+
+def _as_tensor(saved: Saved) -> Tensor:
+    """Mean and invstd for the operators, which work on this rank alone.
+
+    Raises:
+        RuntimeError: there are other ranks.
+    """
+    if saved.bound.ranks > 1:
+        raise RuntimeError(
+            "several gradients at once (is_grads_batched, vectorize=True, check_batched_grad=True, "
+            "vmap of a backward) do not go over ranks: call backward once for each of them"
+        )
+    return torch.stack([torch.as_tensor(values) for values in (saved.mean, saved.invstd)])

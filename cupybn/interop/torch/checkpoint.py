@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -55,9 +57,30 @@ class _Recomputation(_Recording):
         return saved
 
 
-def recompute_contexts() -> tuple[Any, Any]:
+class _Both:
+    """Two contexts as one, the second inside the first; may be entered again."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        self.contexts = first, second
+
+    def __enter__(self) -> None:
+        with ExitStack() as entered:
+            for context in self.contexts:
+                entered.enter_context(context)
+            self.stack = entered.pop_all()
+
+    def __exit__(self, *error: Any) -> Any:
+        return self.stack.__exit__(*error)
+
+
+def recompute_contexts(context_fn: Callable[[], tuple[Any, Any]] | None = None) -> tuple[Any, Any]:
     """For ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False,
     context_fn=recompute_contexts)``: a context for the forward, and one for its recomputation.
+
+    Another ``context_fn`` of yours, as for selective checkpointing, goes inside it::
+
+        selective = functools.partial(create_selective_checkpoint_contexts, policy)
+        context_fn = functools.partial(recompute_contexts, selective)
 
     In the recomputation the batch norms of this module use the statistics of the forward: they
     return the same bits, do not communicate, and leave running statistics and
@@ -66,11 +89,22 @@ def recompute_contexts() -> tuple[Any, Any]:
     raises RuntimeError: it would communicate and update a second time.
     """
     recording = _Recording()
-    return recording, _Recomputation(recording)
+    contexts = recording, _Recomputation(recording)
+    if context_fn is None:
+        return contexts
+    forward, recomputation = context_fn()
+    return _Both(contexts[0], forward), _Both(contexts[1], recomputation)
 
 
-def remembered(label: str, shape: tuple[int, ...]) -> Saved | None:
+def is_watching() -> bool:
+    """Whether this thread is in a forward or a recomputation of :func:`recompute_contexts`."""
+    return bool(_active.contexts)
+
+
+def remembered(label: str, shape: tuple[int, ...], in_graph: bool = False) -> Saved | None:
     """The statistics for a batch norm that is being recomputed; None in a first forward.
+
+    A compiled graph (`in_graph`) may compute anew in its backward what it did not keep.
 
     Raises:
         RuntimeError: it is recomputed without :func:`recompute_contexts`, or in another order.
@@ -80,7 +114,7 @@ def remembered(label: str, shape: tuple[int, ...]) -> Saved | None:
             return context.next(label, shape)
     # Private to PyTorch; checkpoint itself asks it. Not -1: this thread runs a backward.
     task = getattr(torch._C, "_current_graph_task_id", lambda: -1)()
-    if task != -1:
+    if task != -1 and not in_graph:
         raise RuntimeError(
             f"{label}: a forward in training mode inside a backward. A checkpoint that contains "
             "batch norms must be recomputed from the first statistics: "

@@ -1,4 +1,4 @@
-"""What ``cupybn.distributed`` does for layers, for modules."""
+"""What ``cupybn.distributed`` does for layers, for modules. `comm` is as for SyncBatchNorm."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ... import distributed
-from .autograd import Tensor, array_of, on_stream_of
+from .groups import resolve
+from .tensors import Tensor, array_of, on_stream_of
 
 
 def _named(tensors: dict[str, Tensor]) -> distributed.Named:
@@ -34,7 +35,7 @@ def allreduce_gradients(module: Any, comm: Any = None, op: str = "mean") -> None
         name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()
     }
     with on_stream_of(_first(module)):
-        distributed.allreduce_arrays(_named(gradients), comm, op)
+        distributed.allreduce_arrays(_named(gradients), resolve(comm), op)
     for name, gradient in gradients.items():
         parameters[name].grad = gradient
 
@@ -46,7 +47,7 @@ def broadcast_parameters(module: Any, comm: Any = None, root: int = 0) -> None:
     """
     tensors = _state(module)
     with on_stream_of(_first(module)):
-        distributed.broadcast_arrays(_named(tensors), comm, root)
+        distributed.broadcast_arrays(_named(tensors), resolve(comm), root)
     for tensor in tensors.values():
         torch.autograd.graph.increment_version(tensor)
 
@@ -57,4 +58,4 @@ def verify_sync(module: Any, comm: Any = None) -> None:
     As :func:`cupybn.distributed.verify_sync`.
     """
     with on_stream_of(_first(module)):
-        distributed.verify_arrays(_named(_state(module)), comm)
+        distributed.verify_arrays(_named(_state(module)), resolve(comm))

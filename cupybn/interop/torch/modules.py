@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
-from ...arrays import Array
+from ...arrays import array_of_tensor
 from ...collective import CollectiveCall
-from ...communicators import Communicator, check_comm
+from ...communicators import Communicator
 from ...errors import DeviceError, DTypeError, ShapeError
 from ...forward_backward import (
     ALONE,
     Bindings,
     Bound,
     Options,
-    Running,
     Saved,
     bind,
     call_name,
@@ -27,19 +25,47 @@ from ...forward_backward import (
 )
 from ...layers.sync import Synchronised
 from ...statistics import message_length
-from .autograd import PLAIN, WIDE, Normalise, Tensor, array_of, on_stream_of
-from .checkpoint import remember, remembered
+from .autograd import Normalise
+from .checkpoint import is_watching, remembered
+from .groups import check_comm, describe, resolve
+from .operators import forward_operator
+from .passes import run_forward
+from .tensors import (
+    HOST,
+    PLAIN,
+    WIDE,
+    Tensor,
+    array_of,
+    is_recorded,
+    is_without_values,
+    on_stream_of,
+    stands_for_another,
+)
+
+_NONE = (None, None)  # dtype and device of what is not there
+_GRAPH_BREAK = (
+    "a cupybn SyncBatchNorm communicates, and a compiled graph may change the order of messages: "
+    "compile without fullgraph, or with cupybn.interop.torch.BatchNorm1d, 2d, 3d for one process"
+)
+_OVER_RANKS = (
+    "cannot be normalised over ranks, where graphs and tracers do not keep the order of messages. "
+    "Trace and export in evaluation mode, or with module.comm = cupybn.SelfCommunicator(); "
+    "torch.compile leaves a gap in its graph; of a DTensor pass .to_local()"
+)
 
 
 class BatchNorm(TorchBatchNorm):
     """PyTorch's module, and this library's forward in training mode."""
 
     name: str | None = None
+    __jit_unused_properties__: ClassVar[list[str]] = ["label", "comm"]  # not for TorchScript
     _binds: ClassVar[bool] = True  # as of the layers' BatchNorm
+    _communicates: ClassVar[bool] = False  # for dynamo, which cannot ask the communicator
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         asked = {"communicator", "label", "_check_input", "_check_input_dim"}
+        cls._communicates = cls._communicates or "communicator" in vars(cls)
         if cls.__module__ != __name__ and not asked.isdisjoint(vars(cls)):
             cls._binds = False
 
@@ -52,18 +78,28 @@ class BatchNorm(TorchBatchNorm):
         """Who takes part in the next forward."""
         return ALONE
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalises (N, C, ...) `input`; y has its shape, dtype and memory format.
 
         Raises:
             ShapeError, DTypeError, DeviceError: bad input; PeerError, CollectiveMismatchError: on
                 another rank. Nothing was changed then.
         """
-        if not self.training:
+        if not torch.jit.is_scripting():  # what is in here TorchScript does not compile
+            if torch.compiler.is_compiling() or stands_for_another(input):
+                return self._traced(input)
+            if self.training:
+                return self._train(input)
             return super().forward(input)
-        if torch.compiler.is_compiling():  # what is here is not for tracing: a graph break
-            return torch.compiler.disable(self._train)(input)
-        return self._train(input)
+        if self.training:
+            raise RuntimeError("this batch norm was scripted, and cannot train: call .eval()")
+        if input.dim() < 2:
+            raise ValueError("expected at least 2D input")
+        mean, var = self.running_mean, self.running_var
+        weight, bias = self.weight, self.bias
+        return torch.nn.functional.batch_norm(
+            input, mean, var, weight, bias, mean is None, 0.0, self.eps
+        )
 
     def _train(self, x: Tensor) -> Tensor:
         weight, bias, backward = self.weight, self.bias, False
@@ -72,95 +108,130 @@ class BatchNorm(TorchBatchNorm):
                 backward = backward or getattr(tensor, "requires_grad", False)
         return Normalise.apply(x, weight, bias, self, backward)
 
+    def _traced(self, x: Tensor) -> Tensor:
+        """A forward of what stands for a tensor in memory, or that something looks on."""
+        if torch.compiler.is_dynamo_compiling():
+            if not self.training:
+                return super().forward(x)
+            if self._communicates:
+                torch._dynamo.graph_break(msg=_GRAPH_BREAK)
+                return torch.compiler.disable(self._train)(x)
+            return self._operator(x)
+        if isinstance(x, torch.fx.Proxy):  # symbolic_trace takes PyTorch's own for leaves too
+            path = x.tracer.path_of_module(self)
+            return x.tracer.create_proxy("call_module", path, (x,), {})
+        if not self.training:
+            return super().forward(x)
+        if not isinstance(x, torch.Tensor) or is_watching():
+            return self._train(x)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                f"{self.label}: the transforms of torch.func (vmap, grad, jacrev, ...) do not go "
+                "through this batch norm in training mode: use torch.autograd.grad and "
+                "torch.autograd.functional, or put the module into evaluation mode"
+            )
+        if self.communicator().size > 1 and not (is_without_values(x) and not is_recorded()):
+            if is_recorded() or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+                raise RuntimeError(f"{self.label}: a {type(x).__name__} {_OVER_RANKS}")
+            y = self._train(x.as_subclass(torch.Tensor))
+            return y if type(x) in PLAIN else y.as_subclass(type(x))
+        remembered(self.label, tuple(x.shape))  # raises in a recomputation
+        return self._operator(x)
+
+    def _operator(self, x: Tensor) -> Tensor:
+        """A forward of this rank alone, as an operator that PyTorch can record."""
+        weight, bias = self.weight, self.bias
+        buffers = self.running_mean, self.running_var, self.num_batches_tracked
+        self._check_input(x, weight, bias, *buffers)
+        if not self.track_running_stats or buffers[0] is None:
+            buffers = None, None, None
+        y, _, *new = forward_operator(x, weight, bias, *buffers, self._momentum(), self.eps)
+        for buffer, values in zip(buffers, new, strict=True):
+            if buffer is not None:
+                buffer.copy_(values)  # not under no_grad: torch.export could not save that
+        return y
+
     def normalise(
         self, x: Tensor, weight: Tensor, bias: Tensor, backward: bool
     ) -> tuple[Tensor, Saved]:
         """(y, context without arrays): what :class:`Normalise` does in a forward."""
         key: Any = None
         bound: Bound | None = None
-        if type(x) in PLAIN and self._binds:
-            own = self.__dict__
+        own, momentum = self.__dict__, self.momentum
+        tensors = weight, bias, self.running_mean, self.running_var, self.num_batches_tracked
+        if type(x) in PLAIN and type(momentum) is float and self._binds:
             key = (
                 *(x.shape, x.stride(), x.dtype, x.device, backward, self.name, own.get("_comm")),
-                *(self.eps, self.momentum, self.track_running_stats, self.num_features),
+                *(self.eps, momentum, self.track_running_stats, self.num_features),
+                None if tensors[4] is None else tensors[4].shape,
             )
-            for tensor in (weight, bias, self.running_mean, self.running_var):
-                key += (None, None) if tensor is None else (tensor.dtype, tensor.device)
+            for tensor in tensors:
+                key += _NONE if tensor is None else (tensor.dtype, tensor.device)
+                if tensor is not None and tensor.is_inference():  # who may write it, may change
+                    key = None
+                    break
             if "_bindings" in own:
                 bound = own["_bindings"].get(key)
         if bound is None:
-            return self._bind_and_run(key, x, weight, bias, backward)
+            return self._bind_and_run(key, x, tensors, backward)
         call = CollectiveCall(bound.comm, *bound.forward_call) if bound.ranks > 1 else None
         try:
-            with on_stream_of(x):
-                return self._run(call, bound, x, array_of(x), (weight, bias))
+            with on_stream_of(x) if x.is_cuda else HOST:
+                return run_forward(call, bound, x, array_of_tensor(x), tensors)
         except Exception as error:
             bound.leave(call, "forward", error)
             raise
 
     def _bind_and_run(
-        self, key: Any, x: Tensor, weight: Tensor, bias: Tensor, backward: bool
+        self, key: Any, x: Tensor, tensors: tuple[Tensor, ...], backward: bool
     ) -> tuple[Tensor, Saved]:
         """A forward of a signature that was not met twice before; `key` None: not to be kept."""
         comm, label = self.communicator(), self.label
         what, length = call_name("forward", label), message_length(self.num_features)
         with CollectiveCall(comm, what, length) as call, on_stream_of(x):
             array = array_of(x)
-            self._check_input(x, weight, bias)
-            tracks = self.track_running_stats and self.running_mean is not None
+            self._check_input(x, *tensors)
+            batches, momentum = tensors[4], self._momentum()
+            tracks = self.track_running_stats and tensors[2] is not None
+            factor = None
+            if tracks:  # PyTorch's own does not move anything where it has nothing to count with
+                counts = momentum is not None or batches is not None
+                factor = running_factor(momentum, batches) if counts else 0.0
             options = Options(
                 self.eps,
-                affine=(weight is not None, bias is not None),
+                affine=(tensors[0] is not None, tensors[1] is not None),
                 save=backward,
-                factor=running_factor(self.momentum, self.num_batches_tracked) if tracks else None,
-                settings=momentum_settings(self.momentum, self.num_batches_tracked)
+                factor=factor,
+                settings=momentum_settings(momentum, batches)
                 | {"track_running_stats": self.track_running_stats, "backward": backward},
             )
             bound = bind(array, 1, options, comm, label)
-            if key is not None and self.momentum is not None:
+            if key is not None:
                 self.__dict__.setdefault("_bindings", Bindings()).keep(key, bound)
             if call.ranks > 1:
                 *_, call.fingerprint, call.messages = bound.forward_call
-            return self._run(call, bound, x, array, (weight, bias))
+            return run_forward(call, bound, x, array, tensors)
 
-    def _run(
-        self,
-        call: CollectiveCall | None,
-        bound: Bound,
-        x: Tensor,
-        array: Array,
-        parameters: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Saved]:
-        """The forward of a batch, or of one that is recomputed; `array` is x."""
-        layout, wide = bound.layout, WIDE[x.dtype]
-        params = {
-            "weight": array_of(parameters[0], dtype=wide),
-            "bias": array_of(parameters[1], dtype=wide),
-        }
-        y = torch.empty_strided(layout.shape, layout.strides, dtype=x.dtype, device=x.device)
-        y3 = array_of(y)
-        y3 = y3.reshape(layout.shape3) if bound.in_order else layout.view(y3)
-        saved = remembered(bound.name, layout.shape)
-        if saved is None:
-            running, buffers = None, (self.running_mean, self.running_var)
-            if bound.updates:
-                fit = buffers[0].dtype is buffers[1].dtype is wide
-                moved = buffers if fit else (buffers[0].to(wide), buffers[1].to(wide))
-                running = Running(array_of(moved[0]), array_of(moved[1]), np.zeros((), np.int64))
-            _, saved = bound.forward(call, array, params, y3=y3, running=running)
-            saved = saved._replace(x3=None, weight=None, bias=None)
-            if running is not None and saved.count:
-                for target, values in zip(buffers, moved, strict=True):
-                    if target is not values:
-                        target.copy_(values)
-                if self.num_batches_tracked is not None:
-                    self.num_batches_tracked.add_(1)
-        else:
-            bound.normalize_again(array, params, saved, y3)
-        remember(saved)
-        return y, saved
+    def _momentum(self) -> float | None:
+        """A momentum that may be a tensor, as PyTorch takes it.
 
-    def _check_input(self, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+        Raises:
+            TypeError: it is a tensor of another shape than (), or requires grad.
+        """
+        momentum: Any = self.momentum
+        if not isinstance(momentum, torch.Tensor):
+            return cast("float | None", momentum)
+        if momentum.dim() or momentum.requires_grad:
+            raise TypeError(
+                "momentum must be a number, None, or a tensor of shape () that does not require "
+                f"grad, got {momentum!r}"
+            )
+        return float(momentum)
+
+    def _check_input(
+        self, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, batches: Tensor
+    ) -> None:
+        """Raises where x, or what a forward reads and writes besides, does not fit."""
         self._check_input_dim(x)
         if x.shape[1] != self.num_features:
             raise ShapeError(
@@ -168,12 +239,36 @@ class BatchNorm(TorchBatchNorm):
                 f"(input shape {tuple(x.shape)})"
             )
         wide = WIDE.get(x.dtype, torch.float32)
-        buffers = {"running_mean": self.running_mean, "running_var": self.running_var}
-        for name, tensor in ({"weight": weight, "bias": bias} | buffers).items():
+        tensors = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
+        for name, tensor in tensors.items():
             if tensor is not None and tensor.dtype not in (x.dtype, wide):
                 raise DTypeError(f"{name} is {tensor.dtype}, but {x.dtype} input goes with {wide}")
             if tensor is not None and tensor.device != x.device:
                 raise DeviceError(f"{name} is on {tensor.device}, but the input is on {x.device}")
+        if self.track_running_stats:
+            self._check_buffers(mean, var, batches)
+
+    def _check_buffers(self, mean: Tensor, var: Tensor, batches: Tensor) -> None:
+        """Raises where the running statistics cannot be updated."""
+        if (mean is None) != (var is None):
+            raise ValueError(
+                "running_mean and running_var must either both be None or neither be None"
+            )
+        if batches is not None and not (batches.numel() == 1 and batches.dtype is not torch.bool):
+            raise ValueError(
+                "num_batches_tracked must be one integer, got a tensor of shape "
+                f"{tuple(batches.shape)} and {batches.dtype}"
+            )
+        if torch.compiler.is_compiling():
+            return
+        buffers = {"running_mean": mean, "running_var": var, "num_batches_tracked": batches}
+        for name, tensor in buffers.items():
+            if tensor is not None and tensor.is_inference() > torch.is_inference_mode_enabled():
+                raise RuntimeError(
+                    f"{name} was made in torch.inference_mode, and cannot be updated outside of "
+                    f"it: make or load the module outside, or set module.{name} = "
+                    f"module.{name}.clone()"
+                )
 
 
 class BatchNorm1d(BatchNorm, torch.nn.BatchNorm1d):
@@ -189,14 +284,16 @@ class BatchNorm3d(BatchNorm, torch.nn.BatchNorm3d):
 
 
 class SyncBatchNorm(Synchronised, BatchNorm):
-    """``torch.nn.SyncBatchNorm`` over MPI, on the CPU too; input of 2 or more dimensions.
+    """``torch.nn.SyncBatchNorm`` over a process group or MPI, on the CPU too; 2 or more dimensions.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as in
             PyTorch, except that the weight starts at 1 (as it does there, whatever its docs say).
-        comm: an mpi4py intracommunicator, one of ``cupybn.communicators``, or None for
-            ``MPI.COMM_WORLD``, looked up at the first training forward. Not in the state dict;
-            shared by deepcopy, left behind by pickling (then set ``module.comm``).
+        comm: a ``torch.distributed`` process group, an mpi4py intracommunicator, or one of
+            ``cupybn.communicators``. None, looked up at the first training forward, is the default
+            process group where one is initialised, unless an MPI launcher started this process:
+            then, and where there is none, ``MPI.COMM_WORLD``. Not in the state dict; shared by
+            deepcopy, left behind by pickling (then set ``module.comm``).
         name: stands for the layer in errors, and tells it from others in messages; the same on all
             ranks. :func:`convert_sync_batchnorm` sets it to the path in the module.
 
@@ -204,6 +301,11 @@ class SyncBatchNorm(Synchronised, BatchNorm):
     no rank has any, nothing is updated, ``num_batches_tracked`` included. Evaluation mode never
     communicates.
     """
+
+    _communicates = True
+    _was: tuple[type, Any] | None = None  # what it was converted from
+    _check_comm = staticmethod(check_comm)
+    _look_up = staticmethod(resolve)
 
     def __init__(
         self,
@@ -219,7 +321,7 @@ class SyncBatchNorm(Synchronised, BatchNorm):
         name: str | None = None,
         **keywords: Any,
     ) -> None:
-        check_comm(comm)
+        comm = check_comm(comm)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **keywords
         )
@@ -229,6 +331,9 @@ class SyncBatchNorm(Synchronised, BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ShapeError(f"expected at least 2D input (got {input.dim()}D input)")
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, comm={describe(self._comm)}"
 
     convert_sync_batchnorm: ClassVar[Callable[..., Any]]
     """:func:`cupybn.interop.torch.convert_sync_batchnorm`, as a static method, as in PyTorch."""

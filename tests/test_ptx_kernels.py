@@ -1,0 +1,233 @@
+"""What the machine for PTX shows beside results: conversions, architectures, order, large tensors."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import pytest
+from conftest import DTYPES
+from cuda_tools import need
+from cuda_variants import variants
+from kernel_cases import Case, host_kernels, run, there
+from ptx.launch import missing
+
+from cupybn.backends import cuda
+from cupybn.backends.cuda import primitives, source
+from cupybn.statistics import BackwardSums, Moments, Transform
+
+if missing() is None:
+    from ptx.launch import PtxError, compile_module, setting
+
+pytestmark = pytest.mark.timeout(900)
+ARCHITECTURES = ("compute_75", "compute_80", "compute_90", "compute_120")
+SIXTEEN = [d for d in DTYPES if d.itemsize == 2]
+
+
+@pytest.fixture(autouse=True)
+def _tools():
+    need(missing())
+
+
+# ---- conversions ---------------------------------------------------------------------------------
+
+CONVERSIONS = """
+extern "C" __global__ void wide(float* y, const scalar_t* x) {
+  i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  y[i] = widen(x[i]);
+}
+extern "C" __global__ void thin(scalar_t* y, const float* x) {
+  i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  narrow(x[i], y[i]);
+}
+"""
+BITS = np.arange(1 << 16, dtype=np.uint16)
+
+
+def float32_near(dtype):
+    """All that a 16-bit value can be, what lies in the middle of two, and beside both."""
+    with np.errstate(invalid="ignore"):
+        exact = BITS.view(dtype).astype(np.float32)
+    finite = np.sort(exact[np.isfinite(exact)]).astype(np.float64)
+    middle = ((finite[1:] + finite[:-1]) / 2).astype(np.float32)
+    upper = np.arange(1 << 16, dtype=np.uint32) << 16
+    low = (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x0FFF, 0x1000, 0x1001, 0xEFFF, 0xF000)
+    values = [exact, middle, *((upper | bits).view(np.float32) for bits in low)]
+    values += [np.nextafter(middle, np.float32(to)) for to in (np.inf, -np.inf)]
+    values = np.concatenate(values)
+    return np.pad(values, (0, -values.size % 256))
+
+
+@np.errstate(all="ignore")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
+def test_conversions_by_every_pattern(dtype, architecture):
+    text = f"#define SCALAR {dtype.name}\n" + source.paste("numeric.cuh") + CONVERSIONS
+    module = compile_module(text, architecture=architecture)
+    with setting(shuffle=False, races=False):
+        y = np.empty(BITS.size, np.float32)
+        module.get_function("wide")((BITS.size // 256,), (256,), (y, BITS))
+        x = float32_near(dtype)
+        thin = np.empty(x.size, np.uint16)
+        module.get_function("thin")((x.size // 256,), (256,), (thin, x))
+    exact = BITS.view(dtype).astype(np.float32)
+    number = ~np.isnan(exact)
+    assert np.array_equal(y.view(np.uint32)[number], exact.view(np.uint32)[number])
+    assert np.isnan(y[~number]).all()
+    expected, number = x.astype(dtype), ~np.isnan(x)
+    assert np.array_equal(thin[number], expected.view(np.uint16)[number])
+    assert np.isnan(thin.view(dtype)[~number].astype(np.float32)).all()
+
+
+# ---- architectures -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_kernel_of_every_architecture_is_known(dtype, architecture):
+    """No instruction in it has no meaning here."""
+    for variant in variants(dtype.name):
+        module = compile_module(variant.source, architecture=architecture)
+        assert all(module.get_function(name) for name in variant.kernels)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_architectures_give_the_same_bits(dtype, architecture):
+    """Their PTX differs, in conversions most; results may not."""
+    results = []
+    for build in (compile_module, lambda text, _: compile_module(text, architecture=architecture)):
+        with host_kernels(build):
+            found = []
+            for shape in ((3, 32, 49), (3, 3, 49), (65, 24, 1), (2, 3, 784), (700, 8, 49)):
+                got = vars(run(cuda, Case(shape, dtype, "residual relu")))
+                found += [np.asarray(got[name]).tobytes() for name in ("y", "dx", "mean", "mask")]
+        results.append(found)
+    assert results[0] == results[1]
+
+
+# ---- kernels that no pass of test_kernels.py launches --------------------------------------------
+
+
+def test_recentre_moments():
+    rng = np.random.default_rng(0)
+    mean, m2, weighted = rng.standard_normal((3, 300))
+    payload = np.full(300, np.nan)
+    with host_kernels(compile_module):
+        local = Moments(7, there(mean), there(m2))
+        cuda.recentre_moments(local, there(weighted), 20, there(payload))
+    assert np.allclose(payload, m2 + 7 * (mean - weighted / 20) ** 2, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_moments_of_rows_by_the_element(dtype, monkeypatch):
+    """The module is there for pairs of tensors; alone, a tensor is read in vectors."""
+    original, built = primitives.tensor_launch, []
+
+    def by_element(kernel, shape, dtype, device, some, every, *more):
+        return original(kernel, shape, dtype, device, dtype.itemsize, 0, *more)
+
+    def build(text, kernels):
+        built.append(text)
+        return compile_module(text, kernels)
+
+    monkeypatch.setattr(primitives, "tensor_launch", by_element)
+    for shape in ((3, 5, 70), (2, 3, 20011)):
+        case = Case(shape, dtype, "plain")
+        with host_kernels(build):
+            moments = cuda.batch_moments(there(case.x))
+        mean, m2 = moments.mean.memory, moments.m2.memory
+        assert np.allclose(mean, case.forward.mean, rtol=1e-5, atol=1e-6)
+        assert np.allclose(m2 / case.count, case.forward.var, rtol=1e-5)
+    choices = ("RAGGED_VECTORS 0", "ROWS 1", "VECTOR 1")
+    assert all(all(f"#define {choice}\n" in text for choice in choices) for text in built)
+
+
+# ---- more than 2**31 elements --------------------------------------------------------------------
+
+
+def large(shape, dtype):
+    """Memory that is there when it is touched, and 0."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+    return np.frombuffer(pages, np.uint8)[:size].view(dtype).reshape(shape)
+
+
+def some_blocks(total, seed=0):
+    """The first, the last and others."""
+    rng = np.random.default_rng(seed)
+    return sorted({*range(3), *range(total - 3, total), *rng.integers(0, total, 3).tolist()})
+
+
+LARGE = {
+    "rows": ((2, 3, 400_000_008), False),
+    "ragged rows": ((2, 3, 400_000_003), False),
+    "ragged rows, flat": ((2, 3, 400_000_003), True),
+    "runs": ((2, 75_000_000, 16), True),
+    "columns": ((40_000_000, 64, 1), True),
+    "ragged runs": ((800_000_001, 3, 1), True),
+}
+NOISE = 200_000
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("dtype", [*SIXTEEN, np.dtype(np.float32)], ids=str)
+def test_more_than_2_to_31_elements(name, dtype):
+    """Every access is in bounds, and what was written is right, where the blocks are."""
+    shape, relu = LARGE[name]
+    n, c, length = shape
+    total = n * c * length
+    assert total > 2**31
+    rng = np.random.default_rng(1)
+    x, dy, y, dx = (large(shape, dtype) for _ in range(4))
+    mask = large(-(-total // 8), np.uint8) if relu else None
+    residual = large(shape, dtype) if relu else None
+    for begin in (0, 2**31 - NOISE // 2, total - NOISE):
+        for tensor in (x, dy) + ((residual,) if relu else ()):
+            values = rng.standard_normal(NOISE).astype(np.float32)
+            tensor.reshape(-1)[begin : begin + NOISE] = values.astype(dtype)
+    per_channel = np.full if c > 1000 else lambda c, value: value + 0.1 * rng.random(c)
+    mean, invstd = per_channel(c, 0.5), per_channel(c, 2.0)
+    weight, bias = (per_channel(c, v).astype(np.float32) for v in (1.5, 0.25))
+    transform = Transform(*map(there, (mean, invstd, weight, bias)))
+    with host_kernels(compile_module), setting(blocks=some_blocks, races=False):
+        options = {"relu": relu, "mask": there(mask)}
+        cuda.normalize(there(x), transform, residual3=there(residual), out3=there(y), **options)
+        sums = BackwardSums(*(there(np.zeros(c)) for _ in range(2)))
+        options["sums"], options["count"] = sums, n * length
+        cuda.backward_input(there(dy), there(x), transform, out3=there(dx), **options)
+        cuda.batch_moments(there(x))
+        cuda.backward_reduce(there(dy), there(x), transform, relu=relu, mask=there(mask))
+    written = 0
+    for begin in (0, 2**31 - NOISE // 2, total - NOISE):
+        part = slice(begin, begin + NOISE)
+        channel = np.arange(begin, begin + NOISE) // length % c
+        scale = invstd[channel] * weight[channel]
+        flat = {k: a.reshape(-1)[part].astype(np.float64) for k, a in
+                (("x", x), ("y", y), ("dy", dy), ("dx", dx))}  # fmt: skip
+        exact = (flat["x"] - mean[channel]) * scale + bias[channel]
+        if relu:
+            exact = np.maximum(exact + residual.reshape(-1)[part].astype(np.float64), 0)
+        ran = flat["y"] != 0
+        written += ran.sum()
+        tolerance = 1e-5 if dtype.itemsize == 4 else 1e-2
+        assert (np.abs(flat["y"] - exact) <= tolerance * np.maximum(1, np.abs(exact)))[ran].all()
+        ran &= flat["dx"] != 0
+        exact = flat["dy"] * scale
+        assert (np.abs(flat["dx"] - exact) <= tolerance * np.maximum(1, np.abs(exact)))[ran].all()
+        if relu:
+            bits = np.unpackbits(mask[begin // 8 : -(-(begin + NOISE) // 8)])[begin % 8 :][:NOISE]
+            assert (bits.astype(bool) == (flat["y"] > 0)).all()
+    assert written > 1000
+
+
+def test_an_offset_of_32_bits_would_be_found():
+    """The test above can fail: the same kernel with an offset that wraps."""
+    text = """extern "C" __global__ void f(unsigned char* y, long long step) {
+        int i = static_cast<int>(blockIdx.x * step);
+        y[i + threadIdx.x] = 1;
+    }"""
+    y = large(2**31 + 2**20, np.uint8)
+    kernel = compile_module(text).get_function("f")
+    with setting(blocks=some_blocks, races=False), pytest.raises(PtxError, match="out of bounds"):
+        kernel((2**11 + 1,), (32,), (y, np.int64(2**20)))
