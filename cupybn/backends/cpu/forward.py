@@ -134,21 +134,8 @@ def forward(
                 if payload.size:
                     pack_moments(payload, first, second, count, second.size, a, b)
             if stages & FINALIZE:
-                finalize(
-                    first,
-                    second,
-                    count,
-                    eps,
-                    form,
-                    mean,
-                    moved(var, -a),
-                    invstd,
-                    running_mean,
-                    running_var,
-                    factor,
-                    a,
-                    b,
-                )
+                states = mean, moved(var, -a), invstd, running_mean, running_var
+                finalize(first, second, count, eps, form, *states, factor, a, b)
             if stages & NORMALIZE:
                 size = b - a if columns is None else l1 - l0
                 fill_affine(high, scale, shift, size, step, mean, invstd, weight, bias, a, b)
