@@ -16,6 +16,7 @@ from torch_checks import DOUBLE, seeded, tensor  # noqa: E402
 
 from cupybn import SelfCommunicator  # noqa: E402
 from cupybn.interop import torch as interop  # noqa: E402
+from cupybn.testing import run_ranks  # noqa: E402
 
 TESTS = Path(__file__).parent
 ALONE = SelfCommunicator()
@@ -103,3 +104,20 @@ def test_all_take_an_empty_batch_of_which_pytorchs_is_counted():
     for module, counted in ((PLAIN(3, dtype=DOUBLE), 1), (OURS(3, comm=ALONE, dtype=DOUBLE), 0)):
         assert module(tensor((0, 3, 2, 2), 0)).shape == (0, 3, 2, 2)
         assert module.num_batches_tracked == counted
+
+
+def test_several_gradients_at_once_on_one_rank_and_not_over_ranks():
+    def batched(module):
+        x = tensor(SHAPE, 1).requires_grad_()
+        y = module(x)
+        dys = torch.stack([tensor(SHAPE, seed) for seed in (2, 3)])
+        return torch.autograd.grad(y, x, dys, is_grads_batched=True)[0]
+
+    theirs, ours = batched(seeded(PLAIN, 3)), batched(seeded(OURS, 3, comm=ALONE))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+    def refused(comm):
+        with pytest.raises(RuntimeError, match="do not go over ranks: call backward once for each"):
+            batched(seeded(OURS, 3, comm=comm))
+
+    run_ranks(2, refused, timeout=20)
