@@ -335,6 +335,7 @@ def test_a_module_on_another_device_than_its_input():
         module(torch.randn(4, 3))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # with 2.14
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jvp's
 def test_transforms_of_functions_are_refused():
     module = interop.SyncBatchNorm(3, comm=ALONE, name="bn")

@@ -314,6 +314,7 @@ class SyncBatchNorm(Synchronised, BatchNorm):
     """
 
     _communicates = True
+    __jit_ignored_attributes__: ClassVar[list[str]] = ["_was"]
     _was: tuple[type, Any] | None = None  # what it was converted from
     _check_comm = staticmethod(check_comm)
     _look_up = staticmethod(resolve)
