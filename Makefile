@@ -53,7 +53,8 @@ test-frameworks:
 
 # A quick choice of tests with the oldest supported Python and NumPy, and with the newest Python.
 QUICK = any_array architecture binding check_finite checkpoint cli collective distributed \
-	double_backward failures functional layers names primitives recalibrate state statistics
+	double_backward failures functional layers names primitives pure recalibrate state \
+	statistics
 test-pythons:
 	.ci/pythons $(QUICK:%=tests/test_%.py)
 
@@ -81,7 +82,7 @@ test-on-cluster: $(CLUSTER_MPIS:%=.venv-cluster-%/cluster.stamp)
 	$(CLUSTER_PYTHON) -m pytest tests/cluster/leftovers.py
 	CUPYBN_CLUSTER="$(foreach mpi,$(CLUSTER_MPIS),$(mpi)=.venv-cluster-$(mpi))" \
 		tests/cluster/cluster $(CLUSTER_PYTHON) -m pytest $(CLUSTER) \
-		tests/cluster/recipes.py tests/cluster/faults.py
+		tests/cluster/recipes.py tests/cluster/launches.py tests/cluster/faults.py
 
 # All that the tests need. Builds of one checkout must not run at once, tests may: make -j2.
 environments:

@@ -57,6 +57,6 @@ def test_links_and_paths_exist(path):
 
 def test_the_faults_in_the_documents_have_their_tests():
     text = (ROOT / "docs" / "distributed.md").read_text()
-    tests = "\n".join(p.read_text() for p in (ROOT / "tests").glob("*.py"))
+    tests = "\n".join(p.read_text() for p in (ROOT / "tests").rglob("*.py"))
     for name in re.findall(r"`(test_\w+|check_\w+)", text):
         assert name.rstrip("_.") in tests, name
