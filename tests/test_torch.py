@@ -334,11 +334,23 @@ def test_a_module_on_another_device_than_its_input():
         module(torch.randn(4, 3))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jvp's
 def test_transforms_of_functions_are_refused():
-    module = interop.SyncBatchNorm(3, comm=ALONE)
-    with pytest.raises(RuntimeError, match="autograd.Function with functorch transforms"):
-        torch.vmap(module)(torch.randn(2, 4, 3))
+    module = interop.SyncBatchNorm(3, comm=ALONE, name="bn")
+    x = torch.randn(2, 4, 3)
+    calls = [
+        lambda: torch.vmap(module)(x),
+        lambda: torch.func.grad(lambda x: module(x).sum())(x[0]),
+        lambda: torch.func.jacrev(module)(x[0]),
+        lambda: torch.func.jvp(module, (x[0],), (x[0],)),
+    ]
+    for call in calls:
+        with pytest.raises(
+            RuntimeError, match=r"bn: the transforms of torch\.func.*autograd\.grad"
+        ):
+            call()
     assert module.num_batches_tracked == 0
+    torch.vmap(module.eval())(x)  # the advice
 
 
 def test_empty_batch():
@@ -372,8 +384,10 @@ def test_third_derivatives_are_refused():
     x = torch.randn(4, 3, requires_grad=True)
     (first,) = torch.autograd.grad(module(x).sin().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sin().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        second.sum().backward()
+    with pytest.raises(RuntimeError, match="first and second derivatives, no third ones"):
+        second.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="first and second derivatives, no third ones"):
+        torch.autograd.grad(second.square().sum(), x)  # which once_differentiable would let pass
 
 
 class Block(torch.nn.Module):

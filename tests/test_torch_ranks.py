@@ -34,6 +34,17 @@ def test_over_mpi(mpirun, n):
 
 
 @pytest.mark.mpi
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize(("n", "backends"), [(2, ["eager", "inductor"]), (4, ["inductor"])])
+def test_compiled_layers_send_in_one_order_and_train_as_one_process(mpirun, n, backends, tmp_path):
+    """Branches side by side, batches of very different sizes, and a rank without samples."""
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    process = mpirun(n, MPI / "torch_compiled.py", *backends, timeout=400, env=environment)
+    messages = 3 * (5 * 2 + 5)
+    assert process.stdout.split() == [word for name in backends for word in (name, str(messages))]
+
+
+@pytest.mark.mpi
 def test_a_rank_whose_loss_does_not_depend_on_a_layer_ends_the_job(mpirun):
     process = mpirun(
         2, MPI / "torch_failures.py", "constant", check=False, env={"CUPYBN_TIMEOUT": "2"}
@@ -136,11 +147,13 @@ def test_what_fails_before_the_second_backward_is_told_to_all():
 
 
 @pytest.mark.mpi
-def test_example_is_the_computation_of_one_process(mpirun):
+@pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
+def test_example_is_the_computation_of_one_process(request, launcher):
     for package in ("sklearn", "tqdm"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     example = Path(__file__).resolve().parent.parent / "examples" / "torch_sync_mpi.py"
-    output = mpirun(4, example, "--images", 99, "--epochs", 2, timeout=240).stdout
+    launch = request.getfixturevalue(launcher)
+    output = launch(4, example, "--images", 99, "--epochs", 2, timeout=110).stdout
     rows = re.findall(r"^ *\(([abc])\) .*?(\d+\.\d{4}) +(\d+\.\d)%", output, re.MULTILINE)
     (_, loss_a, share_a), (_, loss_b, share_b), (_, loss_c, _) = rows
     assert (loss_b, share_b) == (loss_a, share_a)
