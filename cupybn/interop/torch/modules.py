@@ -313,7 +313,7 @@ class SyncBatchNorm(Synchronised, BatchNorm):
     """
 
     _communicates = True
-    _was: tuple[type, Any] | None = None  # what it was converted from
+    _was = None  # the class that it was converted from, and its process group
     _check_comm = staticmethod(check_comm)
     _look_up = staticmethod(resolve)
 
