@@ -308,19 +308,20 @@ def _handing_over(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _need(token: Any) -> None:
     """Keeps all messages up to this token: a rank that uses no result has to send them too."""
+    io_callback(_nothing, None, _not_differentiated(token))
 
-    @jax.custom_jvp
-    def need(token: Any) -> None:
-        io_callback(_nothing, None, token)
 
-    @need.defjvp
-    def jvp(primals: Any, tangents: Any) -> Any:
-        raise NotImplementedError(
-            "the wrappers of cupybn.interop.jax cannot be differentiated: put "
-            "ordered_value_and_grad in the place of jax.grad and in_order"
-        )
+@jax.custom_jvp
+def _not_differentiated(token: Any) -> Any:
+    return token
 
-    need(token)
+
+@_not_differentiated.defjvp
+def _refuse(primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "the wrappers of cupybn.interop.jax cannot be differentiated: put ordered_value_and_grad in "
+        "the place of jax.grad and in_order"
+    )
 
 
 def _nothing(token: Any) -> None:
