@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: demo test check lint types test-openmpi test-frameworks test-pythons test-nvrtc
-.PHONY: test-hostcuda environments traffic bench bench-quick clean
+.PHONY: test-hostcuda test-ptx environments traffic bench bench-quick clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/mpiexec -n 4 $(BIN)/python -m mpi4py examples/train_digits.py
@@ -58,6 +58,11 @@ test-nvrtc:
 test-hostcuda: $(VENV)/test.stamp
 	CUPYBN_HOST_VARIANT=shuffle $(BIN)/python -m pytest tests/test_kernels.py
 	$(BIN)/python tests/hostcuda/sanitize.py -m pytest tests/test_kernels.py
+
+# The kernels as NVRTC translates them, in the machine for PTX of tests/ptx: all of them.
+KERNELS = check_finite cuda_backend cuda_layers kernels ptx ptx_kernels traffic
+test-ptx: $(VENV)/test.stamp
+	CUPYBN_TEST_KERNELS=ptx $(BIN)/python -m pytest $(KERNELS:%=tests/test_%.py)
 
 # All that the tests need. Builds of one checkout must not run at once, tests may: make -j2.
 environments:

@@ -518,6 +518,61 @@ def test_a_planted_fault_is_named_with_its_line(name, n, message, line):
     assert (out >= 0).all()
 
 
+# ---- copies --------------------------------------------------------------------------------------
+
+COPY = r"""
+extern "C" __global__ void copied(float* y, const float* x, int given) {
+    __shared__ __align__(16) float some[256];
+    unsigned to = (unsigned)__cvta_generic_to_shared(some + 4 * threadIdx.x);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(to), "l"(x + 4 * threadIdx.x), "r"(given) : "memory");
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    WAIT
+    BARRIER
+    for (int i = 0; i < 4; i++) y[4 * threadIdx.x + i] = some[(4 * threadIdx.x + i + 4) % 256];
+}
+"""
+WAIT = 'asm volatile("cp.async.wait_group 0;" ::: "memory");'
+
+
+def copied(wait=WAIT, barrier="__syncthreads();", given=16, size=256):
+    x, y = np.arange(size, dtype=np.float32), np.full(256, np.nan, np.float32)
+    text = COPY.replace("WAIT", wait).replace("BARRIER", barrier)
+    kernel(text, "copied")((1,), (64,), (y, x, np.int32(given)))
+    return np.roll(y, 4)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_copies_that_are_waited_for(order):
+    with setting(**ORDERS[order]):
+        assert copied().tolist() == list(range(256))
+        assert copied(WAIT.replace("wait_group 0", "wait_all")).tolist() == list(range(256))
+        assert not copied(given=0, size=4).any()  # of nothing, zeros
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"wait": ""}, "a cp.async still writes"),
+        ({"wait": WAIT.replace("group 0", "group 1")}, "a cp.async still writes"),
+        ({"barrier": ""}, "race in shared memory: it reads|a cp.async still writes"),
+        ({"size": 252}, "out of bounds"),
+    ],
+)
+def test_a_planted_fault_of_a_copy_is_named(options, message):
+    for order in ORDERS.values():
+        with setting(**order), pytest.raises(PtxError, match=message):
+            copied(**options)
+
+
+def test_copies_are_counted_as_loads():
+    for given in (16, 0):
+        with counting() as launches:
+            copied(given=given)
+        loads = sum(access.bytes for access in launches[0].loads)
+        assert loads == 64 * given
+
+
 # ---- launches ------------------------------------------------------------------------------------
 
 ARGUMENTS = r'extern "C" __global__ void f(float* y, long long n, float a) { if (y) y[0] = n * a; }'

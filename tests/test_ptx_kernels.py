@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from cupybn.backends.cuda import primitives, source
 from cupybn.statistics import BackwardSums, Moments, Transform
 
 if missing() is None:
-    from ptx.launch import PtxError, compile_module, setting
+    from ptx import nvrtc
+    from ptx.launch import Module, PtxError, compile_module, setting
 
 pytestmark = pytest.mark.timeout(900)
 ARCHITECTURES = ("compute_75", "compute_80", "compute_90", "compute_120")
@@ -141,6 +143,88 @@ def test_moments_of_rows_by_the_element(dtype, monkeypatch):
         assert np.allclose(m2 / case.count, case.forward.var, rtol=1e-5)
     choices = ("RAGGED_VECTORS 0", "ROWS 1", "VECTOR 1")
     assert all(all(f"#define {choice}\n" in text for choice in choices) for text in built)
+
+
+# ---- planted faults ------------------------------------------------------------------------------
+
+SPLIT = {"rows": (4, 2, 10007), "runs": (700, 8, 49), "columns": (3000, 64, 1)}
+
+
+def outcome(dtype, shape, edit):
+    """Bits of a forward and backward by kernels whose PTX `edit` has changed; or the fault."""
+
+    def build(text, kernels):
+        return Module(edit(nvrtc.compile_text(text)))
+
+    with host_kernels(build):
+        try:
+            got = vars(run(cuda, Case(shape, dtype, "plain")))
+        except PtxError as error:
+            return str(error)
+    return [np.asarray(got[name]).tobytes() for name in ("mean", "var", "y", "dx", "dweight")]
+
+
+def without(pattern, number):
+    """Takes the instruction that matches out of the text, if it has so many."""
+    count = 0
+
+    def edit(ptx):
+        nonlocal count
+        found = list(re.finditer(rf"^\s*(?:@!?%p\d+ )?{pattern}[^;]*;\n", ptx, re.M))
+        here, count = number - count, count + len(found)
+        if not 0 <= here < len(found):
+            return ptx
+        edit.there = True
+        return ptx[: found[here].start()] + ptx[found[here].end() :]
+
+    edit.there = False
+    return edit
+
+
+@pytest.mark.parametrize("layout", SPLIT)
+@pytest.mark.parametrize("pattern", ["membar.gl", "bar.sync"])
+def test_every_barrier_and_fence_is_missed(pattern, layout):
+    """Each of them, one after the other: without it there is a fault, whatever the results are."""
+    dtype = np.dtype(np.float32)
+    not_missed = []
+    for number in range(100):
+        edit = without(re.escape(pattern), number)
+        found = outcome(dtype, SPLIT[layout], edit)
+        if not edit.there:
+            break
+        if not isinstance(found, str):
+            not_missed.append(number)
+    assert number > 8
+    assert not not_missed
+
+
+CHANGES = {
+    "a shuffle without a lane": (r"(shfl\.sync[^;]*), (?:-1|%r\d+);", r"\1, 0x7fffffff;"),
+    "a vector one element too far": (r"(ld\.global\.v4\.\w+ [^;]*\[%rd\d+)\]", r"\1+4]"),
+    "a vector behind the array": (r"(ld\.global\.v4\.\w+ [^;]*\[%rd\d+)\]", r"\1+4194304]"),
+    "a store behind the array": (r"(st\.global\.v4\.\w+ \t?\[%rd\d+)\]", r"\1+4194304]"),
+    "a store before the array": (r"(st\.global\.v4\.\w+ \t?\[%rd\d+)\]", r"\1+-4194304]"),
+    "shared memory too far": (r"(st\.shared\.\w+ \t?\[%r\d+)\]", r"\1+40000]"),
+    "a barrier for some": (r"bar\.sync \t?0;", "setp.ne.u32 %x, %tid.x, 7;\n@%x bar.sync 0;"),
+    "an early end": (r"bar\.sync \t?0;", "setp.eq.u32 %x, %tid.x, 7;\n@%x ret;\nbar.sync 0;"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("layout", SPLIT)
+def test_a_changed_instruction_is_a_fault(layout, name):
+    pattern, to = CHANGES[name]
+    changed = 0
+
+    def edit(ptx):
+        nonlocal changed
+        found, n = re.subn(pattern, to, ptx)
+        changed += n
+        return found
+
+    found = outcome(np.dtype(np.float32), SPLIT[layout], edit)
+    assert isinstance(found, str) or not changed, found
+    assert changed or layout == "rows"  # whose rows are not whole vectors
 
 
 # ---- more than 2**31 elements --------------------------------------------------------------------

@@ -276,7 +276,7 @@ class Launch:
         totals = self._words("totals", 8)
         totals[words.RANDOM] = 0x9E3779B97F4A7C15 - (1 << 64) + 2 * seed
         self._words("fault", 8)
-        self._words("masks", 128)
+        self._words("masks", 160)
         addresses = {name: array.ctypes.data for name, array in self._keep.items()}
         self._state = words.Words(**{name: addresses.get(name, 0) for name in words.Words._fields})
 

@@ -520,9 +520,15 @@ def copy(s, r, m, ins, slot, warp):
             put(s.copies, entry + 3, size)
             put(s.copying, slot, n + 1)
     if word(s.settings, COUNTING):
-        which = range_of(s, first, first + np.uint64(size))
+        which, reads = -1, s.masks + 128 * 8
+        for l in range(32):
+            given = bits(m, l) != ZERO and bits(r, word(ins, C) * 32 + l) != ZERO
+            put_bits(reads, l, ALL if given else ZERO)
+            if given:
+                x = bits(s.masks, 64 + l)
+                which = range_of(s, x, x + ONE)
         if which >= 0:
-            count(s, m, which, size, 0, slot)
+            count(s, reads, which, size, 0, slot)
     return 0
 
 

@@ -56,7 +56,7 @@ class Words(NamedTuple):
     order: int  # numbers of the blocks that run
     settings: int
     totals: int
-    masks: int  # scratch: [2][32], and the lanes' addresses [32]
+    masks: int  # scratch, [32] each: two masks, the lanes' addresses, sectors, a mask of copies
     fault: int  # what was wrong, where
     shared: int  # [slot], bytes
     shared_writer: int  # [slot][byte], tags
