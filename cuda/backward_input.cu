@@ -41,7 +41,7 @@ __device__ __forceinline__ void add_parameter_gradients(const Walk& walk, i64 ch
   });
 }
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, WRITING_BLOCKS)
 backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbias,
                const scalar_t* dy, const scalar_t* x, const unsigned char* mask, const double* mean,
                const double* invstd, const param_t* weight, const param_t* bias,
@@ -55,6 +55,18 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
   const bool masked = relu && mask, again = relu && !mask, needs_x = sum_dy || again;
   // backwards: what the reduction read last may still be in the cache
   Walk walk(shape, gridDim.x - 1 - blockIdx.x, gridDim.y - 1 - blockIdx.y, misalignment_of(dy));
+  Slot slot[UNROLL];
+  Pack<scalar_t, V> pack_x[UNROLL] = {}, pack_dy[UNROLL];
+  unsigned bits[UNROLL];
+  auto fetch = [&] {
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
+    load_slots(pack_dy, dy, slot);
+    if (needs_x) load_slots(pack_x, x, slot);
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) bits[u] = masked ? load_mask(mask, slot[u]) : ~0u;
+  };
+  fetch();  // on its way while the channels' coefficients are made
   __shared__ Gradient table[MAX_TILE_CHANNELS];
   fill_table(table, walk, c, [&](bool active, i64 channel) {
     return gradient_of(arrays.load(active, channel), active, channel, sums, share);
@@ -63,31 +75,25 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
   pick(gradient, table, walk);
   add_parameter_gradients(walk, c, dweight, dbias, local, invstd);
 
-  while (walk.left > 0) {
-    Slot slot[UNROLL];
-    Pack<scalar_t, V> pack_x[UNROLL] = {}, pack[UNROLL];
-    unsigned bits[UNROLL];
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
-    load_slots(pack, dy, slot);
-    if (needs_x) load_slots(pack_x, x, slot);
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) bits[u] = masked ? load_mask(mask, slot[u]) : ~0u;
+  for (;;) {
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      Pack<scalar_t, V> passed;
+      acc_t passed[V], inputs[V];
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const Gradient& own = gradient[Walk::CHANNELS == 1 ? 0 : j];
         acc_t value = widen(pack_x[u].v[j]);
-        acc_t d = passing(widen(pack[u].v[j]), value, own.affine, again, bits[u], j);
-        narrow(d, passed.v[j]);
+        acc_t d = passing(widen(pack_dy[u].v[j]), value, own.affine, again, bits[u], j);
+        passed[j] = d;
         if (sum_dy) d = fused(value - own.affine.high, own.slope, d) + own.offset;
-        narrow(d * own.affine.scale, pack[u].v[j]);
+        inputs[j] = d * own.affine.scale;
       }
-      store_pack_if<V>(slot[u].active, dx + slot[u].offset, pack[u]);
-      if (dresidual) store_pack_if<V>(slot[u].active, dresidual + slot[u].offset, passed);
+      i64 offset = slot[u].offset;
+      store_pack_if<V>(slot[u].active, dx + offset, narrowed(inputs));
+      if (dresidual) store_pack_if<V>(slot[u].active, dresidual + offset, narrowed(passed));
     }
+    if (walk.left <= 0) break;
+    fetch();
   }
 
   each_single(walk, [&](const Single& single) {

@@ -6,7 +6,7 @@
 #include "reduce.cuh"
 #include "backward.cuh"
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, SUMMING_BLOCKS)
 backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* message_dy_xmu,
                 double* partials, unsigned* counters, const scalar_t* dy, const scalar_t* x,
                 const unsigned char* mask, const double* mean, const double* invstd,
@@ -17,6 +17,18 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
   const bool masked = relu && mask, again = relu && !mask;
   const Parameters parameters{again ? weight : nullptr, again ? bias : nullptr};
   Walk walk(shape, blockIdx.x, blockIdx.y, misalignment_of(x));
+  Slot slot[UNROLL];
+  Pack<scalar_t, V> pack_x[UNROLL], pack_dy[UNROLL];
+  unsigned bits[UNROLL];
+  auto fetch = [&] {
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
+    load_slots(pack_x, x, slot);
+    load_slots(pack_dy, dy, slot);
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) bits[u] = masked ? load_mask(mask, slot[u]) : ~0u;
+  };
+  fetch();  // on its way while the channels' coefficients are made
   __shared__ Affine table[MAX_TILE_CHANNELS];
   fill_table(table, walk, c, [&](bool active, i64 channel) {
     Channel own{load_if(active, mean + channel), load_if(active && again, invstd + channel), 1, 0};
@@ -27,16 +39,7 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
   pick(affine, table, walk);
 
   acc_t of_dy[V] = {}, of_dy_xmu[V] = {};
-  while (walk.left > 0) {
-    Slot slot[UNROLL];
-    Pack<scalar_t, V> pack_x[UNROLL], pack_dy[UNROLL];
-    unsigned bits[UNROLL];
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
-    load_slots(pack_x, x, slot);
-    load_slots(pack_dy, dy, slot);
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) bits[u] = masked ? load_mask(mask, slot[u]) : ~0u;
+  for (;;) {
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       if (!slot[u].active) continue;
@@ -49,13 +52,15 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
         of_dy_xmu[j] = fused(d, value - own.high, of_dy_xmu[j]);
       }
     }
+    if (walk.left <= 0) break;
+    fetch();
   }
 
-  Pair pairs[Walk::CHANNELS] = {};
+  Pair pairs[Walk::CHANNELS];
+  constexpr bool rows = Walk::CHANNELS == 1;
 #pragma unroll
-  for (int j = 0; j < V; ++j) {
-    Pair& sum = pairs[Walk::CHANNELS == 1 ? 0 : j];
-    sum = sum + Pair{of_dy[j], of_dy_xmu[j]};
+  for (int j = 0; j < Walk::CHANNELS; ++j) {
+    pairs[j] = {rows ? total(of_dy) : of_dy[j], rows ? total(of_dy_xmu) : of_dy_xmu[j]};
   }
   auto pair_of = [&](const Single& single) {
     const Slot& slot = single.slot;

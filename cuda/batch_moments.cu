@@ -9,7 +9,7 @@
 
 // A message carries count * mean and m2 + count * mean^2, of float64 data the first alone: `weighted`
 // and `about_zero`, either of which may be null. With `invstd` the statistics are final, and m2 null.
-extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, SUMMING_BLOCKS)
 batch_moments(double* mean, double* m2, double* weighted, double* about_zero, double* invstd,
               param_t* running_mean, param_t* running_var, double* partials, unsigned* counters,
               const scalar_t* x, double eps, double factor, i64 n, i64 c, i64 l, i64 slice_length,
@@ -17,22 +17,27 @@ batch_moments(double* mean, double* m2, double* weighted, double* about_zero, do
   constexpr int UNROLL = 4;
   const Shape shape{n, c, l, slice_length, tile_channels, line_samples};
   Walk walk(shape, blockIdx.x, blockIdx.y, misalignment_of(x));
-  ThreadMoments<UNROLL> moments;
-  while (walk.left > 0) {
-    Slot slot[UNROLL];
-    Pack<scalar_t, V> pack[UNROLL];
+  Slot slot[UNROLL];
+  Pack<scalar_t, V> pack[UNROLL];
+  auto fetch = [&] {
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
     load_slots(pack, x, slot);
-    if (!moments.started) moments.start(pack, slot);
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) moments.add(pack[u], slot[u]);
-  }
-
+  };
+  fetch();  // on its way while the pivots come
   __shared__ double pivots[MAX_TILE_CHANNELS];
   fill_table(pivots, walk, c, [&](bool active, i64 channel) {
     return static_cast<double>(widen(load_if(active, x + channel * l)));
   });
+  ThreadMoments<UNROLL> moments;
+  for (;;) {
+    if (!moments.started) moments.start(pack, slot);
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) moments.add(pack[u], slot[u]);
+    if (walk.left <= 0) break;
+    fetch();
+  }
+
   double pivot_of[Walk::CHANNELS];
   pick(pivot_of, pivots, walk);
   Pair own[Walk::CHANNELS];

@@ -165,9 +165,10 @@ using Walk = Runs<VECTOR, RAGGED_VECTORS>;
 #endif
 constexpr int V = VECTOR;
 
-// of a multiprocessor: up to 128 registers a thread where it has the coefficients of eight channels,
-// else 80. Then ptxas spills none; left alone, it would.
-constexpr int MIN_BLOCKS = Walk::CHANNELS == 8 ? 2 : 3;
+// Blocks of a multiprocessor for which ptxas has to save registers: as many as it finds without
+// spilling, for any architecture. A thread that writes holds more than one that sums.
+constexpr int SUMMING_BLOCKS = Walk::CHANNELS == 8 ? 3 : 4;
+constexpr int WRITING_BLOCKS = Walk::CHANNELS == 8 ? 2 : 3;
 
 template <typename T> __device__ __forceinline__ int misalignment_of(const T* tensor) {
   return reinterpret_cast<size_t>(tensor) / sizeof(T) % V;

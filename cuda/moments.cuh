@@ -78,9 +78,8 @@ template <int UNROLL> struct ThreadMoments {
     double n = rows ? count * V : count;
 #pragma unroll
     for (int c = 0; c < Walk::CHANNELS; ++c) {
-      double s = sum[c], q = square[c], shift = static_cast<double>(pivot[c]) - shared[c];
-#pragma unroll
-      for (int j = 1; j < (rows ? V : 1); ++j) s += sum[j], q += square[j];
+      double s = rows ? total(sum) : sum[c], q = rows ? total(square) : square[c];
+      double shift = static_cast<double>(pivot[c]) - shared[c];
       own[c] = {s + n * shift, q + shift * (2 * s + n * shift)};
       if (count == 0) own[c] = {0, 0};
     }

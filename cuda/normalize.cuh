@@ -22,10 +22,20 @@ __device__ __forceinline__ void store_mask(unsigned char* mask, const Slot& slot
   store_if(first, mask + slot.offset / 8, static_cast<unsigned char>(bits));
 }
 
-template <int UNROLL, typename Load>
+template <typename Load>
 __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned char* mask,
                                                const scalar_t* x, const scalar_t* residual,
                                                bool relu, const Shape& shape, Load load) {
+  constexpr int UNROLL = Walk::CHANNELS == 8 ? 2 : 4;
+  Slot slot[UNROLL];
+  Pack<scalar_t, V> pack[UNROLL], added[UNROLL];
+  auto fetch = [&] {
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
+    load_slots(pack, x, slot);
+    if (residual) load_slots(added, residual, slot);
+  };
+  fetch();  // on its way while the channels' coefficients are made
   __shared__ Affine table[MAX_TILE_CHANNELS];
   fill_table(table, walk, shape.c, [&](bool active, i64 channel) {
     return Affine::of(load(active, channel));
@@ -33,30 +43,22 @@ __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned
   Affine affine[Walk::CHANNELS];
   pick(affine, table, walk);
 
-  while (walk.left > 0) {
-    Slot slot[UNROLL];
-    Pack<scalar_t, V> pack[UNROLL];
+  for (;;) {
 #pragma unroll
-    for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
-    load_slots(pack, x, slot);
+    for (int u = 0; u < UNROLL; ++u) {
+      acc_t values[V];
 #pragma unroll
-    for (int half = 0; half < UNROLL; half += UNROLL / 2) {
-      Pack<scalar_t, V> added[UNROLL / 2] = {};
-      if (residual) load_slots(added, residual, slot + half);
-#pragma unroll
-      for (int u = 0; u < UNROLL / 2; ++u) {
-        Pack<scalar_t, V>& out = pack[half + u];
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-          acc_t value = affine[Walk::CHANNELS == 1 ? 0 : j].apply(widen(out.v[j]));
-          if (residual) value += widen(added[u].v[j]);
-          narrow(activate(value, relu), out.v[j]);
-        }
-        const Slot& to = slot[half + u];
-        store_pack_if<V>(to.active, y + to.offset, out);
-        if (OWNS_BYTES && mask) store_mask(mask, to, out);
+      for (int j = 0; j < V; ++j) {
+        values[j] = affine[Walk::CHANNELS == 1 ? 0 : j].apply(widen(pack[u].v[j]));
+        if (residual) values[j] += widen(added[u].v[j]);
+        values[j] = activate(values[j], relu);
       }
+      Pack<scalar_t, V> out = narrowed(values);
+      store_pack_if<V>(slot[u].active, y + slot[u].offset, out);
+      if (OWNS_BYTES && mask) store_mask(mask, slot[u], out);
     }
+    if (walk.left <= 0) break;
+    fetch();
   }
 
   each_single(walk, [&](const Single& single) {

@@ -7,7 +7,7 @@
 #include "normalize.cuh"
 #include "finalize.cuh"
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, WRITING_BLOCKS - 1)
 normalize_recentred(scalar_t* y, unsigned char* mask, double* mean, double* var, double* invstd,
                     param_t* running_mean, param_t* running_var, const scalar_t* x,
                     const scalar_t* residual, const double* weighted, const double* recentred,
@@ -20,7 +20,7 @@ normalize_recentred(scalar_t* y, unsigned char* mask, double* mean, double* var,
   const Parameters parameters{weight, bias};
   // backwards: what the reduction read last may still be in the cache
   Walk walk(shape, gridDim.x - 1 - blockIdx.x, gridDim.y - 1 - blockIdx.y, misalignment_of(x));
-  normalize_tile<4>(walk, y, mask, x, residual, relu, shape, [&](bool active, i64 channel) {
+  normalize_tile(walk, y, mask, x, residual, relu, shape, [&](bool active, i64 channel) {
     bool writes = active && walk.slice == 0;
     Channel found = finalize(active, writes, channel, RECENTRED, sums, out);
     parameters.load(active, channel, found);

@@ -63,6 +63,49 @@ __device__ __forceinline__ void narrow(float v, bfloat16& out) {
 #endif
 }
 
+// Two at once, in one instruction where there is one.
+template <typename T>
+__device__ __forceinline__ void narrow(acc_t v, acc_t w, T& first, T& second) {
+  narrow(v, first);
+  narrow(w, second);
+}
+
+#if __CUDA_ARCH__ >= 800
+__device__ __forceinline__ void narrow(float v, float w, float16& first, float16& second) {
+  unsigned both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(w), "f"(v));
+  first.bits = both, second.bits = both >> 16;
+}
+
+__device__ __forceinline__ void narrow(float v, float w, bfloat16& first, bfloat16& second) {
+  unsigned both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(w), "f"(v));
+  first.bits = both, second.bits = both >> 16;
+}
+#endif
+
+template <int N> __device__ __forceinline__ Pack<scalar_t, N> narrowed(const acc_t (&values)[N]) {
+  Pack<scalar_t, N> pack;
+#pragma unroll
+  for (int j = 0; j + 1 < N; j += 2) narrow(values[j], values[j + 1], pack.v[j], pack.v[j + 1]);
+  if (N % 2) narrow(values[N - 1], pack.v[N - 1]);
+  return pack;
+}
+
+// Of a thread's own sums, which are as exact as the few values in each. In pairs, and not in double:
+// some devices add 64 times as fast in float.
+template <int N> __device__ __forceinline__ acc_t total(const acc_t (&values)[N]) {
+  acc_t sums[N];
+#pragma unroll
+  for (int j = 0; j < N; ++j) sums[j] = values[j];
+#pragma unroll
+  for (int half = N / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
+  }
+  return sums[0];
+}
+
 __device__ __forceinline__ float fused(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double fused(double a, double b, double c) { return fma(a, b, c); }
 

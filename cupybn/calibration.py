@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from . import typing
-from .arrays import Array, as_array, assign, copy_to_host, cut, dtype_named, move, on_device_of
+from .arrays import as_array, assign, copy_to_host, cut, dtype_named, move, on_device_of
 from .checks import check_writeable
 from .collective import CollectiveCall
 from .communicators import Communicator, resolve

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 LOCAL_RANK_VARIABLES = (
+    "LOCAL_RANK",  # torchrun, whose processes inherit what another launcher set for it
     "OMPI_COMM_WORLD_LOCAL_RANK",  # Open MPI
     "MPI_LOCALRANKID",  # MPICH, Intel MPI
     "MV2_COMM_WORLD_LOCAL_RANK",  # MVAPICH
@@ -13,6 +14,7 @@ LOCAL_RANK_VARIABLES = (
     "SLURM_LOCALID",
 )
 LOCAL_SIZE_VARIABLES = (
+    "LOCAL_WORLD_SIZE",  # torchrun
     "OMPI_COMM_WORLD_LOCAL_SIZE",
     "MPI_LOCALNRANKS",
     "MV2_COMM_WORLD_LOCAL_SIZE",

@@ -1,11 +1,15 @@
 """Trains a small ResNet in PyTorch on scikit-learn's digits, with two images on each rank.
 
     mpiexec -n 4 python -m mpi4py examples/torch_sync_mpi.py
+    torchrun --nproc-per-node 4 examples/torch_sync_mpi.py
+
+Under mpiexec the ranks' messages go over MPI; under torchrun over a process group of gloo (NCCL
+with ``--device cuda``), without MPI or mpi4py.
 
 The same three ways as ``train_digits.py``: (a) one process with the whole batch and PyTorch's own
 batch norm, (b) all ranks with a share each, its batch norms converted by ``cupybn.interop.torch``,
 (c) the same without converting. After the first steps the states of (b) and (c) are compared with
-that of (a), number by number. Neither torchrun nor ``torch.distributed`` takes part.
+that of (a), number by number.
 """
 
 from __future__ import annotations
@@ -19,13 +23,14 @@ if __name__ == "__main__":
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 try:
     import torch
+    from torch import distributed
 except ImportError as error:
     raise SystemExit("PyTorch is missing: pip install torch") from error
 from report import Course, table
@@ -34,6 +39,7 @@ from torch.nn.functional import cross_entropy
 import cupybn
 from cupybn.communicators import Communicator, MpiCommunicator
 from cupybn.interop.torch import (
+    ProcessGroupCommunicator,
     allreduce_gradients,
     broadcast_parameters,
     convert_sync_batchnorm,
@@ -215,20 +221,27 @@ def check_extras() -> None:
         ) from error
 
 
-def wait_asleep(world: Any) -> None:
-    """A barrier; ranks that wait leave the cores to those at work, as ``Barrier()`` does not."""
-    request = world.Ibarrier()
-    while not request.Test():
-        time.sleep(0.01)
+def join_ranks(device: str) -> tuple[Communicator, Callable[[], None]]:
+    """The communicator of all ranks, and a barrier in which they leave the cores to others."""
+    if distributed.is_torchelastic_launched():
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        distributed.init_process_group(backend)
+        comm = ProcessGroupCommunicator()
+        return comm, distributed.barrier
+    from mpi4py import MPI
+
+    def wait_asleep() -> None:
+        request = MPI.COMM_WORLD.Ibarrier()
+        while not request.Test():
+            time.sleep(0.01)
+
+    return MpiCommunicator(MPI.COMM_WORLD), wait_asleep
 
 
 def main() -> None:
-    from mpi4py import MPI
-
     args = parse_arguments()
     check_extras()
-    world = MPI.COMM_WORLD
-    comm = MpiCommunicator(world)
+    comm, wait = join_ranks(args.device)
     ranks = f"{comm.size} rank" + ("s" if comm.size > 1 else "")
     whole = args.batch * comm.size
     ways = [
@@ -238,12 +251,12 @@ def main() -> None:
     ]
     courses, states = [], []
     for way in ways:
-        if world.rank < way.comm.size:
+        if comm.rank < way.comm.size:
             course, state = run(way, args)
             courses.append(course)
             states.append(state)
-        wait_asleep(world)
-    if world.rank == 0:
+        wait()
+    if comm.rank == 0:
         print(table(courses))
         print(
             f"Largest difference from (a) after {COMPARED} steps, in all {states[0].size} numbers"
@@ -252,6 +265,8 @@ def main() -> None:
         for way, state in zip(ways[1:], states[1:], strict=True):
             error = np.abs(state - states[0]) / np.maximum(1, np.abs(states[0]))
             print(f"  {way.title}: {error.max():.1e}")
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ statistics of its own few images. The network is far too small for more ranks to
 With ``--save FILE`` the training (b) leaves a checkpoint every 50 steps, and on SIGTERM or SIGUSR1
 to any rank one more, before all ranks end with code 143; ``--resume FILE`` goes on from it: with as
 many ranks exactly as if it had never stopped, with another number up to rounding, if ``--batch``
-times the ranks stays the same.
+times the ranks stays the same. ``--timing`` ends (b) with a table of its messages: which layer takes
+how long, and which rank the others wait for.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from report import Course, plot, table
 from training import Data, StopRequest, Training, accuracy
 
 import cupybn
-from cupybn.communicators import Communicator, MpiCommunicator
+from cupybn.communicators import Communicator, MpiCommunicator, Timed
 from cupybn.distributed import local_device, verify_sync
 
 TRAINING_IMAGES = 900  # of 1797
@@ -111,14 +112,17 @@ def run(way: Way, data: Data, args: argparse.Namespace) -> Course:
 
 
 def progress(training: Training, epochs: int, title: str) -> Iterable[bool]:
-    """The steps that are left; with a progress bar on rank 0."""
+    """The steps that are left; with a progress bar on rank 0, if that writes to a terminal."""
     steps = training.steps(epochs)
     if training.comm.rank != 0:
         return steps
     from tqdm import tqdm
 
     total, done = epochs * training.steps_in_epoch, training.steps_done
-    return tqdm(steps, desc=title, total=total, initial=done, leave=False, mininterval=1)
+    return tqdm(
+        steps, desc=title, total=total, initial=done, leave=False, mininterval=1,
+        disable=None,  # where nobody watches: in a file the bar is a mess
+    )  # fmt: skip
 
 
 def save(training: Training, course: Course, path: Path) -> None:
@@ -169,8 +173,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--save", type=checkpoint, metavar="FILE", help="to write, .npz or .safetensors")
     add("--save-every", type=positive, default=50, metavar="STEPS", help="default %(default)s")
     add("--resume", type=checkpoint, metavar="FILE", help="a checkpoint to go on from")
+    add("--timing", action="store_true", help="(b) alone: messages and seconds waited, by layer")
     args = parser.parse_args()
-    if args.save or args.resume:
+    if args.save or args.resume or args.timing:
         if args.sync is False:
             parser.error("without synchronisation every rank has statistics of its own: use --sync")
         args.sync = True
@@ -213,11 +218,15 @@ def main() -> None:
     if first:
         check_extras()
     data = world.bcast(load_data(args.dtype) if first else None)
+    comm = MpiCommunicator(world)
+    timed = Timed(comm) if args.timing else None
     courses = []
-    for way in chosen_ways(args, MpiCommunicator(world)):
+    for way in chosen_ways(args, timed or comm):
         if world.rank < way.comm.size:
             courses.append(run(way, data, args))
         wait_asleep(world)
+    if timed:
+        timed.report()
     if args.save and courses[-1].stopped:
         if first:
             print(f"Stopped by a signal: --resume {args.save} goes on from there.", flush=True)

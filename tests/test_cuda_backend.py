@@ -326,6 +326,32 @@ def test_a_captured_launch_has_scratch_of_its_own_for_good():
     assert not any(array.any() for array in counters)
 
 
+@pytest.mark.parametrize("resident", [1, 2, 4])
+def test_blocks_are_as_many_as_the_driver_says_the_device_holds(monkeypatch, resident):
+    """Of the compiled kernel with its threads and the shared memory that it is launched with."""
+    asked, launches = [], []
+
+    def holds(function, threads, shared):
+        asked.append((threads, shared))
+        return resident
+
+    driver = "occupancyMaxActiveBlocksPerMultiprocessor"
+    monkeypatch.setattr(fake_cupy.cuda.driver, driver, holds)
+
+    def launched(grid, block, args, shared_mem=0):
+        launches.append((grid, (*block, shared_mem)))
+
+    fake_cupy.build_with(lambda *text: SimpleNamespace(get_function=lambda name: launched))
+    for shape in ((64, 64, 12544), (401408, 64, 1)):
+        x = fake_cupy.zeros(shape, np.float16)
+        moments = cuda.batch_moments(x)
+        cuda.normalize(x, Transform(moments.mean, moments.m2))
+    assert [how for _, how in launches] == asked
+    assert [shared > 0 for _, (_, shared) in launches] == [False, False, True, False]
+    for grid, _ in launches:
+        assert 0.85 <= grid[0] * grid[1] / (132 * resident) <= 1
+
+
 def test_nothing_is_compiled_or_planned_twice():
     x = there(gaussian((3, 32, 49), np.float32, 1))
     cuda.batch_moments(x)

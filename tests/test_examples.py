@@ -96,6 +96,18 @@ def test_train_digits_one_way(mpirun, tmp_path, ranks, option, way):
     assert picture.exists()
 
 
+def test_train_digits_timing(mpirun, tmp_path):
+    options = ["--timing", "--epochs", 1, "--batch", 30, "--plot", tmp_path / "curves.png"]
+    output = mpirun(2, EXAMPLES / "train_digits.py", *options).stdout
+    assert [way for way, *_ in rows_of(output)] == ["(b)"]
+    rows = [line.split(maxsplit=7) for line in output.splitlines()]
+    messages = {row[7]: int(row[0]) for row in rows if len(row) == 8 and row[0].isdecimal()}
+    steps = 15
+    assert messages["backward of '1'"] == steps
+    assert messages["allreduce_gradients"] == steps
+    assert re.search(r"^rank [01] waited least", output, re.MULTILINE)
+
+
 def test_train_digits_names_the_extra_when_a_package_is_missing(tmp_path):
     (tmp_path / "tqdm.py").write_text("raise ModuleNotFoundError('gone', name='tqdm')\n")
     process = run_example("train_digits.py", path=[tmp_path], check=False)

@@ -554,23 +554,28 @@ def test_denormal_float16_values_count():
     np.testing.assert_allclose(y, exact, atol=2e-3)
 
 
-def test_denormal_float32_values_count_as_zero(capsys):
-    """CuPy compiles with -ftz=true. Results stay within one smallest normal number of the exact."""
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d.name in ("float32", "bfloat16")], ids=str)
+def test_denormal_values_of_float32_and_bfloat16_count_as_zero(dtype, capsys):
+    """CuPy compiles with -ftz=true. Results stay within one smallest normal number of the exact.
+
+    bfloat16 has the exponents of float32, in which it is computed.
+    """
     smallest = float(np.finfo(np.float32).tiny)
-    x = (np.random.default_rng(6).integers(1, 1000, (64, 8, 9)) * 1e-42).astype(np.float32)
+    x = (np.random.default_rng(6).integers(1, 100, (64, 8, 9)) * 2.0**-133).astype(dtype)
     moments = cuda.batch_moments(cp.asarray(x))
-    mean = copy_to_host(moments.mean)
+    mean, exact = copy_to_host(moments.mean), x.astype(np.float64).mean(axis=(0, 2))
     with capsys.disabled():
-        print(f" mean of denormals: {mean[0]:.3g}, exact {x[:, 0].mean(dtype='d'):.3g} ", end="")
-    assert (np.abs(mean - x.mean(axis=(0, 2), dtype="d")) <= smallest).all()
+        print(f" mean of denormals: {mean[0]:.3g}, exact {exact[0]:.3g} ", end="")
+    assert (np.abs(mean - exact) <= smallest).all()
     assert (copy_to_host(moments.m2) <= x.size * smallest**2).all()
-    x = np.random.default_rng(7).standard_normal((64, 8, 9)).astype(np.float32)
+    x = np.random.default_rng(7).standard_normal((64, 8, 9)).astype(dtype)
     weight = cp.full(8, 1e-38, dtype=cp.float32)  # y is denormal
     mean, _, invstd = cuda.finalize_moments(cuda.batch_moments(cp.asarray(x)), 1e-5)
     y = copy_to_host(cuda.normalize(cp.asarray(x), Transform(mean, invstd, weight))).astype(
         np.float64
     )
-    exact = (x - copy_to_host(mean)[:, None]) * copy_to_host(invstd)[:, None] * 1e-38
+    centred = x.astype(np.float64) - copy_to_host(mean)[:, None]
+    exact = centred * copy_to_host(invstd)[:, None] * 1e-38
     assert (np.abs(y - exact) <= 5 * smallest).all()
 
 

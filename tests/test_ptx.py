@@ -57,7 +57,9 @@ def computed(instruction, *operands, to="u64", of="u64"):
         loads.append(f"add.s64 %b{i}, %a{at + 1}, %o;\nld.global.u64 %v{i}, [%b{i}];")
         names.append(f"%v{i}")
     body = "mov.u32 %t, %tid.x;\nmul.wide.u32 %o, %t, 8;\n" + "\n".join(loads)
-    body += f"\n{instruction} %d, {', '.join(names)};\nadd.s64 %c, %a0, %o;\nst.global.u64 [%c], %d;"
+    body += (
+        f"\n{instruction} %d, {', '.join(names)};\nadd.s64 %c, %a0, %o;\nst.global.u64 [%c], %d;"
+    )
     out = np.zeros(32, np.uint64)
     assembled(body, 1 + len(words))((1,), (32,), (out, *words))
     return out[:n]

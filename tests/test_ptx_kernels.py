@@ -233,7 +233,7 @@ def test_a_changed_instruction_is_a_fault(layout, name):
 def large(shape, dtype):
     """Memory that is there when it is touched, and 0."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
     return np.frombuffer(pages, np.uint8)[:size].view(dtype).reshape(shape)
 
 

@@ -12,8 +12,9 @@ from cuda_tools import need
 from cuda_variants import Variant, variants
 from test_compile import compile_text, disassemble
 
+from benchmarks import model
 from cupybn.arrays import DATA_TYPES
-from cupybn.backends.cuda.plan import _BATCH, VECTOR_BYTES
+from cupybn.backends.cuda.plan import _BATCH, VECTOR_BYTES, plan_launch
 
 pytestmark = pytest.mark.timeout(900)
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -83,3 +84,60 @@ def test_partial_sums_that_wait_for_each_other_are_found():
     }
     """
     assert not adds_in_batches(listing(text, "one_by_one"))
+
+
+WIDE = r"LDG\.E(\.\w+)*\.128\b(?!.*STRONG)"
+ARITHMETIC = r"\b(HADD2\.F32|FADD|FFMA|F2FP)\b"
+KERNELS = "batch_moments", "normalize", "backward_reduce", "backward_input"
+
+
+def unrolled(kernel: str, rows: int, dtype: str) -> int:
+    """Vectors of each tensor that a thread has on their way."""
+    if kernel == "normalize" and not rows and ITEMSIZE[dtype] == 2:
+        return 2
+    return 2 if kernel.startswith("backward") else 4
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("kernel", "rows"), list(product(KERNELS, (0, 1))))
+def test_vectors_of_all_tensors_are_loaded_before_one_is_used(dtype, kernel, rows):
+    """Of the residual, too; the first ones before the numbers of the channels are waited for."""
+    blocks = listing(variant_of(dtype, kernel, rows).source, kernel)
+    loading = [block for block in blocks if places(block, WIDE)]
+    each = unrolled(kernel, rows, dtype)
+    assert len(loading) >= 2  # before the loop and in it
+    for block in loading:
+        loads, used = places(block, WIDE), places(block, ARITHMETIC)
+        assert len(loads) % each == 0
+        assert not [i for i in used if i < loads[-1] and i > loads[0]]
+    everything = [instruction for block in blocks for instruction in block]
+    barrier = places(everything, r"\bBAR\.SYNC")[0]
+    tensors = 1 if kernel == "batch_moments" else 2
+    assert sum(i < barrier for i in places(everything, WIDE)) >= tensors * each
+
+
+def resident(registers: int, shared: int) -> int:
+    """Blocks of 256 threads on a multiprocessor of sm_90: by its registers and shared memory.
+
+    A warp takes registers by 256, a block 1 KB of shared memory beside its own (CUDA C++
+    Programming Guide, technical specifications).
+    """
+    by_registers = 65536 // (8 * -(-32 * registers // 256) * 256)
+    return min(2048 // 256, by_registers, (228 << 10) // (shared + 1024))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_model_knows_what_a_multiprocessor_holds(dtype):
+    itemsize, vector = ITEMSIZE[dtype], VECTOR_BYTES // ITEMSIZE[dtype]
+    for (kernel, kind), blocks in model.RESIDENT.items():
+        variant = variant_of(dtype, kernel, int(kind == "rows"))
+        _, log = compile_text(test_compile.bundle([variant]), "sm_90", "--ptxas-options=-v")
+        number = variant.kernels.index(kernel)
+        report = test_compile._sections(log, r"Function properties for ")[number]
+        registers, shared = (
+            int(re.search(p, report)[1]) for p in (r"(\d+) reg", r"(\d+) bytes smem")
+        )
+        if kind == "runs" and kernel in REDUCTIONS:
+            shape = (100_000, 64, 1)
+            shared += plan_launch(shape, itemsize, VECTOR_BYTES, VECTOR_BYTES, 132).shared_bytes
+        assert resident(registers, shared) == blocks[vector], (kernel, kind, registers, shared)

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from cuda_tools import need
 from cuda_variants import variants
-from kernel_builds import compile_module, missing
-from kernel_builds import CompileError
+from kernel_builds import CompileError, compile_module, missing
 
 from cupybn.arrays import DATA_TYPES
 from cupybn.backends.cuda import plan, source

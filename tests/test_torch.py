@@ -335,10 +335,21 @@ def test_a_module_on_another_device_than_its_input():
 
 
 def test_transforms_of_functions_are_refused():
-    module = interop.SyncBatchNorm(3, comm=ALONE)
-    with pytest.raises(RuntimeError, match="autograd.Function with functorch transforms"):
-        torch.vmap(module)(torch.randn(2, 4, 3))
+    module = interop.SyncBatchNorm(3, comm=ALONE, name="bn")
+    x = torch.randn(2, 4, 3)
+    calls = [
+        lambda: torch.vmap(module)(x),
+        lambda: torch.func.grad(lambda x: module(x).sum())(x[0]),
+        lambda: torch.func.jacrev(module)(x[0]),
+        lambda: torch.func.jvp(module, (x[0],), (x[0],)),
+    ]
+    for call in calls:
+        with pytest.raises(
+            RuntimeError, match=r"bn: the transforms of torch\.func.*autograd\.grad"
+        ):
+            call()
     assert module.num_batches_tracked == 0
+    torch.vmap(module.eval())(x)  # the advice
 
 
 def test_empty_batch():

@@ -136,11 +136,13 @@ def test_what_fails_before_the_second_backward_is_told_to_all():
 
 
 @pytest.mark.mpi
-def test_example_is_the_computation_of_one_process(mpirun):
+@pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
+def test_example_is_the_computation_of_one_process(request, launcher):
     for package in ("sklearn", "tqdm"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     example = Path(__file__).resolve().parent.parent / "examples" / "torch_sync_mpi.py"
-    output = mpirun(4, example, "--images", 99, "--epochs", 2, timeout=240).stdout
+    launch = request.getfixturevalue(launcher)
+    output = launch(4, example, "--images", 99, "--epochs", 2, timeout=110).stdout
     rows = re.findall(r"^ *\(([abc])\) .*?(\d+\.\d{4}) +(\d+\.\d)%", output, re.MULTILINE)
     (_, loss_a, share_a), (_, loss_b, share_b), (_, loss_c, _) = rows
     assert (loss_b, share_b) == (loss_a, share_a)

@@ -358,7 +358,7 @@ class Layer:
 
     def _walk(self, prefix: str) -> Iterator[tuple[str, Layer]]:
         for name, value in self.__dict__.items():
-            if isinstance(value, _CONTAINERS) and name not in _OWN:
+            if type(value) in _CONTAINERS and name not in _OWN:
                 self._check_seen(name, value)  # what was appended to a list since it was assigned
         yield prefix, self
         for name, child in self.children.items():

@@ -209,7 +209,7 @@ def subprocess_alone():
     code = (
         "import numpy as np, cupybn; from mpi4py import MPI; assert MPI.COMM_WORLD.size == 1\n"
         "own = cupybn.SyncBatchNorm(3, comm=MPI.COMM_SELF)\n"
-        "own(np.ones((2, 3), 'f'))\n"  # one process is what it asked for
+        "own(np.ones((2, 3), 'f')); print('alone')\n"  # one process is what it asked for
         "layer = cupybn.SyncBatchNorm(3)\n"
         "layer.eval()(np.ones((2, 3), 'f'))\n"
         "layer.train()(np.ones((2, 3), 'f'))"
@@ -224,6 +224,7 @@ def subprocess_alone():
         command = [sys.executable, "-c", code]
         refused = subprocess.run(command, env=env, capture_output=True, text=True, timeout=50)
         assert refused.returncode == 1, refused
+        assert refused.stdout == "alone\n", refused
         last = refused.stderr.splitlines()[-1] if sys.version_info < (3, 11) else refused.stderr
         assert f"the launcher started {world.size} processes" in last, refused.stderr
         assert variable in last, refused.stderr

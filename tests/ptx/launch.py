@@ -1,7 +1,7 @@
 """Modules, kernels and launches as CuPy has them, on NumPy arrays, run by the machine.
 
-    module = compile_module(text, ["scale"])
-    module.get_function("scale")((blocks,), (256,), (y, x, np.int64(n)))
+module = compile_module(text, ["scale"])
+module.get_function("scale")((blocks,), (256,), (y, x, np.int64(n)))
 """
 
 from __future__ import annotations
@@ -400,7 +400,9 @@ class Launch:
                 totals.update(instructions=done, lanes=lanes, launches=1)
             self._record()
         elif done > self.how.limit:
-            raise PtxError(f"{self.program.name}: it did not end in {done} instructions of its warps")
+            raise PtxError(
+                f"{self.program.name}: it did not end in {done} instructions of its warps"
+            )
         return bool(state == 0)
 
     def _fault(self) -> str:
@@ -422,9 +424,7 @@ class Launch:
         figures = self._keep["traffic"].reshape(2, n, words.FIGURES)
         loads, stores = ([Access(*map(int, row)) for row in half] for half in figures)
         memory = [(begin, end - begin) for begin, end, _ in self.ranges]
-        _counted.append(
-            Counted(self.program.name, self.grid, self.block, memory, loads, stores)
-        )
+        _counted.append(Counted(self.program.name, self.grid, self.block, memory, loads, stores))
 
 
 def _fences(program: Program) -> bool:

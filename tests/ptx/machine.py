@@ -605,7 +605,11 @@ def settle(s, slot):
 @entry
 def advance(s, budget):
     """Runs the launch for so many instructions of warps. 0: it ended; 1: not yet; -1: a fault."""
-    slots, warps, threads = word(s.settings, SLOTS), word(s.settings, WARPS), word(s.settings, THREADS)
+    slots, warps, threads = (
+        word(s.settings, SLOTS),
+        word(s.settings, WARPS),
+        word(s.settings, THREADS),
+    )
     shuffle, quantum = word(s.settings, SHUFFLE), word(s.settings, QUANTUM)
     while budget > 0:
         waiting = word(s.totals, NEXT) < word(s.settings, BLOCKS)

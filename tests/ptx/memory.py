@@ -561,4 +561,3 @@ def wait(s, m, ins, slot, warp):
             put(s.copies, to + j, word(s.copies, entry + j))
         kept += 1
     put(s.copying, slot, kept)
-

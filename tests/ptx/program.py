@@ -276,7 +276,9 @@ class _Reader:
         name, k, j, kind = _TABLE[instruction]
         fields = {OP: name, K: k, J: j, D0: self.register(given[0])}
         for place, text in zip((A, B, C, E), given[1:], strict=False):
-            narrow = name in _NARROW_OPERANDS and place != A and not (name == "insert" and place == B)
+            narrow = (
+                name in _NARROW_OPERANDS and place != A and not (name == "insert" and place == B)
+            )
             wide = name == "mad_wide" and place == C
             fields[place] = self.operand(text, "u32" if narrow else "u64" if wide else kind)
         return fields

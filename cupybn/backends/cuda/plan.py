@@ -19,8 +19,8 @@ BYTE = 8
 
 VECTOR_BYTES = 16
 _SHORT_ROW_BYTES = 512  # shorter rows leave a warp's access in several places of memory
-_RUN_BYTES = 256  # what a run should at least be, for the same reason
-_SLICE_BYTES = 32 << 10  # a smaller share of a channel is not worth a block
+_RUN_BYTES = 128  # what a run should at least be: whole lines of a cache
+_SLICE_BYTES = 16 << 10  # a smaller share of a channel is not worth a block
 _FULL = 0.85  # of the places for blocks that is worth no smaller slices
 _TRIED = 8
 _BATCH = 8  # as in cuda/reduce.cuh
@@ -74,11 +74,11 @@ class LaunchPlan:
     def group_slices(self) -> int:
         """Slices whose sums are added by the last of them, before those of the groups are added.
 
-        Of runs as many as one batch of loads holds. Few channels, one in rows, need no groups.
+        Of runs as many as one batch of loads holds. One channel, in rows, needs no groups; neither
+        do a few batches, which take no longer than groups would.
         """
-        if self.rows:
-            return self.slices
-        return _BATCH * max(1, self.threads // self.tile_channels)
+        at_once = _BATCH * max(1, self.threads // self.tile_channels)
+        return self.slices if self.rows or self.slices <= 4 * at_once else at_once
 
     @property
     def groups(self) -> int:

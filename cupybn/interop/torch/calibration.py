@@ -15,9 +15,9 @@ from ... import calibration
 from ...communicators import Communicator, SelfCommunicator
 from ...errors import DTypeError
 from ...statistics import Moments
-from .autograd import Tensor
 from .groups import resolve
 from .modules import SyncBatchNorm
+from .tensors import Tensor
 
 
 class _Observer:

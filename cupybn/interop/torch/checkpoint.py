@@ -96,8 +96,15 @@ def recompute_contexts(context_fn: Callable[[], tuple[Any, Any]] | None = None) 
     return _Both(contexts[0], forward), _Both(contexts[1], recomputation)
 
 
-def remembered(label: str, shape: tuple[int, ...]) -> Saved | None:
+def is_watching() -> bool:
+    """Whether this thread is in a forward or a recomputation of :func:`recompute_contexts`."""
+    return bool(_active.contexts)
+
+
+def remembered(label: str, shape: tuple[int, ...], in_graph: bool = False) -> Saved | None:
     """The statistics for a batch norm that is being recomputed; None in a first forward.
+
+    A compiled graph (`in_graph`) may compute anew in its backward what it did not keep.
 
     Raises:
         RuntimeError: it is recomputed without :func:`recompute_contexts`, or in another order.
@@ -107,7 +114,7 @@ def remembered(label: str, shape: tuple[int, ...]) -> Saved | None:
             return context.next(label, shape)
     # Private to PyTorch; checkpoint itself asks it. Not -1: this thread runs a backward.
     task = getattr(torch._C, "_current_graph_task_id", lambda: -1)()
-    if task != -1:
+    if task != -1 and not in_graph:
         raise RuntimeError(
             f"{label}: a forward in training mode inside a backward. A checkpoint that contains "
             "batch norms must be recomputed from the first statistics: "

@@ -23,6 +23,7 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
     """A lazy batch norm that was converted; a SyncBatchNorm from its first forward on."""
 
     cls_to_become = SyncBatchNorm
+    num_features: int
 
     def initialize_parameters(self, input: Any) -> None:
         length = message_length(self.num_features)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from ... import distributed
-from .autograd import Tensor, array_of, on_stream_of
 from .groups import resolve
+from .tensors import Tensor, array_of, on_stream_of
 
 
 def _named(tensors: dict[str, Tensor]) -> distributed.Named:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
-from torch.autograd.graph import increment_version
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
-from ...arrays import Array, array_of_tensor
+from ...arrays import array_of_tensor
 from ...collective import CollectiveCall
 from ...communicators import Communicator
 from ...errors import DeviceError, DTypeError, ShapeError
@@ -19,7 +17,6 @@ from ...forward_backward import (
     Bindings,
     Bound,
     Options,
-    Running,
     Saved,
     bind,
     call_name,
@@ -28,32 +25,47 @@ from ...forward_backward import (
 )
 from ...layers.sync import Synchronised
 from ...statistics import message_length
-from .autograd import (
+from .autograd import Normalise
+from .checkpoint import is_watching, remembered
+from .groups import check_comm, describe, resolve
+from .operators import forward_operator
+from .passes import run_forward
+from .tensors import (
     HOST,
     PLAIN,
     WIDE,
-    Normalise,
     Tensor,
     array_of,
-    arrays_of,
-    new_array_like,
+    is_recorded,
+    is_without_values,
     on_stream_of,
+    stands_for_another,
 )
-from .checkpoint import remember, remembered
-from .groups import check_comm, describe, resolve
 
 _NONE = (None, None)  # dtype and device of what is not there
+_GRAPH_BREAK = (
+    "a cupybn SyncBatchNorm communicates, and a compiled graph may change the order of messages: "
+    "compile without fullgraph, or with cupybn.interop.torch.BatchNorm1d, 2d, 3d for one process"
+)
+_OVER_RANKS = (
+    "cannot be normalised over ranks, where graphs and tracers do not keep the order of messages. "
+    "Trace and export in evaluation mode, or with module.comm = cupybn.SelfCommunicator(); "
+    "torch.compile leaves a gap in its graph; of a DTensor pass .to_local()"
+)
 
 
 class BatchNorm(TorchBatchNorm):
     """PyTorch's module, and this library's forward in training mode."""
 
     name: str | None = None
+    __jit_unused_properties__: ClassVar[list[str]] = ["label", "comm"]  # not for TorchScript
     _binds: ClassVar[bool] = True  # as of the layers' BatchNorm
+    _communicates: ClassVar[bool] = False  # for dynamo, which cannot ask the communicator
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         asked = {"communicator", "label", "_check_input", "_check_input_dim"}
+        cls._communicates = cls._communicates or "communicator" in vars(cls)
         if cls.__module__ != __name__ and not asked.isdisjoint(vars(cls)):
             cls._binds = False
 
@@ -66,18 +78,28 @@ class BatchNorm(TorchBatchNorm):
         """Who takes part in the next forward."""
         return ALONE
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalises (N, C, ...) `input`; y has its shape, dtype and memory format.
 
         Raises:
             ShapeError, DTypeError, DeviceError: bad input; PeerError, CollectiveMismatchError: on
                 another rank. Nothing was changed then.
         """
-        if not self.training:
+        if not torch.jit.is_scripting():  # what is in here TorchScript does not compile
+            if torch.compiler.is_compiling() or stands_for_another(input):
+                return self._traced(input)
+            if self.training:
+                return self._train(input)
             return super().forward(input)
-        if torch.compiler.is_compiling():  # what is here is not for tracing: a graph break
-            return torch.compiler.disable(self._train)(input)
-        return self._train(input)
+        if self.training:
+            raise RuntimeError("this batch norm was scripted, and cannot train: call .eval()")
+        if input.dim() < 2:
+            raise ValueError("expected at least 2D input")
+        mean, var = self.running_mean, self.running_var
+        weight, bias = self.weight, self.bias
+        return torch.nn.functional.batch_norm(
+            input, mean, var, weight, bias, mean is None, 0.0, self.eps
+        )
 
     def _train(self, x: Tensor) -> Tensor:
         weight, bias, backward = self.weight, self.bias, False
@@ -85,6 +107,49 @@ class BatchNorm(TorchBatchNorm):
             for tensor in (x, weight, bias):
                 backward = backward or getattr(tensor, "requires_grad", False)
         return Normalise.apply(x, weight, bias, self, backward)
+
+    def _traced(self, x: Tensor) -> Tensor:
+        """A forward of what stands for a tensor in memory, or that something looks on."""
+        if torch.compiler.is_dynamo_compiling():
+            if not self.training:
+                return super().forward(x)
+            if self._communicates:
+                torch._dynamo.graph_break(msg=_GRAPH_BREAK)
+                return torch.compiler.disable(self._train)(x)
+            return self._operator(x)
+        if isinstance(x, torch.fx.Proxy):  # symbolic_trace takes PyTorch's own for leaves too
+            path = x.tracer.path_of_module(self)
+            return x.tracer.create_proxy("call_module", path, (x,), {})
+        if not self.training:
+            return super().forward(x)
+        if not isinstance(x, torch.Tensor) or is_watching():
+            return self._train(x)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                f"{self.label}: the transforms of torch.func (vmap, grad, jacrev, ...) do not go "
+                "through this batch norm in training mode: use torch.autograd.grad and "
+                "torch.autograd.functional, or put the module into evaluation mode"
+            )
+        if self.communicator().size > 1 and not (is_without_values(x) and not is_recorded()):
+            if is_recorded() or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+                raise RuntimeError(f"{self.label}: a {type(x).__name__} {_OVER_RANKS}")
+            y = self._train(x.as_subclass(torch.Tensor))
+            return y if type(x) in PLAIN else y.as_subclass(type(x))
+        remembered(self.label, tuple(x.shape))  # raises in a recomputation
+        return self._operator(x)
+
+    def _operator(self, x: Tensor) -> Tensor:
+        """A forward of this rank alone, as an operator that PyTorch can record."""
+        weight, bias = self.weight, self.bias
+        buffers = self.running_mean, self.running_var, self.num_batches_tracked
+        self._check_input(x, weight, bias, *buffers)
+        if not self.track_running_stats or buffers[0] is None:
+            buffers = None, None, None
+        y, _, *new = forward_operator(x, weight, bias, *buffers, self._momentum(), self.eps)
+        for buffer, values in zip(buffers, new, strict=True):
+            if buffer is not None:
+                buffer.copy_(values)  # not under no_grad: torch.export could not save that
+        return y
 
     def normalise(
         self, x: Tensor, weight: Tensor, bias: Tensor, backward: bool
@@ -112,7 +177,7 @@ class BatchNorm(TorchBatchNorm):
         call = CollectiveCall(bound.comm, *bound.forward_call) if bound.ranks > 1 else None
         try:
             with on_stream_of(x) if x.is_cuda else HOST:
-                return self._run(call, bound, x, array_of_tensor(x), tensors)
+                return run_forward(call, bound, x, array_of_tensor(x), tensors)
         except Exception as error:
             bound.leave(call, "forward", error)
             raise
@@ -145,48 +210,7 @@ class BatchNorm(TorchBatchNorm):
                 self.__dict__.setdefault("_bindings", Bindings()).keep(key, bound)
             if call.ranks > 1:
                 *_, call.fingerprint, call.messages = bound.forward_call
-            return self._run(call, bound, x, array, tensors)
-
-    def _run(
-        self,
-        call: CollectiveCall | None,
-        bound: Bound,
-        x: Tensor,
-        array: Array,
-        tensors: tuple[Tensor, ...],
-    ) -> tuple[Tensor, Saved]:
-        """The forward of a batch, or of one that is recomputed; `array` is x.
-
-        `tensors` are weight, bias, running mean, running variance and the counter.
-        """
-        wide, moved, batches = WIDE[x.dtype], tensors[2:4], tensors[4]
-        weight, bias = arrays_of(tensors[:2], wide)
-        params = {"weight": weight, "bias": bias}
-        y, y3 = new_array_like(bound, x)
-        saved = remembered(bound.name, bound.shape)
-        if saved is not None:
-            bound.normalize_again(array, params, saved, y3)
-            remember(saved)
-            return y, saved
-        running, wide_ones = None, list(moved)
-        if bound.updates:
-            if not moved[0].dtype is moved[1].dtype is wide:
-                wide_ones = [tensor.to(wide) for tensor in moved]
-            on_host = batches is not None and batches.is_cpu
-            counter = array_of_tensor(batches).reshape(()) if on_host else np.zeros((), np.int64)
-            mean, var = arrays_of(wide_ones, wide)
-            running = Running(mean, var, counter)
-        _, saved = bound.forward(call, array, params, y3=y3, running=running)
-        saved = saved._replace(x3=None, weight=None, bias=None)
-        if running is not None and saved.count:
-            increment_version(moved if batches is None else tensors[2:])
-            for target, values in zip(moved, wide_ones, strict=True):
-                if target is not values:
-                    target.copy_(values)
-            if batches is not None and not batches.is_cpu:
-                batches.add_(1)
-        remember(saved)
-        return y, saved
+            return run_forward(call, bound, x, array, tensors)
 
     def _momentum(self) -> float | None:
         """A momentum that may be a tensor, as PyTorch takes it.
@@ -230,13 +254,13 @@ class BatchNorm(TorchBatchNorm):
             raise ValueError(
                 "running_mean and running_var must either both be None or neither be None"
             )
-        if batches is not None and not (
-            batches.numel() == 1 and torch.can_cast(torch.int64, batches.dtype)
-        ):
+        if batches is not None and not (batches.numel() == 1 and batches.dtype is not torch.bool):
             raise ValueError(
                 "num_batches_tracked must be one integer, got a tensor of shape "
                 f"{tuple(batches.shape)} and {batches.dtype}"
             )
+        if torch.compiler.is_compiling():
+            return
         buffers = {"running_mean": mean, "running_var": var, "num_batches_tracked": batches}
         for name, tensor in buffers.items():
             if tensor is not None and tensor.is_inference() > torch.is_inference_mode_enabled():
@@ -278,6 +302,7 @@ class SyncBatchNorm(Synchronised, BatchNorm):
     communicates.
     """
 
+    _communicates = True
     _was: tuple[type, Any] | None = None  # what it was converted from
     _check_comm = staticmethod(check_comm)
     _look_up = staticmethod(resolve)

@@ -1,0 +1,96 @@
+"""PyTorch tensors as arrays of NumPy and CuPy, over the same memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from ...arrays import DATA_TYPES, Array, array_of_tensor, cupy_for
+from ...errors import DTypeError
+from ...forward_backward import Bound
+
+Tensor = Any
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Tensors of these types are arrays in memory, and not something that stands for one."""
+HOST = nullcontext()
+WIDE = {getattr(torch, name): getattr(torch, kind.arithmetic) for name, kind in DATA_TYPES.items()}
+"""The dtype of the arithmetic, and of what is per channel, for data of a dtype."""
+
+
+def array_of(tensor: Tensor, what: str = "input") -> Array:
+    """The tensor's memory as a NumPy or CuPy array."""
+    if not isinstance(tensor, torch.Tensor):
+        raise DTypeError(f"{what} must be a torch.Tensor, got {type(tensor).__name__}")
+    return array_of_tensor(tensor, what)
+
+
+def arrays_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Array]:
+    """The memory of tensors as arrays; None for None, and a tensor of another dtype converted."""
+    arrays = []
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype is not dtype:  # a call of tensor.to takes long
+            tensor = tensor.to(dtype)
+        arrays.append(None if tensor is None else array_of_tensor(tensor, "a tensor per channel"))
+    return arrays
+
+
+def new_array_like(bound: Bound, x: Tensor) -> tuple[Tensor, Array]:
+    """A new tensor for a y or dx of an x, and its memory as (N, C, L)."""
+    layout = bound.layout
+    tensor = torch.empty_strided(layout.shape, layout.strides, dtype=x.dtype, device=x.device)
+    array = array_of_tensor(tensor)
+    return tensor, array.reshape(layout.shape3) if bound.in_order else layout.view(array)
+
+
+def on_stream_of(tensor: Tensor) -> Any:
+    """A context in which CuPy works on the tensor's device and PyTorch's current stream there."""
+    return _on_stream(tensor) if getattr(tensor, "is_cuda", False) else HOST
+
+
+@contextmanager
+def _on_stream(tensor: Tensor) -> Iterator[None]:
+    device = tensor.device
+    cupy = cupy_for("the tensor")
+    stream = torch.cuda.current_stream(device).cuda_stream
+    with (
+        torch.cuda.device(device),  # without which PyTorch does not hand the tensor over
+        cupy.cuda.Device(device.index),
+        cupy.cuda.ExternalStream(stream, device.index),
+    ):
+        yield
+
+
+def stands_for_another(x: Tensor, watched: bool = True) -> bool:
+    """Whether x is no array in memory, or something looks on that wants to see an operator.
+
+    A tensor without values (meta, fake), of a subclass, of a transform of ``torch.func``, or of
+    several gradients at once. With `watched` also where there is a mode that records, counts or
+    replaces what PyTorch computes (``make_fx``, ``FakeTensorMode``), or ``torch.jit.trace``.
+    """
+    if type(x) not in PLAIN or x.is_meta:
+        return True
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return True
+    return watched and (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._is_tracing()
+    )
+
+
+def is_recorded() -> bool:
+    """Whether operators go into a graph: ``make_fx``, ``torch.export``, ``torch.jit.trace``."""
+    return get_proxy_mode() is not None or torch._C._is_tracing()
+
+
+def is_without_values(x: Tensor) -> bool:
+    """Whether x has a shape, a dtype and nothing more."""
+    return x.is_meta or isinstance(x, FakeTensor)

@@ -1,0 +1,65 @@
+"""CUDA graphs in the machine for PTX: launches of two captures whose blocks take turns."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import fake_cupy
+import numpy as np
+import pytest
+from cuda_tools import need
+from kernel_cases import back, gaussian, host_kernels, there
+from ptx.launch import missing
+
+from cupybn.backends import cuda
+
+if missing() is None:
+    from ptx.launch import compile_module, run
+
+pytestmark = pytest.mark.timeout(900)
+SHAPE = 4000, 16, 1  # of columns: several slices
+
+
+@pytest.fixture
+def started():
+    """Launches that have begun and not run; they come from graphs or from eager work."""
+    need(missing())
+    launches = []
+
+    def build(text, names):
+        def of(kernel):
+            return lambda *args, **more: launches.append(kernel.start(*args, **more))
+
+        module = compile_module(text, names)
+        return SimpleNamespace(get_function=lambda name: of(module.get_function(name)))
+
+    with host_kernels(build):
+        yield launches
+
+
+def moments_of(x, capturing):
+    """A graph of `batch_moments`, if it is captured, and what it writes."""
+    stream = fake_cupy.cuda.get_current_stream()
+    if not capturing:
+        return None, cuda.batch_moments(x)
+    stream.begin_capture()
+    moments = cuda.batch_moments(x)
+    return stream.end_capture(), moments
+
+
+@pytest.mark.parametrize("capturing", [True, False])
+def test_graphs_of_one_stream_run_at_the_same_time(started, capturing):
+    """With the scratch of eager work, which is the stream's, both go wrong: the test can tell."""
+    arrays = [gaussian(SHAPE, np.float32, seed, seed) for seed in range(2)]
+    found = [moments_of(there(x), capturing) for x in arrays]
+    if capturing:
+        assert not started
+        for graph, _ in found:
+            graph.launch()
+    assert len(started) == 2
+    run(*started)
+    right = [
+        np.allclose(back(moments.mean), x.mean(axis=(0, 2), dtype=np.float64), atol=1e-4)
+        for x, (_, moments) in zip(arrays, found, strict=True)
+    ]
+    assert right == [capturing] * 2 if capturing else not all(right)
