@@ -9,11 +9,8 @@ export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: demo test check lint types test-openmpi test-frameworks test-pythons test-nvrtc
-<<<<<<< HEAD
-.PHONY: test-hostcuda test-ptx environments traffic bench bench-quick clean
-=======
-.PHONY: test-cluster test-on-cluster test-hostcuda environments traffic bench bench-quick clean
->>>>>>> main
+.PHONY: test-cluster test-on-cluster test-hostcuda test-ptx environments traffic bench bench-quick
+.PHONY: clean
 
 # As many ranks as cores, but at least 2 and at most 4.
 CORES ?= $(shell unset OMP_NUM_THREADS; nproc || getconf _NPROCESSORS_ONLN)
@@ -68,12 +65,11 @@ test-hostcuda: $(VENV)/test.stamp
 	CUPYBN_HOST_VARIANT=shuffle $(BIN)/python -m pytest tests/test_kernels.py
 	$(BIN)/python tests/hostcuda/sanitize.py -m pytest tests/test_kernels.py
 
-<<<<<<< HEAD
 # The kernels as NVRTC translates them, in the machine for PTX of tests/ptx: all of them.
 KERNELS = check_finite cuda_backend cuda_layers kernels ptx ptx_kernels traffic
 test-ptx: $(VENV)/test.stamp
 	CUPYBN_TEST_KERNELS=ptx $(BIN)/python -m pytest $(KERNELS:%=tests/test_%.py)
-=======
+
 # On a cluster of hosts with sshd and Slurm that it makes of namespaces, as root: the recipes of
 # docs/clusters.md, and faults. A quick choice of them: make CLUSTER='-m "not slow"' test-cluster
 CLUSTER ?= -m ''
@@ -87,7 +83,6 @@ test-on-cluster: $(CLUSTER_MPIS:%=.venv-cluster-%/cluster.stamp)
 	CUPYBN_CLUSTER="$(foreach mpi,$(CLUSTER_MPIS),$(mpi)=.venv-cluster-$(mpi))" \
 		tests/cluster/cluster $(CLUSTER_PYTHON) -m pytest $(CLUSTER) \
 		tests/cluster/recipes.py tests/cluster/faults.py
->>>>>>> main
 
 # All that the tests need. Builds of one checkout must not run at once, tests may: make -j2.
 environments:

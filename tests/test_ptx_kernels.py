@@ -18,7 +18,7 @@ from cupybn.backends.cuda import primitives, source
 from cupybn.statistics import BackwardSums, Moments, Transform
 
 if missing() is None:
-    from ptx import nvrtc
+    from ptx import nvrtc, program
     from ptx.launch import Module, PtxError, compile_module, setting
 
 pytestmark = pytest.mark.timeout(900)
@@ -134,7 +134,7 @@ def test_moments_of_rows_by_the_element(dtype, monkeypatch):
         return compile_module(text, kernels)
 
     monkeypatch.setattr(primitives, "tensor_launch", by_element)
-    for shape in ((3, 5, 70), (2, 3, 20011)):
+    for shape in ((3, 5, 784), (2, 3, 20011)):
         case = Case(shape, dtype, "plain")
         with host_kernels(build):
             moments = cuda.batch_moments(there(case.x))
@@ -147,7 +147,12 @@ def test_moments_of_rows_by_the_element(dtype, monkeypatch):
 
 # ---- planted faults ------------------------------------------------------------------------------
 
-SPLIT = {"rows": (4, 2, 10007), "runs": (700, 8, 49), "columns": (3000, 64, 1)}
+SPLIT = {
+    "rows": (4, 2, 10007),
+    "runs": (700, 8, 49),
+    "columns": (3000, 64, 1),
+    "ragged columns": (40001, 3, 1),
+}
 
 
 def outcome(dtype, shape, edit):
@@ -181,21 +186,42 @@ def without(pattern, number):
     return edit
 
 
-@pytest.mark.parametrize("layout", SPLIT)
-@pytest.mark.parametrize("pattern", ["membar.gl", "bar.sync"])
-def test_every_barrier_and_fence_is_missed(pattern, layout):
-    """Each of them, one after the other: without it there is a fault, whatever the results are."""
-    dtype = np.dtype(np.float32)
-    not_missed = []
-    for number in range(100):
-        edit = without(re.escape(pattern), number)
-        found = outcome(dtype, SPLIT[layout], edit)
-        if not edit.there:
-            break
-        if not isinstance(found, str):
-            not_missed.append(number)
-    assert number > 8
-    assert not not_missed
+def places(ptx, pattern):
+    """Where in the sources the instructions that `without` counts come from."""
+    return [
+        place.rpartition("/")[2]
+        for found in program.read(ptx).values()
+        for text, place in zip(found.texts, found.places, strict=True)
+        if re.match(rf"(@!?%p\d+ )?{pattern}", text)
+    ]
+
+
+def missed(pattern):
+    """Places of such instructions; and those whose lack is a fault in one layout at least."""
+    every, found = set(), set()
+    for shape in SPLIT.values():
+        texts = []
+        outcome(np.dtype(np.float32), shape, lambda ptx: texts.append(ptx) or ptx)  # noqa: B023
+        for number, place in enumerate(p for ptx in texts for p in places(ptx, pattern)):
+            edit = without(pattern, number)
+            fault = isinstance(outcome(np.dtype(np.float32), shape, edit), str)
+            assert edit.there
+            every.add(place)
+            if fault:
+                found.add(place)
+    return every, found
+
+
+@pytest.mark.parametrize(
+    ("pattern", "places", "idle"),
+    # The last barrier of block_sum only makes it safe to call twice in a row.
+    [("membar.gl", 2, 0), ("bar.sync", 10, 1), ("bar.warp.sync", 1, 0)],
+)
+def test_every_barrier_and_fence_is_missed(pattern, places, idle):
+    """One after the other is taken away: there is a fault, whatever the results are."""
+    every, found = missed(re.escape(pattern))
+    assert len(every) >= places
+    assert len(every - found) <= idle, every - found
 
 
 CHANGES = {
@@ -213,6 +239,8 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("layout", SPLIT)
 def test_a_changed_instruction_is_a_fault(layout, name):
+    if layout == "columns" and "shuffle" in name:
+        return  # there is one, but not for as few members of a channel
     pattern, to = CHANGES[name]
     changed = 0
 
