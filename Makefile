@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: demo test check lint types test-openmpi test-frameworks test-pythons test-nvrtc
-.PHONY: test-cluster test-on-cluster test-hostcuda test-ptx environments traffic bench bench-quick
+.PHONY: test-cluster test-on-cluster test-ptx environments traffic bench bench-quick
 .PHONY: clean
 
 # As many ranks as cores, but at least 2 and at most 4.
@@ -60,15 +60,11 @@ test-nvrtc:
 	$(MAKE) VENV=.venv-nvrtc .venv-nvrtc/nvrtc.stamp
 	.venv-nvrtc/bin/python -m pytest tests/test_compile.py tests/test_sass.py
 
-# The kernels on the CPU again: with threads in random order, and under the sanitizers of g++.
-test-hostcuda: $(VENV)/test.stamp
-	CUPYBN_HOST_VARIANT=shuffle $(BIN)/python -m pytest tests/test_kernels.py
-	$(BIN)/python tests/hostcuda/sanitize.py -m pytest tests/test_kernels.py
-
-# The kernels as NVRTC translates them, in the machine for PTX of tests/ptx: all of them.
-KERNELS = check_finite cuda_backend cuda_layers kernels ptx ptx_kernels traffic
+# The kernels on the CPU, in the machine for PTX of tests/ptx: all; `make test` has a quick choice.
+KERNELS = check_finite cuda_backend cuda_layers kernels ptx ptx_graphs ptx_kernels traffic
 test-ptx: $(VENV)/test.stamp
-	CUPYBN_TEST_KERNELS=ptx $(BIN)/python -m pytest $(KERNELS:%=tests/test_%.py)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu' \
+		$(KERNELS:%=tests/test_%.py)
 
 # On a cluster of hosts with sshd and Slurm that it makes of namespaces, as root: the recipes of
 # docs/clusters.md, and faults. A quick choice of them: make CLUSTER='-m "not slow"' test-cluster
@@ -91,7 +87,7 @@ environments:
 	$(MAKE) VENV=.venv-frameworks .venv-frameworks/frameworks.stamp
 	$(MAKE) VENV=.venv-nvrtc .venv-nvrtc/nvrtc.stamp
 
-# Global memory traffic of the kernels, counted on the CPU.
+# Global memory traffic of the kernels, counted in the machine for PTX.
 traffic: $(VENV)/test.stamp
 	$(BIN)/python tests/traffic.py --json traffic.json
 

@@ -12,7 +12,7 @@ from ptx import nvrtc
 from ptx.launch import missing
 
 if missing() is None:
-    from ptx import launch, machine, program
+    from ptx import machine, program
     from ptx.launch import Module, PtxError, compile_module, counting, run, setting
 
 pytestmark = pytest.mark.timeout(900)  # the first launch compiles the machine
@@ -96,7 +96,8 @@ def test_integers(name, kind, bits):
     pairs = [(a, b) for a in INTEGERS for b in INTEGERS[1:] if int(b) % (1 << bits)]
     mask = (1 << bits) - 1
     for begin in range(0, len(pairs), 32):
-        a, b = (np.array(x, np.uint64) & np.uint64(mask) for x in zip(*pairs[begin : begin + 32]))
+        both = np.array(pairs[begin : begin + 32], np.uint64) & np.uint64(mask)
+        a, b = np.ascontiguousarray(both.T)
         got = computed(f"{name}.{kind}{bits}", a, b)
         number = (lambda x: signed(x, bits)) if kind == "s" else int
         expected = [PLAIN[name](number(x), number(y)) & mask for x, y in zip(a, b, strict=True)]

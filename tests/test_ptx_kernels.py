@@ -1,4 +1,4 @@
-"""What the machine for PTX shows beside results: conversions, architectures, order, large tensors."""
+"""What the machine for PTX shows of the kernels beside results, which test_kernels.py compares."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How the machine itself is compiled: by Numba, once; kept on disk beside the PTX (``nvrtc.py``).
 
-Numba looks at one file to see whether what it kept is out of date. Here the folder's name is a digest
-of all files that are compiled, or whose constants are: other checkouts of the same find it.
+Numba looks at one file to see whether what it kept is out of date. Here the folder's name is a
+digest of all files that are compiled, or whose constants are: other checkouts of the same find it.
 """
 
 from __future__ import annotations
