@@ -41,7 +41,8 @@ test-openmpi:
 
 # What needs PyTorch, JAX or Numba; then what looks different with Numba computing.
 FRAMEWORKS = any_array bench binding docs double_backward jax memory names numba primitives \
-	pytorch torch torch_graphs torch_groups torch_models torch_ranks torch_tools
+	pytorch torch torch_graphs torch_groups torch_models torch_ranks torch_table torch_tensors \
+	torch_tools
 NUMBA = binding check_finite collective double_backward functional layers sync
 test-frameworks:
 	$(MAKE) VENV=.venv-frameworks .venv-frameworks/frameworks.stamp
@@ -51,7 +52,8 @@ test-frameworks:
 
 # A quick choice of tests with the oldest supported Python and NumPy, and with the newest Python.
 QUICK = any_array architecture binding check_finite checkpoint cli collective distributed \
-	double_backward failures functional layers names primitives recalibrate state statistics
+	double_backward failures functional layers names primitives pure recalibrate state \
+	statistics
 test-pythons:
 	.ci/pythons $(QUICK:%=tests/test_%.py)
 
@@ -78,7 +80,7 @@ test-on-cluster: $(CLUSTER_MPIS:%=.venv-cluster-%/cluster.stamp)
 	$(CLUSTER_PYTHON) -m pytest tests/cluster/leftovers.py
 	CUPYBN_CLUSTER="$(foreach mpi,$(CLUSTER_MPIS),$(mpi)=.venv-cluster-$(mpi))" \
 		tests/cluster/cluster $(CLUSTER_PYTHON) -m pytest $(CLUSTER) \
-		tests/cluster/recipes.py tests/cluster/faults.py
+		tests/cluster/recipes.py tests/cluster/launches.py tests/cluster/faults.py
 
 # All that the tests need. Builds of one checkout must not run at once, tests may: make -j2.
 environments:

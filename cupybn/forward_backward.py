@@ -346,6 +346,9 @@ class Bound:
         elif self.ranks > 1 or options.check_finite or options.keep_moments:
             self._statistics = Bound._over_ranks
 
+    def __deepcopy__(self, memo: Any) -> Bound:
+        return self  # it never changes, but for what was compiled
+
     @cached_property
     def settings(self) -> dict[str, object]:
         """What must be equal on all ranks, for the fingerprint."""

@@ -11,8 +11,8 @@ statistics of its own few images. The network is far too small for more ranks to
 With ``--save FILE`` the training (b) leaves a checkpoint every 50 steps, and on SIGTERM or SIGUSR1
 to any rank one more, before all ranks end with code 143; ``--resume FILE`` goes on from it: with as
 many ranks exactly as if it had never stopped, with another number up to rounding, if ``--batch``
-times the ranks stays the same. ``--timing`` ends (b) with a table of its messages: which layer takes
-how long, and which rank the others wait for.
+times the ranks stays the same. ``--timing`` ends (b) with a table of its messages: which layer
+takes how long, and which rank the others wait for.
 """
 
 from __future__ import annotations

@@ -287,3 +287,23 @@ def test_interop_torch_says_what_is_missing():
         [sys.executable, "-c", code], env=rank_environment(), capture_output=True, text=True
     )
     assert "ImportError: cupybn.interop.torch needs PyTorch: pip install torch" in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            "torch.__version__ = torch.torch_version.TorchVersion('2.6.0')",
+            "ImportError: cupybn.interop.torch is for PyTorch 2.13 and 2.14 (tested with 2.13.0 "
+            "and 2.14.1), and this is PyTorch 2.6.0: pip install 'torch>=2.13'",
+        ),
+        ("del torch._C._is_tracing", "which lacks what is needed: module 'torch._C' has no"),
+    ],
+)
+def test_interop_torch_says_which_versions_it_is_for(change, text):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    code = f"import torch; {change}; import cupybn.interop.torch"
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=rank_environment(), capture_output=True, text=True
+    )
+    assert text in process.stderr

@@ -23,7 +23,7 @@ from benchmarks.__main__ import argument_parser
 from benchmarks.report import Report, bars_of, no_gpu, written
 
 NEEDS_NO_GPU = pytest.mark.skipif(not no_gpu(), reason="this machine has a CUDA device")
-OPTIONS = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 100}
+OPTIONS = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 280}
 
 
 def run(*arguments, code=0, **env):

@@ -25,7 +25,7 @@ def cli(*arguments, check=True, env=None):
         capture_output=True,
         text=True,
         check=check,
-        timeout=60,
+        timeout=250,
     )
 
 

@@ -210,6 +210,21 @@ def test_launches(cupy, dtype, with_residual):
     assert launches(run_ranks, 2, empty) == sorted(forward + of_the_empty)
 
 
+def test_to_a_device_and_another_dtype_at_once():
+    layer = layer_for(np.float32, c=4)
+    before = layer.state_dict()
+    assert layer.to("cuda", dtype=np.float64) is layer
+    x = put(normal((2, 4, 3, 3), np.float64))
+    y = layer(x)
+    assert type(y) is fake_cupy.ndarray
+    assert layer.backward(y).dtype == np.float64
+    assert layer.to("cpu", dtype="float32").device == "cpu"
+    for name, array in layer.state_dict().items():
+        assert type(array) is np.ndarray
+        assert array.dtype == before[name].dtype
+    np.testing.assert_array_equal(layer.weight, before["weight"])
+
+
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize(
     "name",

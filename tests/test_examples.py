@@ -43,7 +43,7 @@ def run_example(name, *args, path=(), check=True):
         env=env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=250,
     )
     assert not check or process.returncode == 0, process.stdout + process.stderr
     return process

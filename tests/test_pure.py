@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -122,6 +123,15 @@ def test_arrays_that_do_not_fit(change, error, text):
     F.Saved.from_arrays(**arguments)
     with pytest.raises(error, match=text):
         F.Saved.from_arrays(**(arguments | change))
+
+
+def test_a_copy_of_a_context_has_arrays_of_its_own():
+    x, dy = normal((4, 3, 5, 5)), normal((4, 3, 5, 5), seed=1)
+    _, saved = F.batch_norm_forward(x, WEIGHT.copy(), BIAS)
+    expected, other = F.batch_norm_backward(dy, saved), copy.deepcopy(saved)
+    x[...] = 0
+    saved.weight[...] = 7
+    assert_same(expected, F.batch_norm_backward(dy, other))
 
 
 def test_a_forward_that_keeps_nothing():

@@ -122,7 +122,7 @@ except OSError as error:
 
 def save_in_child(path, *arguments, before=()):
     command = [*before, sys.executable, "-c", CHILD, str(path), *map(str, arguments)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert process.returncode == 0, process.stderr
     return process.stdout.strip()
 

@@ -34,6 +34,17 @@ def test_over_mpi(mpirun, n):
 
 
 @pytest.mark.mpi
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize(("n", "backends"), [(2, ["eager", "inductor"]), (4, ["inductor"])])
+def test_compiled_layers_send_in_one_order_and_train_as_one_process(mpirun, n, backends, tmp_path):
+    """Branches side by side, batches of very different sizes, and a rank without samples."""
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    process = mpirun(n, MPI / "torch_compiled.py", *backends, timeout=400, env=environment)
+    messages = 3 * (5 * 2 + 5)
+    assert process.stdout.split() == [word for name in backends for word in (name, str(messages))]
+
+
+@pytest.mark.mpi
 def test_a_rank_whose_loss_does_not_depend_on_a_layer_ends_the_job(mpirun):
     process = mpirun(
         2, MPI / "torch_failures.py", "constant", check=False, env={"CUPYBN_TIMEOUT": "2"}

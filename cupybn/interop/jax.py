@@ -27,11 +27,17 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial, wraps
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import io_callback
-from jax.extend.core import get_opaque_trace_state
+
+try:
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import io_callback
+    from jax.extend.core import get_opaque_trace_state
+except ImportError as error:
+    raise ImportError(
+        f"cupybn.interop.jax needs JAX (tested with 0.10.2): pip install 'jax>=0.10' ({error})"
+    ) from error
 
 from .. import functional
 from ..communicators import Communicator, resolve
@@ -398,16 +404,26 @@ def _host(function: Callable[..., Any], call: _Call) -> Callable[..., Any]:
 def _host_forward(call: _Call, x: Any, weight: Any, bias: Any, token: Any) -> Any:
     x, weight, bias = _arrays(x, weight, bias)
     y, saved = functional.batch_norm_forward(
-        x, weight, bias, call.eps, comm=call.comm, name=call.name,
-        channel_axis=call.channel_axis, activation=call.activation, save=False,
-    )  # fmt: skip
+        x,
+        weight,
+        bias,
+        call.eps,
+        comm=call.comm,
+        name=call.name,
+        channel_axis=call.channel_axis,
+        activation=call.activation,
+        save=False,
+    )
     wide = _wide(x)
     with np.errstate(all="ignore"):
         statistics = saved.mean.astype(wide), saved.var.astype(wide), wide(saved.count)
     kept = np.concatenate(
-        [saved.mean.view(np.uint32), saved.invstd.view(np.uint32),
-         np.array([saved.count]).view(np.uint32)]
-    )  # fmt: skip
+        [
+            saved.mean.view(np.uint32),
+            saved.invstd.view(np.uint32),
+            np.array([saved.count]).view(np.uint32),
+        ]
+    )
     return np.ascontiguousarray(y), statistics, kept, np.float32(0)
 
 
@@ -417,9 +433,18 @@ def _host_backward(
     x, weight, bias, kept, dy = _arrays(x, weight, bias, kept, dy)
     mean, invstd = kept[:-2].view(np.float64).reshape(2, -1)
     saved = functional.Saved.from_arrays(
-        x, mean, invstd, int(kept[-2:].view(np.int64)[0]), call.eps, weight=weight, bias=bias,
-        comm=call.comm, name=call.name, channel_axis=call.channel_axis, activation=call.activation,
-    )  # fmt: skip
+        x,
+        mean,
+        invstd,
+        int(kept[-2:].view(np.int64)[0]),
+        call.eps,
+        weight=weight,
+        bias=bias,
+        comm=call.comm,
+        name=call.name,
+        channel_axis=call.channel_axis,
+        activation=call.activation,
+    )
     grads = functional.batch_norm_backward(dy, saved)
     return np.ascontiguousarray(grads.dx), grads.dweight, grads.dbias, np.float32(0)
 

@@ -11,16 +11,25 @@ autograd does about the order, and what a rank must not do, stands in ``docs/emb
 """
 
 try:
-    import torch as _torch  # noqa: F401
+    import torch as _torch
 except ImportError as error:
     raise ImportError("cupybn.interop.torch needs PyTorch: pip install torch") from error
 
-from .calibration import fold, recalibrate
-from .checkpoint import recompute_contexts
-from .convert import convert_sync_batchnorm, revert_sync_batchnorm
-from .gradients import allreduce_gradients, broadcast_parameters, verify_sync
-from .groups import ProcessGroupCommunicator
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
+_FOUND = (
+    "cupybn.interop.torch is for PyTorch 2.13 and 2.14 (tested with 2.13.0 and 2.14.1), and this "
+    f"is PyTorch {_torch.__version__}"
+)
+if _torch.__version__ < (2, 13):
+    raise ImportError(f"{_FOUND}: pip install 'torch>=2.13'")
+try:  # a later version may work, and may lack what this one asks of it
+    from .calibration import fold, recalibrate
+    from .checkpoint import recompute_contexts
+    from .convert import convert_sync_batchnorm, revert_sync_batchnorm
+    from .gradients import allreduce_gradients, broadcast_parameters, verify_sync
+    from .groups import ProcessGroupCommunicator
+    from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
+except AttributeError as error:
+    raise ImportError(f"{_FOUND}, which lacks what is needed: {error}") from error
 
 SyncBatchNorm.convert_sync_batchnorm = staticmethod(convert_sync_batchnorm)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ...collective import CollectiveCall
 from ...double_backward import double_backward_call
@@ -45,7 +44,11 @@ class Normalise(torch.autograd.Function):
             # backward, and runs a checkpoint's recomputation.
             x, weight, bias = ctx.saved_tensors
             if not stands_for_another(dy, watched=bound.ranks == 1):
-                gradients = Gradients.apply(dy, x, weight, bias, ctx.statistics, call)
+                if torch.is_grad_enabled():  # with create_graph
+                    gradients = Gradients.apply(dy, x, weight, bias, ctx.statistics, call)
+                else:
+                    with on_stream_of(x) if x.is_cuda else HOST:
+                        gradients = run_backward(call, ctx.statistics, dy, x, weight, bias)
                 return (*gradients, None, None)
             statistics = _as_tensor(ctx.statistics)
             dx, dweight, dbias = backward_operator(dy, x, weight, bias, statistics, bound.eps)
@@ -70,21 +73,44 @@ class Gradients(torch.autograd.Function):
         return gradients
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, ...]:
         saved = ctx.statistics
         with double_backward_call(saved) as call:
             dy, x, weight, bias = ctx.saved_tensors
             alone = saved.bound.ranks == 1
             if not any(stands_for_another(given, watched=alone) for given in cotangents):
-                with on_stream_of(x) if x.is_cuda else HOST:
-                    gradients = run_double_backward(call, saved, cotangents, (dy, x, weight, bias))
+                gradients = Last.apply(call, saved, bias, dy, x, weight, *cotangents)
             else:
                 gradients = double_backward_operator(
                     *cotangents, dy, x, weight, _as_tensor(saved), saved.eps
                 )
         ddy, dx, dweight = gradients
         return ddy, dx, None if weight is None else dweight, None, None, None
+
+
+class Last(torch.autograd.Function):
+    """(ddy, dx, dweight) of :class:`Gradients`, which cannot be differentiated.
+
+    ``once_differentiable`` would cut them off from x, and ``torch.autograd.grad(value, x)`` pass
+    over what leads nowhere: a third derivative without these terms, instead of an error.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Any, saved: Saved, bias: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        dy, x, weight, *cotangents = tensors
+        with on_stream_of(x) if x.is_cuda else HOST:
+            gradients: tuple[Tensor, ...] = run_double_backward(
+                call, saved, cotangents, (dy, x, weight, bias)
+            )
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(
+            "a batch norm of cupybn.interop.torch has first and second derivatives, no third ones"
+        )
 
 
 def _as_tensor(saved: Saved) -> Tensor:

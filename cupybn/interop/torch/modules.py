@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
@@ -37,6 +37,7 @@ from .tensors import (
     Tensor,
     array_of,
     is_recorded,
+    is_transformed,
     is_without_values,
     on_stream_of,
     stands_for_another,
@@ -46,6 +47,11 @@ _NONE = (None, None)  # dtype and device of what is not there
 _GRAPH_BREAK = (
     "a cupybn SyncBatchNorm communicates, and a compiled graph may change the order of messages: "
     "compile without fullgraph, or with cupybn.interop.torch.BatchNorm1d, 2d, 3d for one process"
+)
+_TRANSFORMS = (
+    "the transforms of torch.func (vmap, grad, ...) and forward-mode differentiation do not "
+    "go through this batch norm in training mode: use torch.autograd.grad and "
+    "torch.autograd.functional, or call .eval()"
 )
 _OVER_RANKS = (
     "cannot be normalised over ranks, where graphs and tracers do not keep the order of messages. "
@@ -124,19 +130,23 @@ class BatchNorm(TorchBatchNorm):
             return super().forward(x)
         if not isinstance(x, torch.Tensor) or is_watching():
             return self._train(x)
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise RuntimeError(
-                f"{self.label}: the transforms of torch.func (vmap, grad, jacrev, ...) do not go "
-                "through this batch norm in training mode: use torch.autograd.grad and "
-                "torch.autograd.functional, or put the module into evaluation mode"
-            )
-        if self.communicator().size > 1 and not (is_without_values(x) and not is_recorded()):
+        if is_transformed(x, self):
+            self._refuse(_TRANSFORMS)
+        shapes_alone = is_without_values(x) and not is_recorded()
+        if not shapes_alone and self.communicator().size > 1:
             if is_recorded() or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-                raise RuntimeError(f"{self.label}: a {type(x).__name__} {_OVER_RANKS}")
-            y = self._train(x.as_subclass(torch.Tensor))
-            return y if type(x) in PLAIN else y.as_subclass(type(x))
+                self._refuse(f"a {type(x).__name__} {_OVER_RANKS}")
+            if type(x) in PLAIN:
+                return self._train(x)
+            return self._train(x.as_subclass(torch.Tensor)).as_subclass(type(x))
         remembered(self.label, tuple(x.shape))  # raises in a recomputation
         return self._operator(x)
+
+    def _refuse(self, why: str) -> NoReturn:
+        """Raises RuntimeError; the other ranks, which may be in the same forward, hear of it."""
+        what, length = call_name("forward", self.label), message_length(self.num_features)
+        with CollectiveCall(self.communicator(), what, length):
+            raise RuntimeError(f"{self.label}: {why}")
 
     def _operator(self, x: Tensor) -> Tensor:
         """A forward of this rank alone, as an operator that PyTorch can record."""
@@ -159,7 +169,8 @@ class BatchNorm(TorchBatchNorm):
         bound: Bound | None = None
         own, momentum = self.__dict__, self.momentum
         tensors = weight, bias, self.running_mean, self.running_var, self.num_batches_tracked
-        if type(x) in PLAIN and type(momentum) is float and self._binds:
+        strided = type(x) in PLAIN and x.layout is torch.strided and not x.is_nested
+        if strided and type(momentum) is float and self._binds:
             key = (
                 *(x.shape, x.stride(), x.dtype, x.device, backward, self.name, own.get("_comm")),
                 *(self.eps, momentum, self.track_running_stats, self.num_features),
@@ -303,6 +314,7 @@ class SyncBatchNorm(Synchronised, BatchNorm):
     """
 
     _communicates = True
+    __jit_ignored_attributes__: ClassVar[list[str]] = ["_was"]
     _was: tuple[type, Any] | None = None  # what it was converted from
     _check_comm = staticmethod(check_comm)
     _look_up = staticmethod(resolve)

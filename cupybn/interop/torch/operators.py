@@ -196,16 +196,16 @@ def _no_third(ctx: Any, *_: Tensor) -> None:
 # ---- the operators -------------------------------------------------------------------------------
 
 
+_library = torch.library.Library("cupybn", "DEF")
+
+
 def _operator(name: str, kernel: Any, fake: Any, schema: str) -> Any:
     """The operator ``cupybn::name``; under ``vmap`` it runs once for each of what there is."""
-    operator = torch.library.custom_op(
-        f"cupybn::{name}",
-        kernel,
-        mutates_args=(),
-        device_types=("cpu", "cuda"),
-        schema=schema,
-        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
-    )
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+    _library.define(name + schema, tags=tags)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, kernel, key)
+    operator = getattr(torch.ops.cupybn, name).default
 
     def repeated(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
         results = []
@@ -215,9 +215,13 @@ def _operator(name: str, kernel: Any, fake: Any, schema: str) -> Any:
         stacked = tuple(torch.stack(tensors) for tensors in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
 
-    operator.register_fake(fake)
-    operator.register_vmap(repeated)
+    torch.library.register_fake(f"cupybn::{name}", fake, lib=_library)
+    torch.library.register_vmap(f"cupybn::{name}", repeated, lib=_library)
     return operator
+
+
+def _differentiable(name: str, backward: Any, keep: Any = None) -> None:
+    torch.library.register_autograd(f"cupybn::{name}", backward, setup_context=keep, lib=_library)
 
 
 forward_operator = _operator(
@@ -242,6 +246,6 @@ double_backward_operator = _operator(
     "(Tensor? ddx, Tensor? ddweight, Tensor? ddbias, Tensor dy, Tensor x, Tensor? weight, "
     "Tensor statistics, float eps) -> (Tensor, Tensor, Tensor)",
 )
-forward_operator.register_autograd(_backward, setup_context=_keep_for_backward)
-backward_operator.register_autograd(_double_backward, setup_context=_keep_for_double_backward)
-double_backward_operator.register_autograd(_no_third)
+_differentiable("batch_norm", _backward, _keep_for_backward)
+_differentiable("batch_norm_backward", _double_backward, _keep_for_double_backward)
+_differentiable("batch_norm_double_backward", _no_third)

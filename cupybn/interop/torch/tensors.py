@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ...arrays import DATA_TYPES, Array, array_of_tensor, cupy_for
@@ -19,6 +20,10 @@ Tensor = Any
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 """Tensors of these types are arrays in memory, and not something that stands for one."""
 HOST = nullcontext()
+# Private to PyTorch, which has no public names for these; looked up once, so that a version without
+# them is told when this module is imported.
+_modes, _is_tracing = torch._C._len_torch_dispatch_stack, torch._C._is_tracing
+_transforms = torch._C._functorch.peek_interpreter_stack
 WIDE = {getattr(torch, name): getattr(torch, kind.arithmetic) for name, kind in DATA_TYPES.items()}
 """The dtype of the arithmetic, and of what is per channel, for data of a dtype."""
 
@@ -71,7 +76,8 @@ def stands_for_another(x: Tensor, watched: bool = True) -> bool:
 
     A tensor without values (meta, fake), of a subclass, of a transform of ``torch.func``, or of
     several gradients at once. With `watched` also where there is a mode that records, counts or
-    replaces what PyTorch computes (``make_fx``, ``FakeTensorMode``), or ``torch.jit.trace``.
+    replaces what PyTorch computes (``make_fx``, ``FakeTensorMode``), ``torch.jit.trace``, or
+    forward-mode differentiation.
     """
     if type(x) not in PLAIN or x.is_meta:
         return True
@@ -80,15 +86,23 @@ def stands_for_another(x: Tensor, watched: bool = True) -> bool:
     except RuntimeError:
         return True
     return watched and (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._is_tracing()
+        _modes() > 0 or _transforms() is not None or _is_tracing() or forward_ad._current_level >= 0
     )
+
+
+def is_transformed(x: Tensor, module: torch.nn.Module) -> bool:
+    """Whether a transform of ``torch.func`` is at work, or forward-mode differentiation."""
+    if _transforms() is not None:
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    tensors = (x, *module.parameters())
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def is_recorded() -> bool:
     """Whether operators go into a graph: ``make_fx``, ``torch.export``, ``torch.jit.trace``."""
-    return get_proxy_mode() is not None or torch._C._is_tracing()
+    return get_proxy_mode() is not None or _is_tracing()
 
 
 def is_without_values(x: Tensor) -> bool:
