@@ -9,7 +9,8 @@ export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: demo test check lint types test-openmpi test-frameworks test-pythons test-nvrtc
-.PHONY: test-cluster test-on-cluster test-hostcuda environments traffic bench bench-quick clean
+.PHONY: test-cluster test-on-cluster test-ptx environments traffic bench bench-quick
+.PHONY: clean
 
 # As many ranks as cores, but at least 2 and at most 4.
 CORES ?= $(shell unset OMP_NUM_THREADS; nproc || getconf _NPROCESSORS_ONLN)
@@ -19,10 +20,8 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/mpiexec -n $(RANKS) $(BIN)/python -m mpi4py examples/train_digits.py
 
 # Two at a time; the tests of a file stay together, because they share what the file has started.
-# Without the files that are about the kernels alone: `make test-hostcuda` runs those.
-KERNELS_ALONE = tests/test_hostcuda.py tests/test_kernels.py tests/test_traffic.py
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(KERNELS_ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: lint types
 	$(MAKE) test
@@ -63,12 +62,11 @@ test-nvrtc:
 	$(MAKE) VENV=.venv-nvrtc .venv-nvrtc/nvrtc.stamp
 	.venv-nvrtc/bin/python -m pytest tests/test_compile.py tests/test_sass.py
 
-# The kernels on the CPU: as they are, with threads in random order, and under the sanitizers of
-# g++.
-test-hostcuda: $(VENV)/test.stamp
-	$(BIN)/python -m pytest $(KERNELS_ALONE)
-	CUPYBN_HOST_VARIANT=shuffle $(BIN)/python -m pytest tests/test_kernels.py
-	$(BIN)/python tests/hostcuda/sanitize.py -m pytest tests/test_kernels.py
+# The kernels on the CPU, in the machine for PTX of tests/ptx: all; `make test` has a quick choice.
+KERNELS = check_finite cuda_backend cuda_layers kernels ptx ptx_graphs ptx_kernels traffic
+test-ptx: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu' \
+		$(KERNELS:%=tests/test_%.py)
 
 # On a cluster of hosts with sshd and Slurm that it makes of namespaces, as root: the recipes of
 # docs/clusters.md, and faults. A quick choice of them: make CLUSTER='-m "not slow"' test-cluster
@@ -91,7 +89,7 @@ environments:
 	$(MAKE) VENV=.venv-frameworks .venv-frameworks/frameworks.stamp
 	$(MAKE) VENV=.venv-nvrtc .venv-nvrtc/nvrtc.stamp
 
-# Global memory traffic of the kernels, counted on the CPU.
+# Global memory traffic of the kernels, counted in the machine for PTX.
 traffic: $(VENV)/test.stamp
 	$(BIN)/python tests/traffic.py --json traffic.json
 

@@ -1,5 +1,5 @@
-// Every access to global memory goes through these helpers: predicated, so that each lane of a warp
-// calls them equally often, which lets the host build count bytes, widths and sectors.
+// Every access to global memory goes through these helpers, predicated: the lanes of a warp stay
+// together, and a thread's loads are on their way before the first is used.
 #pragma once
 
 using i64 = long long;
@@ -15,30 +15,19 @@ template <> struct Word<4> { using type = unsigned int; };
 template <> struct Word<8> { using type = uint2; };
 template <> struct Word<16> { using type = uint4; };
 
-__device__ __forceinline__ void count_access(const void* address, int bytes, bool store,
-                                             bool active) {
-#ifdef CUPYBN_HOST
-  cupybn_host_access(address, bytes, store, active);
-#endif
-}
-
 template <typename T> __device__ __forceinline__ T load_if(bool active, const T* address) {
-  count_access(address, sizeof(T), false, active);
   T value{};
   if (active) value = *address;
   return value;
 }
 
 template <typename T> __device__ __forceinline__ void store_if(bool active, T* address, T value) {
-  count_access(address, sizeof(T), true, active);
   if (active) *address = value;
 }
 
 // An address of which the compiler knows nothing.
 template <typename T> __device__ __forceinline__ T* opaque(T* address) {
-#ifndef CUPYBN_HOST
   asm volatile("" : "+l"(address));
-#endif
   return address;
 }
 
@@ -66,26 +55,19 @@ template <typename W> __device__ __forceinline__ void store_word(W* address, con
   *address = word;
 }
 
-#ifndef CUPYBN_HOST
 // Left to itself, the compiler makes four stores of this one where narrower ones follow it.
 __device__ __forceinline__ void store_word(uint4* address, const uint4& word) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)),
                "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
                : "memory");
 }
-#endif
 
 // The address must be a multiple of the pack's size.
 template <int V, typename T>
 __device__ __forceinline__ Pack<T, V> load_pack_if(bool active, const T* address) {
   using word = typename Word<sizeof(T) * V>::type;
-  count_access(address, sizeof(word), false, active);
   word bits{};
-#ifdef CUPYBN_HOST
-  if (active) memcpy(&bits, __builtin_assume_aligned(address, sizeof(word)), sizeof(word));
-#else
   if (active) bits = *reinterpret_cast<const word*>(address);
-#endif
   Pack<T, V> pack;
   memcpy(&pack, &bits, sizeof(word));
   return pack;
@@ -94,9 +76,6 @@ __device__ __forceinline__ Pack<T, V> load_pack_if(bool active, const T* address
 // Past the first-level cache, which does not see what other blocks of this launch wrote. Into zeros: a
 // value chosen behind the load would wait for it, and the next load with it.
 __device__ __forceinline__ Pack<double, 2> load_pair_of_blocks_if(bool active, const double* address) {
-#ifdef CUPYBN_HOST
-  return load_pack_if<2>(active, address);
-#else
   Pack<double, 2> pair{};
   asm volatile("{\n.reg .pred active;\nsetp.ne.s32 active, %3, 0;\n"
                "@active ld.global.cg.v2.f64 {%0, %1}, [%2];\n}"
@@ -104,18 +83,12 @@ __device__ __forceinline__ Pack<double, 2> load_pair_of_blocks_if(bool active, c
                : "l"(__cvta_generic_to_global(address)), "r"(static_cast<int>(active))
                : "memory");
   return pair;
-#endif
 }
 
 template <int V, typename T>
 __device__ __forceinline__ void store_pack_if(bool active, T* address, const Pack<T, V>& pack) {
   using word = typename Word<sizeof(T) * V>::type;
-  count_access(address, sizeof(word), true, active);
   word bits;
   memcpy(&bits, &pack, sizeof(word));
-#ifdef CUPYBN_HOST
-  if (active) memcpy(__builtin_assume_aligned(address, sizeof(word)), &bits, sizeof(word));
-#else
   if (active) store_word(reinterpret_cast<word*>(address), bits);
-#endif
 }

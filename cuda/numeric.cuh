@@ -4,9 +4,6 @@
 #include "memory.cuh"
 
 // NVIDIA's headers have these types, too, and all their arithmetic: 10 to 20 ms of each compilation.
-#ifdef CUPYBN_HOST
-using float16 = __half;
-#else
 struct float16 {
   unsigned short bits;
 
@@ -16,19 +13,14 @@ struct float16 {
     return wide;
   }
 };
-#endif
 
 struct bfloat16 {
   unsigned short bits;
 
   __device__ __forceinline__ operator float() const {
-#ifdef CUPYBN_HOST
-    return __uint_as_float(static_cast<unsigned>(bits) << 16);
-#else
     float wide;
     asm("mov.b32 %0, {0, %1};" : "=f"(wide) : "h"(bits));
     return wide;
-#endif
   }
 };
 
@@ -46,11 +38,7 @@ __device__ __forceinline__ void narrow(float v, float& out) { out = v; }
 __device__ __forceinline__ void narrow(double v, double& out) { out = v; }
 
 __device__ __forceinline__ void narrow(float v, float16& out) {
-#ifdef CUPYBN_HOST
-  out = __float2half_rn(v);
-#else
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(v));
-#endif
 }
 
 __device__ __forceinline__ void narrow(float v, bfloat16& out) {

@@ -4,7 +4,7 @@ Its ``ndarray`` is a class of its own, so that the library takes it for CuPy's a
 CUDA: every layer runs on it. It holds the memory of a NumPy array, and refuses what CuPy refuses:
 mixing with NumPy arrays, becoming one without being asked, arrays of another device in a kernel.
 
-Kernels run on the CPU (``kernel_builds.py``), one after the other. Besides,
+Kernels run on the CPU, in the machine for PTX (``tests/ptx``), one after the other. Besides,
 
 * ``do_nothing()``: kernels are not even compiled, for counting and timing what Python does;
 * ``put_off()``: copies and kernels wait in their stream's queue until somebody waits for them or an
@@ -44,7 +44,7 @@ launched = Counter()  # kernels, by their names
 
 
 def _module(text, names):
-    from kernel_builds import compile_module
+    from ptx.launch import compile_module
 
     return compile_module(text, names)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import fake_cupy
 import numpy as np
-from kernel_builds import compile_modules
 
 from cupybn.backends import cuda
 from cupybn.backends.cuda import launch, source
@@ -317,7 +316,7 @@ def clear_caches():
 
 @contextmanager
 def host_kernels(build=None):
-    """The stand-in for CuPy, its kernels those of the host build, or of ``build(text, names)``."""
+    """The stand-in for CuPy, its kernels run by the machine for PTX, or made by ``build``."""
     before = sys.modules.get("cupy")
     fake_cupy.install()
     if build is not None:
@@ -346,13 +345,12 @@ class _Collector:
         return SimpleNamespace(get_function=launch)
 
 
-def compile_ahead(cases: Iterable[Case]) -> set[tuple[str, str]]:
-    """Compiles what the cases need, on all cores; the kernels they launch, with their texts."""
+def launched_by(cases: Iterable[Case]) -> set[tuple[str, str]]:
+    """The kernels that the cases launch, with their modules' texts; nothing is run."""
     collector = _Collector()
     with host_kernels(collector):
         for case in cases:
             run(cuda, case)
             if case.x.dtype == np.float64:
                 run_recentred(case, fused=True)
-    compile_modules(collector.modules)
     return collector.launched

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import DTYPES
 from cuda_tools import need
-from kernel_builds import missing
 from kernel_cases import host_kernels, numpy_through_cuda, parameter_dtype
+from ptx.launch import missing
 from rank_checks import Spy, bits, normal
 
 from cupybn import (
@@ -28,7 +28,7 @@ POISONS = [np.nan, np.inf, -np.inf]
 
 @pytest.fixture(params=["numpy", "cuda"])
 def backend(request, monkeypatch):
-    """NumPy arrays go through the NumPy backend, or through the CUDA one and the host build."""
+    """NumPy arrays go through the NumPy backend, or through the CUDA one in the machine for PTX."""
     if request.param == "numpy":
         yield request.param
         return

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import rank_environment
 from cuda_tools import need
-from kernel_builds import missing
+from ptx.launch import missing
 
 import cupybn
 from cupybn.cli import COMMANDS, main
@@ -184,7 +184,7 @@ def test_selftest_finds_what_is_wrong(mpirun, fault, columns, who):
 
 
 @pytest.mark.mpi
-@pytest.mark.timeout(200)  # each rank builds the kernels by g++
+@pytest.mark.timeout(600)  # the first launch compiles the machine for PTX
 @pytest.mark.parametrize("aware", ["0", "1"])
 def test_selftest_on_a_device(mpirun, aware):
     """Each transport that is available, on the stand-in for CuPy."""

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from conftest import DTYPES
 from cuda_tools import need
-from kernel_builds import missing
 from kernel_cases import (
     SPLIT,
     Case,
@@ -25,6 +24,7 @@ from kernel_cases import (
     run,
     there,
 )
+from ptx.launch import missing
 
 from cupybn.backends import cuda
 from cupybn.backends import numpy as numpy_backend

@@ -1,4 +1,4 @@
-"""Layers, functional and ranks through the CUDA backend, its kernels run by the host build.
+"""Layers, functional and ranks through the CUDA backend, its kernels run by the machine for PTX.
 
 On the stand-in for CuPy, whose arrays are CuPy's to the library; ``test_gpu_layers.py``, which is
 for a GPU, runs on it, too. The checks of ``rank_checks.py`` compute with NumPy arrays: for them
@@ -19,8 +19,8 @@ import pytest
 import reference
 from conftest import DTYPES, ROOT, TOLERANCE
 from cuda_tools import need
-from kernel_builds import compile_module, missing
 from kernel_cases import host_kernels, numpy_through_cuda, placed
+from ptx.launch import compile_module, missing
 from rank_checks import CHECKS, Spy
 from test_binding import functions_entered
 from test_layers import layer_for, layouts, normal

@@ -1,4 +1,4 @@
-"""The CUDA kernels through their own backend, run on the CPU by the host build.
+"""The CUDA kernels through their own backend, run on the CPU by the machine for PTX.
 
 Oracles: the formulas in float64 on the values as stored, and the NumPy backend.
 """
@@ -12,7 +12,6 @@ import pytest
 from conftest import DTYPES, TOLERANCE
 from cuda_tools import need
 from cuda_variants import variants
-from kernel_builds import BUILD, compile_module, missing
 from kernel_cases import (
     CS,
     LARGE,
@@ -23,16 +22,17 @@ from kernel_cases import (
     SPLIT,
     Case,
     back,
-    compile_ahead,
     covering,
     error,
     host_kernels,
+    launched_by,
     placed,
     run,
     run_alone,
     run_recentred,
     there,
 )
+from ptx.launch import compile_module, missing
 
 from cupybn.backends import cuda
 from cupybn.backends import numpy as numpy_backend
@@ -71,21 +71,14 @@ CASES = [
         for m in MODES
     ),
 ]
-# The first run compiles all modules, 10 times slower with sanitizers.
-pytestmark = pytest.mark.timeout(1800)
-
-
-@pytest.fixture(scope="session")
-def compiled():
-    """Compiles what CASES need, on all cores; single tests would do it one by one."""
-    need(missing())
-    return compile_ahead(
-        Case(*case[:3], offsets=OFFSETS[case[3]], constant=case[4]) for case in CASES
-    )
+# `make test` runs a part of them, `make test-ptx` all.
+QUICK = 12
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(autouse=True)
-def host(compiled):
+def machine():
+    need(missing())
     with host_kernels():
         yield
 
@@ -134,15 +127,28 @@ def name_of(value):
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).replace(" ", "-")
 
 
-@pytest.mark.parametrize(("shape", "dtype", "mode", "offset", "constant"), CASES, ids=name_of)
+def some(cases):
+    """Each in QUICK for the quick choice, and none that is large."""
+    for i, case in enumerate(cases):
+        quick = i % QUICK == 0 and np.prod(case[0]) < 100_000
+        yield pytest.param(*case, marks=() if quick else pytest.mark.ptx)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "mode", "offset", "constant"), list(some(CASES)), ids=name_of
+)
 def test_kernels_agree_with_float64_and_numpy(shape, dtype, mode, offset, constant):
     check(Case(shape, dtype, mode, sum(shape), OFFSETS[offset], constant=constant))
 
 
-def test_every_variant_runs(compiled):
-    """But for the one between two messages, see test_cuda_backend.py; and one tensor alone is never
-    read by the element for the sake of others.
+@pytest.mark.ptx
+def test_every_variant_runs():
+    """But for two that test_ptx_kernels.py runs: the one between two messages, and a tensor alone
+    is never read by the element for the sake of others.
     """
+    compiled = launched_by(
+        Case(*case[:3], offsets=OFFSETS[case[3]], constant=case[4]) for case in CASES
+    )
     every = [v for d in DTYPES for v in variants(d.name)]
     kernels = {(v.source, kernel): v for v in every for kernel in v.kernels}
     assert compiled <= set(kernels)
@@ -170,6 +176,7 @@ def spread(values):
     return values.std(axis=(0, 2), keepdims=True)
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("shape", LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ratio", [1e1, 1e3, 1e6])
@@ -182,6 +189,7 @@ def test_a_mean_far_from_zero(shape, dtype, ratio):
     check(Case(shape, dtype, "plain", x=x))
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("shape", [*LAYOUTS, *SPLIT], ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_outlier_comes_first(shape, dtype):
@@ -198,7 +206,7 @@ def test_denormals(dtype):
     beside eps.
     """
     smallest = float(np.nextafter(dtype.type(0), dtype.type(1)))
-    flushed = BUILD == "ptx" and dtype.name in ("float32", "bfloat16")
+    flushed = dtype.name in ("float32", "bfloat16")
     for shape in LAYOUTS:
         values = np.random.default_rng(5).integers(1, 100, shape) * smallest
         case = Case(shape, dtype, "plain", x=placed(values, dtype))
@@ -211,6 +219,7 @@ def test_denormals(dtype):
         assert error(got.y, f.y) < TOLERANCE[dtype.name]
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.1, 1234.567, 6e4, 1e-3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_constants_have_no_variance(value, dtype):
@@ -221,6 +230,7 @@ def test_constants_have_no_variance(value, dtype):
         assert (back(moments.mean) == float(x.flat[0])).all()
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_and_inf_stay_in_their_channel(bad, dtype):

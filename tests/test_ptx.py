@@ -12,7 +12,7 @@ from ptx import nvrtc
 from ptx.launch import missing
 
 if missing() is None:
-    from ptx import launch, machine, program
+    from ptx import machine, program
     from ptx.launch import Module, PtxError, compile_module, counting, run, setting
 
 pytestmark = pytest.mark.timeout(900)  # the first launch compiles the machine
@@ -96,7 +96,8 @@ def test_integers(name, kind, bits):
     pairs = [(a, b) for a in INTEGERS for b in INTEGERS[1:] if int(b) % (1 << bits)]
     mask = (1 << bits) - 1
     for begin in range(0, len(pairs), 32):
-        a, b = (np.array(x, np.uint64) & np.uint64(mask) for x in zip(*pairs[begin : begin + 32]))
+        both = np.array(pairs[begin : begin + 32], np.uint64) & np.uint64(mask)
+        a, b = np.ascontiguousarray(both.T)
         got = computed(f"{name}.{kind}{bits}", a, b)
         number = (lambda x: signed(x, bits)) if kind == "s" else int
         expected = [PLAIN[name](number(x), number(y)) & mask for x, y in zip(a, b, strict=True)]
@@ -361,7 +362,7 @@ def test_a_missing_barrier_between_two_uses_of_a_table():
     kernel(sound, "thrice")((1,), (128,), (out,))
     assert out.tolist() == [128 * 127 / 2, 128, 256]
     for order in ORDERS.values():
-        with setting(**order), pytest.raises(PtxError, match="race in shared memory: it writes"):
+        with setting(**order), pytest.raises(PtxError, match="race in shared memory"):
             kernel(faulty, "thrice")((1,), (128,), (out,))
 
 
@@ -460,7 +461,7 @@ extern "C" __global__ void same_block_element(float* y, int n) {
 extern "C" __global__ void within_block(float* y, int n) {
     if (blockIdx.x > 0) return;
     y[threadIdx.x] = 1;
-    if (threadIdx.x < 32) y[64 + threadIdx.x] = y[threadIdx.x + 32];
+    y[64 + threadIdx.x] = y[threadIdx.x ^ 32];
 }
 extern "C" __global__ void within_warp(float* y, int n) {
     __shared__ float some[64];
@@ -501,7 +502,7 @@ def line_of(text: str) -> int:
         ("crooked_shared", 1, "a misaligned access to shared", "*(float4*)(some"),
         ("same_element", 0, "what a thread of this block wrote", "y[0] = threadIdx"),
         ("same_block_element", 0, "what another block wrote", "y[0] = blockIdx"),
-        ("within_block", 0, "what a thread of this block wrote", "y[threadIdx.x + 32]"),
+        ("within_block", 0, "what a thread of this block wrote", "y[threadIdx.x ^ 32]"),
         ("within_warp", 0, "race in shared memory: it reads", "some[threadIdx.x ^ 1]"),
         ("uninitialised", 0, "shared memory that nobody wrote", "some[63 - threadIdx.x]"),
         ("for_ever", 0, "did not end in", ""),
@@ -518,6 +519,61 @@ def test_a_planted_fault_is_named_with_its_line(name, n, message, line):
     out = np.full((64, 4), -1, np.int32)
     kernel(SHUFFLES, "shuffles")((1,), (64,), (out, np.int32(32)))  # all is well again
     assert (out >= 0).all()
+
+
+# ---- copies --------------------------------------------------------------------------------------
+
+COPY = r"""
+extern "C" __global__ void copied(float* y, const float* x, int given) {
+    __shared__ __align__(16) float some[256];
+    unsigned to = (unsigned)__cvta_generic_to_shared(some + 4 * threadIdx.x);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(to), "l"(x + 4 * threadIdx.x), "r"(given) : "memory");
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    WAIT
+    BARRIER
+    for (int i = 0; i < 4; i++) y[4 * threadIdx.x + i] = some[(4 * threadIdx.x + i + 4) % 256];
+}
+"""
+WAIT = 'asm volatile("cp.async.wait_group 0;" ::: "memory");'
+
+
+def copied(wait=WAIT, barrier="__syncthreads();", given=16, size=256):
+    x, y = np.arange(size, dtype=np.float32), np.full(256, np.nan, np.float32)
+    text = COPY.replace("WAIT", wait).replace("BARRIER", barrier)
+    kernel(text, "copied")((1,), (64,), (y, x, np.int32(given)))
+    return np.roll(y, 4)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_copies_that_are_waited_for(order):
+    with setting(**ORDERS[order]):
+        assert copied().tolist() == list(range(256))
+        assert copied(WAIT.replace("wait_group 0", "wait_all")).tolist() == list(range(256))
+        assert not copied(given=0, size=4).any()  # of nothing, zeros
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"wait": ""}, "a cp.async still writes"),
+        ({"wait": WAIT.replace("group 0", "group 1")}, "a cp.async still writes"),
+        ({"barrier": ""}, "race in shared memory: it reads|a cp.async still writes"),
+        ({"size": 252}, "out of bounds"),
+    ],
+)
+def test_a_planted_fault_of_a_copy_is_named(options, message):
+    for order in ORDERS.values():
+        with setting(**order), pytest.raises(PtxError, match=message):
+            copied(**options)
+
+
+def test_copies_are_counted_as_loads():
+    for given in (16, 0):
+        with counting() as launches:
+            copied(given=given)
+        loads = sum(access.bytes for access in launches[0].loads)
+        assert loads == 64 * given
 
 
 # ---- launches ------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""What the machine for PTX shows beside results: conversions, architectures, order, large tensors."""
+"""What the machine for PTX shows of the kernels beside results, which test_kernels.py compares."""
 
 from __future__ import annotations
 
 import mmap
+import re
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from cupybn.backends.cuda import primitives, source
 from cupybn.statistics import BackwardSums, Moments, Transform
 
 if missing() is None:
-    from ptx.launch import PtxError, compile_module, setting
+    from ptx import nvrtc, program
+    from ptx.launch import Module, PtxError, compile_module, setting
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.ptx]
 ARCHITECTURES = ("compute_75", "compute_80", "compute_90", "compute_120")
 SIXTEEN = [d for d in DTYPES if d.itemsize == 2]
 
@@ -132,7 +134,7 @@ def test_moments_of_rows_by_the_element(dtype, monkeypatch):
         return compile_module(text, kernels)
 
     monkeypatch.setattr(primitives, "tensor_launch", by_element)
-    for shape in ((3, 5, 70), (2, 3, 20011)):
+    for shape in ((3, 5, 784), (2, 3, 20011)):
         case = Case(shape, dtype, "plain")
         with host_kernels(build):
             moments = cuda.batch_moments(there(case.x))
@@ -143,13 +145,123 @@ def test_moments_of_rows_by_the_element(dtype, monkeypatch):
     assert all(all(f"#define {choice}\n" in text for choice in choices) for text in built)
 
 
+# ---- planted faults ------------------------------------------------------------------------------
+
+SPLIT = {
+    "rows": (4, 2, 10007),
+    "runs": (700, 8, 49),
+    "columns": (3000, 64, 1),
+    "ragged columns": (40003, 3, 1),
+}
+
+
+def outcome(dtype, shape, edit):
+    """Bits of a forward and backward by kernels whose PTX `edit` has changed; or the fault."""
+
+    def build(text, kernels):
+        return Module(edit(nvrtc.compile_text(text)))
+
+    with host_kernels(build):
+        try:
+            got = vars(run(cuda, Case(shape, dtype, "plain")))
+        except PtxError as error:
+            return str(error)
+    return [np.asarray(got[name]).tobytes() for name in ("mean", "var", "y", "dx", "dweight")]
+
+
+def without(pattern, number):
+    """Takes the instruction that matches out of the text, if it has so many."""
+    count = 0
+
+    def edit(ptx):
+        nonlocal count
+        found = list(re.finditer(rf"^\s*(?:@!?%p\d+ )?{pattern}[^;]*;\n", ptx, re.M))
+        here, count = number - count, count + len(found)
+        if not 0 <= here < len(found):
+            return ptx
+        edit.there = True
+        return ptx[: found[here].start()] + ptx[found[here].end() :]
+
+    edit.there = False
+    return edit
+
+
+def places(ptx, pattern):
+    """Where in the sources the instructions that `without` counts come from."""
+    return [
+        place.rpartition("/")[2]
+        for found in program.read(ptx).values()
+        for text, place in zip(found.texts, found.places, strict=True)
+        if re.match(rf"(@!?%p\d+ )?{pattern}", text)
+    ]
+
+
+def missed(pattern):
+    """Places of such instructions; and those whose lack is a fault in one layout at least."""
+    every, found = set(), set()
+    for shape in SPLIT.values():
+        texts = []
+        outcome(np.dtype(np.float32), shape, lambda ptx: texts.append(ptx) or ptx)  # noqa: B023
+        for number, place in enumerate(p for ptx in texts for p in places(ptx, pattern)):
+            edit = without(pattern, number)
+            fault = isinstance(outcome(np.dtype(np.float32), shape, edit), str)
+            assert edit.there
+            every.add(place)
+            if fault:
+                found.add(place)
+    return every, found
+
+
+@pytest.mark.parametrize(
+    ("pattern", "places", "idle"),
+    # The last barrier of block_sum only makes it safe to call twice in a row.
+    [("membar.gl", 2, 0), ("bar.sync", 10, 1), ("bar.warp.sync", 1, 0)],
+)
+def test_every_barrier_and_fence_is_missed(pattern, places, idle):
+    """One after the other is taken away: there is a fault, whatever the results are."""
+    every, found = missed(re.escape(pattern))
+    assert len(every) >= places
+    assert len(every - found) <= idle, every - found
+
+
+CHANGES = {
+    "a shuffle without a lane": (r"(shfl\.sync[^;]*), (?:-1|%r\d+);", r"\1, 0x7fffffff;"),
+    "a vector one element too far": (r"(ld\.global\.v4\.\w+ [^;]*\[%rd\d+)\]", r"\1+4]"),
+    "a vector behind the array": (r"(ld\.global\.v4\.\w+ [^;]*\[%rd\d+)\]", r"\1+4194304]"),
+    "a store behind the array": (r"(st\.global\.v4\.\w+ \t?\[%rd\d+)\]", r"\1+4194304]"),
+    "a store before the array": (r"(st\.global\.v4\.\w+ \t?\[%rd\d+)\]", r"\1+-4194304]"),
+    "shared memory too far": (r"(st\.shared\.\w+ \t?\[%r\d+)\]", r"\1+40000]"),
+    "a barrier for some": (r"bar\.sync \t?0;", "setp.ne.u32 %x, %tid.x, 7;\n@%x bar.sync 0;"),
+    "an early end": (r"bar\.sync \t?0;", "setp.eq.u32 %x, %tid.x, 7;\n@%x ret;\nbar.sync 0;"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("layout", SPLIT)
+def test_a_changed_instruction_is_a_fault(layout, name):
+    if layout == "columns" and "shuffle" in name:
+        return  # there is one, but not for as few members of a channel
+    pattern, to = CHANGES[name]
+    changed = 0
+
+    def edit(ptx):
+        nonlocal changed
+        found, n = re.subn(pattern, to, ptx)
+        changed += n
+        return found
+
+    found = outcome(np.dtype(np.float32), SPLIT[layout], edit)
+    assert isinstance(found, str) or not changed, found
+    assert changed or layout == "rows"  # whose rows are not whole vectors
+
+
 # ---- more than 2**31 elements --------------------------------------------------------------------
 
 
 def large(shape, dtype):
     """Memory that is there when it is touched, and 0."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
     return np.frombuffer(pages, np.uint8)[:size].view(dtype).reshape(shape)
 
 
@@ -225,7 +337,7 @@ def test_an_offset_of_32_bits_would_be_found():
     """The test above can fail: the same kernel with an offset that wraps."""
     text = """extern "C" __global__ void f(unsigned char* y, long long step) {
         int i = static_cast<int>(blockIdx.x * step);
-        y[i + threadIdx.x] = 1;
+        y[i + static_cast<int>(threadIdx.x)] = 1;
     }"""
     y = large(2**31 + 2**20, np.uint8)
     kernel = compile_module(text).get_function("f")

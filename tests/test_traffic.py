@@ -8,6 +8,7 @@ from ptx.launch import missing
 from traffic import DTYPES, LAYOUTS, SHAPES, Figures, counted_kernels, measure, shortfalls
 
 
+@pytest.mark.ptx
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,7 +1,7 @@
-"""How the machine itself is compiled: by Numba, once; kept on disk beside this file.
+"""How the machine itself is compiled: by Numba, once; kept on disk beside the PTX (``nvrtc.py``).
 
-Numba looks at one file to see whether what it kept is out of date. The stamp here is a digest of
-all files that are compiled, or whose constants are.
+Numba looks at one file to see whether what it kept is out of date. Here the folder's name is a
+digest of all files that are compiled, or whose constants are: other checkouts of the same find it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 import numba
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
+from .nvrtc import kept
+
 _options = {"nogil": True, "error_model": "numpy"}
 
 inside = numba.njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_options)
@@ -21,16 +23,21 @@ apart = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_options)
 """For functions that are called."""
 
 
+def _folder() -> Path:
+    found = sha256(numba.__version__.encode())
+    for name in ("compiled", "lanes", "machine", "memory", "program", "words"):
+        found.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    folder = kept() / f"machine-{found.hexdigest()[:20]}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 class _Cache(FunctionCache):
     def __init__(self, function):
         super().__init__(function)
-        found = sha256()
-        for name in ("compiled", "lanes", "machine", "memory", "program", "words"):
-            found.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+        self._cache_path = str(_folder())
         self._cache_file = IndexDataCacheFile(
-            cache_path=self.cache_path,
-            filename_base=self._impl.filename_base,
-            source_stamp=found.digest(),
+            cache_path=self._cache_path, filename_base=self._impl.filename_base, source_stamp=0
         )
 
 

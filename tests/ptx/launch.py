@@ -14,24 +14,27 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import nvrtc, words
 from .memory import NOBODYS
-from .program import GAP, Program, read
+from .program import CODES, GAP, SPACE, Program, read
 
 _GRID = (2**31 - 1, 65535, 65535)
 _BLOCK = (1024, 1024, 64)
 _STATIC = 48 << 10
 _TURNS = 1 << 22  # instructions of warps between two looks at the clock and at other launches
 _LARGE = 1 << 29  # bytes of an array whose writers are not noted
+_COPY = CODES["copy"]
+_TELLING = [CODES["fence"], CODES["atomic"]]
+_lock = threading.Lock()
 _STARTED = itertools.count(int(os.environ.get("CUPYBN_PTX_SEED", "0")))
 
 
-@lru_cache(maxsize=None)
+@cache
 def missing() -> str | None:
     """Why nothing can run here; None if it can."""
     if importlib.util.find_spec("numba") is None:
@@ -163,7 +166,7 @@ class Module:
         return self._kernels[name]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _module(text: str, architecture: str) -> Module:
     return Module(nvrtc.compile_text(text, architecture), text)
 
@@ -276,7 +279,7 @@ class Launch:
         totals = self._words("totals", 8)
         totals[words.RANDOM] = 0x9E3779B97F4A7C15 - (1 << 64) + 2 * seed
         self._words("fault", 8)
-        self._words("masks", 128)
+        self._words("masks", 160)
         addresses = {name: array.ctypes.data for name, array in self._keep.items()}
         self._state = words.Words(**{name: addresses.get(name, 0) for name in words.Words._fields})
 
@@ -389,9 +392,7 @@ class Launch:
 
     def advance(self, turns: int = _TURNS) -> bool:
         """Runs so many instructions; True at its end."""
-        from .machine import advance
-
-        state = advance(self._state, min(turns, self.how.limit))
+        state = _machine()(self._state, min(turns, self.how.limit))
         done, lanes = (int(self._keep["totals"][i]) for i in (words.INSTRUCTIONS, words.LANES))
         if state < 0:
             raise PtxError(self._fault())
@@ -427,13 +428,21 @@ class Launch:
         _counted.append(Counted(self.program.name, self.grid, self.block, memory, loads, stores))
 
 
+@cache
+def _machine() -> Any:
+    """Compiled, or read from disk; of processes that come at once, one compiles."""
+    import fcntl
+
+    from numba import int64, typeof
+
+    from .machine import advance
+
+    with open(nvrtc.kept() / "lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        advance.compile((typeof(words.Words(*[0] * len(words.Words._fields))), int64))
+    return advance
+
+
 def _fences(program: Program) -> bool:
     """Whether its blocks tell each other anything."""
     return bool(np.isin(program.code[:, 0], _TELLING).any() or (program.code[:, SPACE] >> 2).any())
-
-
-from .program import CODES, SPACE  # noqa: E402
-
-_COPY = CODES["copy"]
-_TELLING = [CODES["fence"], CODES["atomic"]]
-_lock = threading.Lock()

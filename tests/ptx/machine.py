@@ -62,10 +62,11 @@ _FIELDS = len(FIELDS)
 _NEVER = 1 << 60
 RUNS, AT_BARRIER, AT_WARP_OPERATION, ENDED = range(4)
 PACK, UNPACK, LOAD, STORE, ATOMIC, COPY, COMMIT, WAIT = (
-    CODES[name] for name in "pack unpack load store atomic copy commit wait".split()
+    CODES[name] for name in ["pack", "unpack", "load", "store", "atomic", "copy", "commit", "wait"]
 )
 FENCE, BRANCH, EXIT, BARRIER, SYNC_WARP, SHUFFLE_OP, VOTE, NOTHING = (
-    CODES[name] for name in "fence branch exit barrier sync_warp shuffle vote nothing".split()
+    CODES[name]
+    for name in ["fence", "branch", "exit", "barrier", "sync_warp", "shuffle", "vote", "nothing"]
 )
 UP, DOWN, BUTTERFLY, INDEX = range(4)
 ANY_OF, ALL_OF, BALLOT = range(3)
@@ -88,60 +89,60 @@ def each(r, m, ins, function):
     """A function of lanes.py, in every active lane."""
     d, a, b, c = word(ins, D0) * 32, word(ins, A) * 32, word(ins, B) * 32, word(ins, C) * 32
     k, j = bits(ins, K), bits(ins, J)
-    for l in range(32):
-        x = function(bits(r, a + l), bits(r, b + l), bits(r, c + l), k, j)
-        on = bits(m, l)
-        put_bits(r, d + l, (x & on) | (bits(r, d + l) & ~on))
+    for lane in range(32):
+        x = function(bits(r, a + lane), bits(r, b + lane), bits(r, c + lane), k, j)
+        on = bits(m, lane)
+        put_bits(r, d + lane, (x & on) | (bits(r, d + lane) & ~on))
 
 
 @inside
 def insert(r, m, ins):
     d, a, b, c = word(ins, D0) * 32, word(ins, A) * 32, word(ins, B) * 32, word(ins, C) * 32
     e, k = word(ins, E) * 32, bits(ins, K)
-    for l in range(32):
-        x = f.insert(bits(r, a + l), bits(r, b + l), bits(r, c + l), bits(r, e + l), k)
-        on = bits(m, l)
-        put_bits(r, d + l, (x & on) | (bits(r, d + l) & ~on))
+    for lane in range(32):
+        x = f.insert(bits(r, a + lane), bits(r, b + lane), bits(r, c + lane), bits(r, e + lane), k)
+        on = bits(m, lane)
+        put_bits(r, d + lane, (x & on) | (bits(r, d + lane) & ~on))
 
 
 @inside
 def pack(r, m, ins):
     size, count, d = np.uint64(word(ins, SIZE)), word(ins, VEC), word(ins, D0) * 32
     kept = (ONE << size) - ONE
-    for l in range(32):
-        if bits(m, l):
+    for lane in range(32):
+        if bits(m, lane):
             x = ZERO
             for i in range(count):
-                part = bits(r, word(ins, A + i) * 32 + l) & kept
+                part = bits(r, word(ins, A + i) * 32 + lane) & kept
                 x |= part << (size * np.uint64(i))
-            put_bits(r, d + l, x)
+            put_bits(r, d + lane, x)
 
 
 @inside
 def unpack(r, m, ins):
     size, count, a = np.uint64(word(ins, SIZE)), word(ins, VEC), word(ins, A) * 32
     kept = (ONE << size) - ONE
-    for l in range(32):
-        if bits(m, l):
-            x = bits(r, a + l)
+    for lane in range(32):
+        if bits(m, lane):
+            x = bits(r, a + lane)
             for i in range(count):
                 row = word(ins, D0 + i)
                 if row >= 0:
-                    put_bits(r, row * 32 + l, (x >> (size * np.uint64(i))) & kept)
+                    put_bits(r, row * 32 + lane, (x >> (size * np.uint64(i))) & kept)
 
 
 # ---- warp operations -----------------------------------------------------------------------------
 
 
 @inside
-def _source(kind, l, b, c):
-    """The lane that lane l reads in a shuffle; -1: it is its own."""
+def _source(kind, lane, b, c):
+    """The lane that a lane reads in a shuffle; -1: it is its own."""
     segment, clamp = (c >> 8) & 31, c & 31
-    first, last = l & segment, (l & segment) | (clamp & ~segment)
+    first, last = lane & segment, (lane & segment) | (clamp & ~segment)
     if kind == UP:
-        j = l - b
+        j = lane - b
         return j if j >= last else -1
-    j = l + b if kind == DOWN else l ^ b if kind == BUTTERFLY else first | (b & ~segment)
+    j = lane + b if kind == DOWN else lane ^ b if kind == BUTTERFLY else first | (b & ~segment)
     return j if j <= last else -1
 
 
@@ -150,18 +151,18 @@ def _shuffle(s, r, ins, mask):
     """For the lanes of the mask: 0, or a fault."""
     kind, d, p = word(ins, J), word(ins, D0) * 32, word(ins, D1) * 32
     a, b, c = word(ins, A) * 32, word(ins, B) * 32, word(ins, C) * 32
-    for l in range(32):
-        put_bits(s.masks, 64 + l, bits(r, a + l))
-    for l in range(32):
-        if (mask >> np.uint64(l)) & ONE:
-            j = _source(kind, l, word(r, b + l) & 31, word(r, c + l))
+    for lane in range(32):
+        put_bits(s.masks, 64 + lane, bits(r, a + lane))
+    for lane in range(32):
+        if (mask >> np.uint64(lane)) & ONE:
+            j = _source(kind, lane, word(r, b + lane) & 31, word(r, c + lane))
             own = j < 0
-            j = l if own else j
+            j = lane if own else j
             if not (mask >> np.uint64(j)) & ONE:
-                return fault(s, 17, l, mask)
-            put_bits(r, d + l, bits(s.masks, 64 + j))
+                return fault(s, 17, lane, mask)
+            put_bits(r, d + lane, bits(s.masks, 64 + j))
             if p >= 0:
-                put_bits(r, p + l, ZERO if own else ONE)
+                put_bits(r, p + lane, ZERO if own else ONE)
     return 0
 
 
@@ -169,16 +170,16 @@ def _shuffle(s, r, ins, mask):
 def _vote(s, r, ins, mask):
     kind, d, a, negated = word(ins, J), word(ins, D0) * 32, word(ins, A) * 32, bits(ins, K)
     found = ZERO
-    for l in range(32):
-        here = (mask >> np.uint64(l)) & ((bits(r, a + l) & ONE) ^ negated) & ONE
-        found |= here << np.uint64(l)
+    for lane in range(32):
+        here = (mask >> np.uint64(lane)) & ((bits(r, a + lane) & ONE) ^ negated) & ONE
+        found |= here << np.uint64(lane)
     if kind == ANY_OF:
         found = ONE if found else ZERO
     elif kind == ALL_OF:
         found = ONE if found == mask else ZERO
-    for l in range(32):
-        if (mask >> np.uint64(l)) & ONE:
-            put_bits(r, d + l, found)
+    for lane in range(32):
+        if (mask >> np.uint64(lane)) & ONE:
+            put_bits(r, d + lane, found)
     return 0
 
 
@@ -187,14 +188,14 @@ def _mask_there(s, r, ins, slot, warp, pc, mask, of):
     """Whether all lanes of a mask wait at this instruction: 1, or 0, or a fault below 0."""
     e, threads = word(ins, E) * 32, word(s.settings, THREADS)
     base = slot * threads + warp * 32
-    for l in range(32):
-        if (mask >> np.uint64(l)) & ONE:
-            if warp * 32 + l >= threads:
+    for lane in range(32):
+        if (mask >> np.uint64(lane)) & ONE:
+            if warp * 32 + lane >= threads:
                 return -fault(s, 18, of, mask)
-            if word(s.status, base + l) != AT_WARP_OPERATION or word(s.pc, base + l) != pc:
+            if word(s.status, base + lane) != AT_WARP_OPERATION or word(s.pc, base + lane) != pc:
                 return 0
-            if bits(r, e + l) & f.LOW32 != mask:
-                return -fault(s, 19, l, mask)
+            if bits(r, e + lane) & f.LOW32 != mask:
+                return -fault(s, 19, lane, mask)
     return 1
 
 
@@ -203,13 +204,13 @@ def warp_operation(s, r, ins, slot, warp, pc):
     """Lanes have come to it: does it for every mask that is complete. 0, or a fault."""
     base, e = slot * word(s.settings, THREADS) + warp * 32, word(ins, E) * 32
     lanes = min(32, word(s.settings, THREADS) - warp * 32)
-    for l in range(lanes):
-        if word(s.status, base + l) != AT_WARP_OPERATION or word(s.pc, base + l) != pc:
+    for lane in range(lanes):
+        if word(s.status, base + lane) != AT_WARP_OPERATION or word(s.pc, base + lane) != pc:
             continue
-        mask = bits(r, e + l) & f.LOW32
-        if not (mask >> np.uint64(l)) & ONE:
-            return fault(s, 15, l, mask)
-        there = _mask_there(s, r, ins, slot, warp, pc, mask, l)
+        mask = bits(r, e + lane) & f.LOW32
+        if not (mask >> np.uint64(lane)) & ONE:
+            return fault(s, 15, lane, mask)
+        there = _mask_there(s, r, ins, slot, warp, pc, mask, lane)
         if there < 0:
             return -there
         if there:
@@ -395,9 +396,9 @@ def effect(s, op, r, m, ins, slot, warp):
         memory.wait(s, m, ins, slot, warp)
     elif op == FENCE:
         if word(ins, J):
-            for l in range(32):
-                if bits(m, l):
-                    memory.fence(s, slot, warp * 32 + l)
+            for lane in range(32):
+                if bits(m, lane):
+                    memory.fence(s, slot, warp * 32 + lane)
     elif op != NOTHING:
         return fault(s, 23, 0, np.uint64(op))
     return 0
@@ -407,22 +408,22 @@ def effect(s, op, r, m, ins, slot, warp):
 def _choose_group(s, m, base, lanes):
     """Sets the mask of the lanes that go on: where they are, and where the next others are."""
     pc, others = _NEVER, _NEVER
-    for l in range(lanes):
-        if word(s.status, base + l) == RUNS:
-            pc = min(pc, word(s.pc, base + l))
+    for lane in range(lanes):
+        if word(s.status, base + lane) == RUNS:
+            pc = min(pc, word(s.pc, base + lane))
     split = word(s.settings, SPLIT)
     if split and pc < _NEVER:
         start = random(s, lanes)
         for i in range(lanes):
-            l = (start + i) % lanes
-            if word(s.status, base + l) == RUNS:
-                pc = word(s.pc, base + l)
+            lane = (start + i) % lanes
+            if word(s.status, base + lane) == RUNS:
+                pc = word(s.pc, base + lane)
                 break
     active = 0
-    for l in range(32):
+    for lane in range(32):
         on = ZERO
-        if l < lanes and word(s.status, base + l) == RUNS:
-            here = word(s.pc, base + l)
+        if lane < lanes and word(s.status, base + lane) == RUNS:
+            here = word(s.pc, base + lane)
             if here == pc and not (split and active and random(s, 2)):
                 on = ALL
                 active += 1
@@ -430,33 +431,33 @@ def _choose_group(s, m, base, lanes):
                 others = min(others, here)
             else:
                 others = pc  # a part of the group, or one behind it: one step, and choose again
-        put_bits(m, l, on)
+        put_bits(m, lane, on)
     return pc, others, active
 
 
 @inside
 def _leave(s, m, base, pc):
     """The group's lanes are at pc."""
-    for l in range(32):
-        if bits(m, l):
-            put(s.pc, base + l, pc)
+    for lane in range(32):
+        if bits(m, lane):
+            put(s.pc, base + lane, pc)
 
 
 @inside
 def _wait_at(s, m, base, pc, status):
-    for l in range(32):
-        if bits(m, l):
-            put(s.status, base + l, status)
-            put(s.pc, base + l, pc)
+    for lane in range(32):
+        if bits(m, lane):
+            put(s.status, base + lane, status)
+            put(s.pc, base + lane, pc)
 
 
 @inside
 def _predicated(r, m, e, ins):
     """The lanes for which an instruction counts, into e: their number."""
     row, negated, active = word(ins, PRED) * 32, bits(ins, NEG), 0
-    for l in range(32):
-        on = bits(m, l) & (ZERO - ((bits(r, row + l) & ONE) ^ negated))
-        put_bits(e, l, on)
+    for lane in range(32):
+        on = bits(m, lane) & (ZERO - ((bits(r, row + lane) & ONE) ^ negated))
+        put_bits(e, lane, on)
         active += np.int64(on & ONE)
     return active
 
@@ -502,12 +503,12 @@ def run_warp(s, slot, warp, turn):
                     _leave(s, m, base, word(ins, J))
                     together = False
                     continue
-            elif op == EXIT or op == BARRIER:
+            elif op in (EXIT, BARRIER):
                 _leave(s, group, base, pc + 1)
                 _wait_at(s, m, base, pc, ENDED if op == EXIT else AT_BARRIER)
                 together = False
                 continue
-            elif op == SHUFFLE_OP or op == VOTE or op == SYNC_WARP:
+            elif op in (SHUFFLE_OP, VOTE, SYNC_WARP):
                 _leave(s, group, base, pc + 1)
                 _wait_at(s, m, base, pc, AT_WARP_OPERATION)
                 if warp_operation(s, r, ins, slot, warp, pc):
@@ -555,8 +556,8 @@ def start_block(s, slot):
             value = number % x if axis == 0 else number // x % y if axis == 1 else number // (x * y)
             for warp in range(warps):
                 at = ((slot * warps + warp) * word(s.settings, ROWS) + row) * 32
-                for l in range(32):
-                    put(s.registers, at + l, value)
+                for lane in range(32):
+                    put(s.registers, at + lane, value)
     size = word(s.settings, SHARED_SIZE) // 8
     for i in range(slot * size, (slot + 1) * size):
         put(s.shared, i, -1)  # NaN, of whatever type
@@ -605,11 +606,7 @@ def settle(s, slot):
 @entry
 def advance(s, budget):
     """Runs the launch for so many instructions of warps. 0: it ended; 1: not yet; -1: a fault."""
-    slots, warps, threads = (
-        word(s.settings, SLOTS),
-        word(s.settings, WARPS),
-        word(s.settings, THREADS),
-    )
+    slots, warps = word(s.settings, SLOTS), word(s.settings, WARPS)
     shuffle, quantum = word(s.settings, SHUFFLE), word(s.settings, QUANTUM)
     while budget > 0:
         waiting = word(s.totals, NEXT) < word(s.settings, BLOCKS)

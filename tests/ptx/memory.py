@@ -19,21 +19,21 @@ from .lanes import ALL, LOW32, ONE, ZERO, load, signed, store
 from .program import (
     ACQUIRE,
     ATOMICS,
+    D0,
     GENERIC,
     RELAXED,
     RELEASE,
     SHARED,
+    SIZE,
+    SPACE,
+    VEC,
     WINDOW,
     A,
     B,
     C,
-    D0,
     E,
     J,
     K,
-    SIZE,
-    SPACE,
-    VEC,
 )
 from .words import (
     CLOCK,
@@ -81,10 +81,10 @@ def fault(s, kind, lane, value):
 def _addresses(s, r, m, row, offset, total):
     """Every active lane's, into scratch: the first, the last and whether one is crooked."""
     first, last, crooked = ALL, ZERO, ZERO
-    for l in range(32):
-        if bits(m, l):
-            x = bits(r, row + l) + np.uint64(offset)
-            put_bits(s.masks, 64 + l, x)
+    for lane in range(32):
+        if bits(m, lane):
+            x = bits(r, row + lane) + np.uint64(offset)
+            put_bits(s.masks, 64 + lane, x)
             first, last = min(first, x), max(last, x)
             crooked |= x
     return first, last, crooked & np.uint64(total - 1)
@@ -93,15 +93,15 @@ def _addresses(s, r, m, row, offset, total):
 @inside
 def _fault_of_lane(s, m, kind, total, crooked):
     """Of the first lane whose address is crooked, or is in no range."""
-    for l in range(32):
-        x = bits(s.masks, 64 + l)
-        if bits(m, l):
+    for lane in range(32):
+        x = bits(s.masks, 64 + lane)
+        if bits(m, lane):
             if crooked:
                 wrong = (x & np.uint64(total - 1)) != ZERO
             else:
                 wrong = range_of(s, x, x + np.uint64(total)) < 0
             if wrong:
-                return fault(s, kind, l, x)
+                return fault(s, kind, lane, x)
     return 0
 
 
@@ -190,16 +190,16 @@ def _access_shared(s, r, m, ins, slot, warp, writes):
     size, count = word(ins, SIZE), word(ins, VEC)
     total = size * count
     base = np.uint64(s.shared) + np.uint64(slot * word(s.settings, SHARED_SIZE))
-    for l in range(32):
-        if bits(m, l):
-            x = bits(s.masks, 64 + l) & _IN_WINDOW
+    for lane in range(32):
+        if bits(m, lane):
+            x = bits(s.masks, 64 + lane) & _IN_WINDOW
             if x & np.uint64(total - 1):
-                return fault(s, 3, l, x)
-            wrong = check_shared(s, slot, warp, l, x, total, writes)
+                return fault(s, 3, lane, x)
+            wrong = check_shared(s, slot, warp, lane, x, total, writes)
             if wrong:
                 return wrong
             for i in range(count):
-                row = word(ins, D0 + i) * 32 + l
+                row = word(ins, D0 + i) * 32 + lane
                 if writes:
                     store(base + x + np.uint64(i * size), size, bits(r, row))
                 else:
@@ -269,15 +269,15 @@ def check_global(s, slot, warp, lane, x, total, which, writes):
 
 @inside
 def count(s, m, which, total, writes, slot):
-    """Of one warp's access: how often, by how many lanes, bytes, sectors; those new to the block."""
+    """Of one access of a warp: lanes, bytes, sectors, and those that are new to the block."""
     at = (writes * word(s.settings, RANGES) + which) * FIGURES
     base = writes * word(s.settings, SECTORS) + word(s.ranges, which * RANGE_FIELDS + 5)
     begin = bits(s.ranges, which * RANGE_FIELDS) >> _SECTOR
     lanes = sectors = fresh = 0
-    for l in range(32):
-        if bits(m, l):
+    for lane in range(32):
+        if bits(m, lane):
             lanes += 1
-            sector = bits(s.masks, 64 + l) >> _SECTOR
+            sector = bits(s.masks, 64 + lane) >> _SECTOR
             known = False
             for other in range(sectors):
                 known = known or bits(s.masks, 96 + sectors - 1 - other) == sector
@@ -334,30 +334,30 @@ def access(s, r, m, ins, slot, warp, writes):
         count(s, m, which, total, writes, slot)
     ordered = word(ins, SPACE) & (RELAXED | ACQUIRE | RELEASE)
     if ordered:
-        for l in range(32):
-            if bits(m, l):
-                before(s, slot, warp, l, word(ins, SPACE))
+        for lane in range(32):
+            if bits(m, lane):
+                before(s, slot, warp, lane, word(ins, SPACE))
     else:
-        for l in range(32):
-            if bits(m, l):
-                x = bits(s.masks, 64 + l)
+        for lane in range(32):
+            if bits(m, lane):
+                x = bits(s.masks, 64 + lane)
                 own = which if which >= 0 else range_of(s, x, x + np.uint64(total))
-                wrong = check_global(s, slot, warp, l, x, total, own, writes)
+                wrong = check_global(s, slot, warp, lane, x, total, own, writes)
                 if wrong:
                     return wrong
     for i in range(parts):
         row, more = word(ins, D0 + i) * 32, np.uint64(i * size)
-        for l in range(32):
-            if bits(m, l):
-                x = bits(s.masks, 64 + l) + more
+        for lane in range(32):
+            if bits(m, lane):
+                x = bits(s.masks, 64 + lane) + more
                 if writes:
-                    store(x, size, bits(r, row + l))
+                    store(x, size, bits(r, row + lane))
                 else:
-                    put_bits(r, row + l, load(x, size))
+                    put_bits(r, row + lane, load(x, size))
     if ordered:
-        for l in range(32):
-            if bits(m, l):
-                after(s, slot, warp, l, word(ins, SPACE))
+        for lane in range(32):
+            if bits(m, lane):
+                after(s, slot, warp, lane, word(ins, SPACE))
     return 0
 
 
@@ -380,7 +380,7 @@ def fence(s, slot, thread):
 
 @inside
 def tell_and_see(s, slot, thread):
-    """An atomic, or what counts as one: others can know now what was fenced, and this thread them."""
+    """An atomic or the like: others can know now what was fenced, and this thread knows them."""
     now = word(s.totals, CLOCK) + 1
     put(s.totals, CLOCK, now)
     n, kept, epoch = word(s.pendings, slot), 0, word(s.epoch, slot)
@@ -461,16 +461,16 @@ def atomic(s, r, m, ins, slot, warp):
     if word(s.settings, COUNTING) and which >= 0:
         count(s, m, which, size, 0, slot)
         count(s, m, which, size, 1, slot)
-    for l in range(32):
-        if bits(m, l):
-            x = bits(s.masks, 64 + l)
-            before(s, slot, warp, l, word(ins, SPACE))
+    for lane in range(32):
+        if bits(m, lane):
+            x = bits(s.masks, 64 + lane)
+            before(s, slot, warp, lane, word(ins, SPACE))
             old = load(x, size)
-            b, c = bits(r, word(ins, B) * 32 + l), bits(r, word(ins, C) * 32 + l)
+            b, c = bits(r, word(ins, B) * 32 + lane), bits(r, word(ins, C) * 32 + lane)
             store(x, size, _changed(word(ins, K), old, b, c, k, word(ins, E)))
             if word(ins, D0) >= 0:
-                put_bits(r, word(ins, D0) * 32 + l, old)
-            after(s, slot, warp, l, word(ins, SPACE))
+                put_bits(r, word(ins, D0) * 32 + lane, old)
+            after(s, slot, warp, lane, word(ins, SPACE))
     return 0
 
 
@@ -487,26 +487,26 @@ def copy(s, r, m, ins, slot, warp):
     if crooked:
         return _fault_of_lane(s, m, 1, size, True)
     shared = word(s.settings, SHARED_SIZE)
-    for l in range(32):
-        if bits(m, l):
-            thread, x = warp * 32 + l, bits(s.masks, 64 + l)
-            given = min(size, np.int64(bits(r, word(ins, C) * 32 + l)))
+    for lane in range(32):
+        if bits(m, lane):
+            thread, x = warp * 32 + lane, bits(s.masks, 64 + lane)
+            given = min(size, np.int64(bits(r, word(ins, C) * 32 + lane)))
             if given:
                 which = range_of(s, x, x + np.uint64(given))
                 if which < 0:
-                    return fault(s, 2, l, x)
-                wrong = check_global(s, slot, warp, l, x, given, which, 0)
+                    return fault(s, 2, lane, x)
+                wrong = check_global(s, slot, warp, lane, x, given, which, 0)
                 if wrong:
                     return wrong
-            to = (bits(r, word(ins, A) * 32 + l) + np.uint64(word(ins, J))) & _IN_WINDOW
+            to = (bits(r, word(ins, A) * 32 + lane) + np.uint64(word(ins, J))) & _IN_WINDOW
             if to & np.uint64(size - 1):
-                return fault(s, 3, l, to)
-            wrong = check_shared(s, slot, warp, l, to, size, 1)
+                return fault(s, 3, lane, to)
+            wrong = check_shared(s, slot, warp, lane, to, size, 1)
             if wrong:
                 return wrong
             n = word(s.copying, slot)
             if n == COPIES:
-                return fault(s, 21, l, to)
+                return fault(s, 21, lane, to)
             begin = slot * shared + np.int64(to)
             base = np.uint64(s.shared) + np.uint64(begin)
             for i in range(size):
@@ -520,17 +520,23 @@ def copy(s, r, m, ins, slot, warp):
             put(s.copies, entry + 3, size)
             put(s.copying, slot, n + 1)
     if word(s.settings, COUNTING):
-        which = range_of(s, first, first + np.uint64(size))
+        which, reads = -1, s.masks + 128 * 8
+        for lane in range(32):
+            given = bits(m, lane) != ZERO and bits(r, word(ins, C) * 32 + lane) != ZERO
+            put_bits(reads, lane, ALL if given else ZERO)
+            if given:
+                x = bits(s.masks, 64 + lane)
+                which = range_of(s, x, x + ONE)
         if which >= 0:
-            count(s, m, which, size, 0, slot)
+            count(s, reads, which, size, 0, slot)
     return 0
 
 
 @inside
 def commit(s, m, slot, warp):
-    for l in range(32):
-        if bits(m, l):
-            at = slot * word(s.settings, THREADS) + warp * 32 + l
+    for lane in range(32):
+        if bits(m, lane):
+            at = slot * word(s.settings, THREADS) + warp * 32 + lane
             put(s.group, at, word(s.group, at) + 1)
 
 
@@ -543,13 +549,13 @@ def wait(s, m, ins, slot, warp):
         entry = (slot * COPIES + i) * COPY_FIELDS
         thread, group = word(s.copies, entry), word(s.copies, entry + 1)
         current = word(s.group, slot * word(s.settings, THREADS) + thread)
-        if thread >> 5 == warp and bits(m, thread & 31):
-            if word(ins, K) or group < current - word(ins, J):
-                tag = word(s.epoch, slot) << _EPOCH | warp_epoch << 12 | thread
-                begin = word(s.copies, entry + 2)
-                for j in range(begin, begin + word(s.copies, entry + 3)):
-                    put(s.shared_writer, j, tag)
-                continue
+        arrived = word(ins, K) != 0 or group < current - word(ins, J)
+        if arrived and thread >> 5 == warp and bits(m, thread & 31):
+            tag = word(s.epoch, slot) << _EPOCH | warp_epoch << 12 | thread
+            begin = word(s.copies, entry + 2)
+            for j in range(begin, begin + word(s.copies, entry + 3)):
+                put(s.shared_writer, j, tag)
+            continue
         to = (slot * COPIES + kept) * COPY_FIELDS
         for j in range(COPY_FIELDS):
             put(s.copies, to + j, word(s.copies, entry + j))

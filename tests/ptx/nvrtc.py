@@ -74,21 +74,21 @@ def compile_text(
     """
     parts = (text, architecture, *options, *map(str, version()))
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    kept = _kept() / f"{name}.ptx"
-    if kept.exists():
-        return kept.read_text(encoding="utf-8")
+    path = kept() / f"{name}.ptx"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
     with _one_at_a_time:
         ptx = _compile(text, (f"--gpu-architecture={architecture}", *options))
-    descriptor, scratch = tempfile.mkstemp(dir=kept.parent)
+    descriptor, scratch = tempfile.mkstemp(dir=path.parent)
     with open(descriptor, "w", encoding="utf-8") as file:
         file.write(ptx)
-    os.replace(scratch, kept)  # in one step: others may make the same
+    os.replace(scratch, path)  # in one step: others may make the same
     return ptx
 
 
 @cache
-def _kept() -> Path:
-    """A folder of the user's own: what lies in it is executed."""
+def kept() -> Path:
+    """A folder of the user's own, from run to run: what lies in it is executed."""
     path = Path(tempfile.gettempdir()) / f"cupybn-ptx-{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
     if path.stat().st_uid != os.getuid():

@@ -20,25 +20,31 @@ WINDOW = 1 << 62  # where shared memory lies among generic addresses
 GAP = 128  # bytes between the variables in shared memory, which nobody may touch
 
 # Fields of an instruction
-FIELDS = "OP D0 D1 D2 D3 A B C E PRED NEG K J SIZE VEC SPACE".split()
+FIELDS = (
+    "OP", "D0", "D1", "D2", "D3", "A", "B", "C", "E", "PRED", "NEG", "K", "J", "SIZE", "VEC",
+    "SPACE",
+)  # fmt: skip
 OP, D0, D1, D2, D3, A, B, C, E, PRED, NEG, K, J, SIZE, VEC, SPACE = range(len(FIELDS))
 GENERIC, GLOBAL, SHARED = range(3)  # low bits of SPACE; above them the order:
 WEAK, RELAXED, ACQUIRE, RELEASE = 0, 4, 8, 16
 
 # Of one lane's values: in the order of machine.py's branches, by names of lanes.py's functions.
-ARITHMETIC = """
-    move add sub mul_lo mad_lo mul_wide mad_wide mul_hi div_u rem_u div_s rem_s min_of max_of
-    bit_and bit_or bit_xor bit_not negate absolute shift_left shift_right shift_right_s
-    funnel_left funnel_right extract permute select logic3 count_ones widen_s compare_s compare_u
-    add_f32 sub_f32 mul_f32 fma_f32 div_f32 rcp_f32 sqrt_f32 neg_f32 abs_f32 min_f32 max_f32
-    compare_f32 add_f64 sub_f64 mul_f64 fma_f64 div_f64 rcp_f64 sqrt_f64 neg_f64 abs_f64
-    compare_f64 f32_of_f16 f16_of_f32 bf16_of_f32 two_f16_of_f32 two_bf16_of_f32 f32_of_bf16
-    f64_of_f32 f32_of_f64 f32_of_u f32_of_s f64_of_u f64_of_s insert
-""".split()
-OTHERS = """
-    pack unpack load store atomic copy commit wait fence branch exit barrier sync_warp shuffle vote
-    nothing
-""".split()
+ARITHMETIC = (
+    "move", "add", "sub", "mul_lo", "mad_lo", "mul_wide", "mad_wide", "mul_hi", "div_u",
+    "rem_u", "div_s", "rem_s", "min_of", "max_of", "bit_and", "bit_or", "bit_xor", "bit_not",
+    "negate", "absolute", "shift_left", "shift_right", "shift_right_s", "funnel_left",
+    "funnel_right", "extract", "permute", "select", "logic3", "count_ones", "widen_s",
+    "compare_s", "compare_u", "add_f32", "sub_f32", "mul_f32", "fma_f32", "div_f32", "rcp_f32",
+    "sqrt_f32", "neg_f32", "abs_f32", "min_f32", "max_f32", "compare_f32", "add_f64", "sub_f64",
+    "mul_f64", "fma_f64", "div_f64", "rcp_f64", "sqrt_f64", "neg_f64", "abs_f64", "compare_f64",
+    "f32_of_f16", "f16_of_f32", "bf16_of_f32", "two_f16_of_f32", "two_bf16_of_f32",
+    "f32_of_bf16", "f64_of_f32", "f32_of_f64", "f32_of_u", "f32_of_s", "f64_of_u", "f64_of_s",
+    "insert",
+)  # fmt: skip
+OTHERS = (
+    "pack", "unpack", "load", "store", "atomic", "copy", "commit", "wait", "fence", "branch",
+    "exit", "barrier", "sync_warp", "shuffle", "vote", "nothing",
+)  # fmt: skip
 CODES = {name: code for code, name in enumerate([*ARITHMETIC, *OTHERS])}
 SHUFFLES = ("up", "down", "bfly", "idx")
 VOTES = ("any", "all", "ballot")
@@ -263,7 +269,7 @@ class _Reader:
         self.size = self.variables[-1][1] + 1  # at least one byte of a gap
 
     def decode(self, instruction: str, given: list[str]) -> dict[int, Any]:
-        if instruction in _TABLE and not given[-1].startswith("{") and not given[0][0] == "{":
+        if instruction in _TABLE and not given[-1].startswith("{") and given[0][0] != "{":
             return self.arithmetic(instruction, given)
         base = instruction.partition(".")[0]
         rule = getattr(self, f"decode_{base}", None)

@@ -56,7 +56,7 @@ class Words(NamedTuple):
     order: int  # numbers of the blocks that run
     settings: int
     totals: int
-    masks: int  # scratch: [2][32], and the lanes' addresses [32]
+    masks: int  # scratch, [32] each: two masks, the lanes' addresses, sectors, a mask of copies
     fault: int  # what was wrong, where
     shared: int  # [slot], bytes
     shared_writer: int  # [slot][byte], tags
@@ -75,10 +75,11 @@ class Words(NamedTuple):
     sectors: int  # [load or store][sector], the last block that touched it
 
 
-SETTINGS = """
-    slots warps threads rows shared_size blocks quantum shuffle split races fences uninitialised
-    counting ranges grid_x grid_y row_x row_y row_z sectors
-""".split()
+SETTINGS = (
+    "slots", "warps", "threads", "rows", "shared_size", "blocks", "quantum", "shuffle", "split",
+    "races", "fences", "uninitialised", "counting", "ranges", "grid_x", "grid_y", "row_x",
+    "row_y", "row_z", "sectors",
+)  # fmt: skip
 (SLOTS, WARPS, THREADS, ROWS, SHARED_SIZE, BLOCKS, QUANTUM, SHUFFLE, SPLIT, RACES, FENCES,
  UNINITIALISED, COUNTING, RANGES, GRID_X, GRID_Y, ROW_X, ROW_Y, ROW_Z, SECTORS) = range(
     len(SETTINGS)

@@ -78,7 +78,7 @@ def get_kernel(kernel: str, **defines: str | int) -> Any:
 
 
 def compile_module(text: str, kernels: tuple[str, ...]) -> Any:
-    """The compiled module of these kernels. Tests put the host build in this function's place."""
+    """The compiled module of these kernels. Tests have another in this function's place."""
     import cupy  # type: ignore[import-not-found, unused-ignore]
 
     module = cupy.RawModule(code=text, options=OPTIONS, name_expressions=None)
