@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: demo test check lint types test-openmpi test-frameworks test-pythons test-nvrtc
-.PHONY: test-cluster test-on-cluster test-hostcuda environments traffic bench bench-quick clean
+.PHONY: test-cluster test-on-cluster rehearse-gpu test-hostcuda environments traffic bench bench-quick clean
 
 # As many ranks as cores, but at least 2 and at most 4.
 CORES ?= $(shell unset OMP_NUM_THREADS; nproc || getconf _NPROCESSORS_ONLN)
@@ -69,6 +69,10 @@ test-hostcuda: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(KERNELS_ALONE)
 	CUPYBN_HOST_VARIANT=shuffle $(BIN)/python -m pytest tests/test_kernels.py
 	$(BIN)/python tests/hostcuda/sanitize.py -m pytest tests/test_kernels.py
+
+# The three steps that wait for a GPU (docs/gpu-checklist.md), without one.
+rehearse-gpu: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m rehearsal tests/test_on_gpu.py
 
 # On a cluster of hosts with sshd and Slurm that it makes of namespaces, as root: the recipes of
 # docs/clusters.md, and faults. A quick choice of them: make CLUSTER='-m "not slow"' test-cluster
