@@ -67,12 +67,12 @@ BACKWARD = (Kernel("backward_reduce", 2, 0, 2, True), Kernel("backward_input", 2
 # of 8 (16-bit types) and of 4 elements (float32).
 RESIDENT = {
     ("batch_moments", "rows"): {8: 4, 4: 4},
-    ("batch_moments", "runs"): {8: 3, 4: 4},
-    ("normalize", "rows"): {8: 3, 4: 3},
-    ("normalize", "runs"): {8: 3, 4: 3},
+    ("batch_moments", "runs"): {8: 3, 4: 3},
+    ("normalize", "rows"): {8: 4, 4: 3},
+    ("normalize", "runs"): {8: 4, 4: 3},
     ("backward_reduce", "rows"): {8: 4, 4: 4},
-    ("backward_reduce", "runs"): {8: 3, 4: 4},
-    ("backward_input", "rows"): {8: 4, 4: 4},
+    ("backward_reduce", "runs"): {8: 3, 4: 3},
+    ("backward_input", "rows"): {8: 4, 4: 3},
     ("backward_input", "runs"): {8: 2, 4: 3},
 }
 

@@ -55,27 +55,28 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
   const bool masked = relu && mask, again = relu && !mask, needs_x = sum_dy || again;
   // backwards: what the reduction read last may still be in the cache
   Walk walk(shape, gridDim.x - 1 - blockIdx.x, gridDim.y - 1 - blockIdx.y, misalignment_of(dy));
-  Slot slot[UNROLL];
-  Pack<scalar_t, V> pack_x[UNROLL] = {}, pack_dy[UNROLL];
-  unsigned bits[UNROLL];
-  auto fetch = [&] {
+  __shared__ Gradient table[MAX_TILE_CHANNELS];
+  Gradient gradient[Walk::CHANNELS];
+  bool first = true;
+#pragma unroll 1
+  do {
+    Slot slot[UNROLL];
+    Pack<scalar_t, V> pack_x[UNROLL] = {}, pack_dy[UNROLL];
+    unsigned bits[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
     load_slots(pack_dy, dy, slot);
     if (needs_x) load_slots(pack_x, x, slot);
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) bits[u] = masked ? load_mask(mask, slot[u]) : ~0u;
-  };
-  fetch();  // on its way while the channels' coefficients are made
-  __shared__ Gradient table[MAX_TILE_CHANNELS];
-  fill_table(table, walk, c, [&](bool active, i64 channel) {
-    return gradient_of(arrays.load(active, channel), active, channel, sums, share);
-  });
-  Gradient gradient[Walk::CHANNELS];
-  pick(gradient, table, walk);
-  add_parameter_gradients(walk, c, dweight, dbias, local, invstd);
-
-  for (;;) {
+    if (first) {  // the first vectors are on their way
+      fill_table(table, walk, c, [&](bool active, i64 channel) {
+        return gradient_of(arrays.load(active, channel), active, channel, sums, share);
+      });
+      pick(gradient, table, walk);
+      add_parameter_gradients(walk, c, dweight, dbias, local, invstd);
+      first = false;
+    }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       acc_t passed[V], inputs[V];
@@ -92,9 +93,7 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
       store_pack_if<V>(slot[u].active, dx + offset, narrowed(inputs));
       if (dresidual) store_pack_if<V>(slot[u].active, dresidual + offset, narrowed(passed));
     }
-    if (walk.left <= 0) break;
-    fetch();
-  }
+  } while (walk.left > 0);
 
   each_single(walk, [&](const Single& single) {
     const Slot& slot = single.slot;

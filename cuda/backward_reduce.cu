@@ -17,29 +17,31 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
   const bool masked = relu && mask, again = relu && !mask;
   const Parameters parameters{again ? weight : nullptr, again ? bias : nullptr};
   Walk walk(shape, blockIdx.x, blockIdx.y, misalignment_of(x));
-  Slot slot[UNROLL];
-  Pack<scalar_t, V> pack_x[UNROLL], pack_dy[UNROLL];
-  unsigned bits[UNROLL];
-  auto fetch = [&] {
+  __shared__ Affine table[MAX_TILE_CHANNELS];
+  Affine affine[Walk::CHANNELS];
+  acc_t of_dy[V] = {}, of_dy_xmu[V] = {};
+  bool first = true;
+#pragma unroll 1
+  do {
+    Slot slot[UNROLL];
+    Pack<scalar_t, V> pack_x[UNROLL], pack_dy[UNROLL];
+    unsigned bits[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
     load_slots(pack_x, x, slot);
     load_slots(pack_dy, dy, slot);
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) bits[u] = masked ? load_mask(mask, slot[u]) : ~0u;
-  };
-  fetch();  // on its way while the channels' coefficients are made
-  __shared__ Affine table[MAX_TILE_CHANNELS];
-  fill_table(table, walk, c, [&](bool active, i64 channel) {
-    Channel own{load_if(active, mean + channel), load_if(active && again, invstd + channel), 1, 0};
-    parameters.load(active, channel, own);
-    return Affine::of(own);
-  });
-  Affine affine[Walk::CHANNELS];
-  pick(affine, table, walk);
-
-  acc_t of_dy[V] = {}, of_dy_xmu[V] = {};
-  for (;;) {
+    if (first) {  // the first vectors are on their way
+      fill_table(table, walk, c, [&](bool active, i64 channel) {
+        Channel own{load_if(active, mean + channel), load_if(active && again, invstd + channel), 1,
+                    0};
+        parameters.load(active, channel, own);
+        return Affine::of(own);
+      });
+      pick(affine, table, walk);
+      first = false;
+    }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       if (!slot[u].active) continue;
@@ -52,9 +54,7 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
         of_dy_xmu[j] = fused(d, value - own.high, of_dy_xmu[j]);
       }
     }
-    if (walk.left <= 0) break;
-    fetch();
-  }
+  } while (walk.left > 0);
 
   Pair pairs[Walk::CHANNELS];
   constexpr bool rows = Walk::CHANNELS == 1;

@@ -17,26 +17,26 @@ batch_moments(double* mean, double* m2, double* weighted, double* about_zero, do
   constexpr int UNROLL = 4;
   const Shape shape{n, c, l, slice_length, tile_channels, line_samples};
   Walk walk(shape, blockIdx.x, blockIdx.y, misalignment_of(x));
-  Slot slot[UNROLL];
-  Pack<scalar_t, V> pack[UNROLL];
-  auto fetch = [&] {
+  __shared__ double pivots[MAX_TILE_CHANNELS];
+  ThreadMoments<UNROLL> moments;
+  bool first = true;
+#pragma unroll 1
+  do {
+    Slot slot[UNROLL];
+    Pack<scalar_t, V> pack[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
     load_slots(pack, x, slot);
-  };
-  fetch();  // on its way while the pivots come
-  __shared__ double pivots[MAX_TILE_CHANNELS];
-  fill_table(pivots, walk, c, [&](bool active, i64 channel) {
-    return static_cast<double>(widen(load_if(active, x + channel * l)));
-  });
-  ThreadMoments<UNROLL> moments;
-  for (;;) {
+    if (first) {  // the first vectors are on their way
+      fill_table(pivots, walk, c, [&](bool active, i64 channel) {
+        return static_cast<double>(widen(load_if(active, x + channel * l)));
+      });
+      first = false;
+    }
     if (!moments.started) moments.start(pack, slot);
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) moments.add(pack[u], slot[u]);
-    if (walk.left <= 0) break;
-    fetch();
-  }
+  } while (walk.left > 0);
 
   double pivot_of[Walk::CHANNELS];
   pick(pivot_of, pivots, walk);

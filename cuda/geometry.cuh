@@ -167,7 +167,7 @@ constexpr int V = VECTOR;
 
 // Blocks of a multiprocessor for which ptxas has to save registers: as many as it finds without
 // spilling, for any architecture. A thread that writes holds more than one that sums.
-constexpr int SUMMING_BLOCKS = Walk::CHANNELS == 8 ? 3 : 4;
+constexpr int SUMMING_BLOCKS = Walk::CHANNELS == 1 ? 4 : 3;
 constexpr int WRITING_BLOCKS = Walk::CHANNELS == 8 ? 2 : 3;
 
 template <typename T> __device__ __forceinline__ int misalignment_of(const T* tensor) {

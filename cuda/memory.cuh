@@ -34,12 +34,18 @@ template <typename T> __device__ __forceinline__ void store_if(bool active, T* a
   if (active) *address = value;
 }
 
+// An address of which the compiler knows nothing.
+template <typename T> __device__ __forceinline__ T* opaque(T* address) {
+#ifndef CUPYBN_HOST
+  asm volatile("" : "+l"(address));
+#endif
+  return address;
+}
+
 // Element i of an array that may be null. The compiler must not see that it is null in all rounds of a
 // loop or in none: it would make a copy of the loop for each.
 template <typename T> __device__ __forceinline__ T* element(T* array, i64 i) {
-#ifndef CUPYBN_HOST
-  asm volatile("" : "+l"(array));
-#endif
+  array = opaque(array);
   return array ? array + i : nullptr;
 }
 

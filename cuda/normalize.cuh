@@ -27,23 +27,24 @@ __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned
                                                const scalar_t* x, const scalar_t* residual,
                                                bool relu, const Shape& shape, Load load) {
   constexpr int UNROLL = Walk::CHANNELS == 8 ? 2 : 4;
-  Slot slot[UNROLL];
-  Pack<scalar_t, V> pack[UNROLL], added[UNROLL];
-  auto fetch = [&] {
+  __shared__ Affine table[MAX_TILE_CHANNELS];
+  Affine affine[Walk::CHANNELS];
+  bool first = true;
+#pragma unroll 1
+  do {
+    Slot slot[UNROLL];
+    Pack<scalar_t, V> pack[UNROLL], added[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
     load_slots(pack, x, slot);
     if (residual) load_slots(added, residual, slot);
-  };
-  fetch();  // on its way while the channels' coefficients are made
-  __shared__ Affine table[MAX_TILE_CHANNELS];
-  fill_table(table, walk, shape.c, [&](bool active, i64 channel) {
-    return Affine::of(load(active, channel));
-  });
-  Affine affine[Walk::CHANNELS];
-  pick(affine, table, walk);
-
-  for (;;) {
+    if (first) {  // the first vectors are on their way
+      fill_table(table, walk, shape.c, [&](bool active, i64 channel) {
+        return Affine::of(load(active, channel));
+      });
+      pick(affine, table, walk);
+      first = false;
+    }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       acc_t values[V];
@@ -57,9 +58,7 @@ __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned
       store_pack_if<V>(slot[u].active, y + slot[u].offset, out);
       if (OWNS_BYTES && mask) store_mask(mask, slot[u], out);
     }
-    if (walk.left <= 0) break;
-    fetch();
-  }
+  } while (walk.left > 0);
 
   each_single(walk, [&](const Single& single) {
     const Slot& slot = single.slot;

@@ -74,7 +74,8 @@ __device__ __forceinline__ void store_partial(bool active, double* partials, i64
 
 // The sum of every `step`th of `count` partials of a channel, beginning with number `begin`; the first
 // of all is `index`, and they lie `channels` apart. A batch is loaded before one of it is added: an
-// unrolled loop would wait for each.
+// unrolled loop would wait for each. Its addresses are worked out one from the other: all at once they
+// take registers, for want of which ptxas adds what came first before it loads the rest.
 __device__ __forceinline__ Pair sum_partials(bool active, const double* partials, i64 index,
                                              i64 channels, int begin, int step, int count) {
   Pair sum{0, 0};
@@ -86,7 +87,7 @@ __device__ __forceinline__ Pair sum_partials(bool active, const double* partials
     for (int u = 0; u < BATCH; ++u) {
       batch[u] = load_pair_of_blocks_if(active && begin < count, next);
       begin += step;
-      next += 2 * step * channels;
+      next = opaque(next + 2 * step * channels);
     }
 #pragma unroll
     for (int u = 0; u < BATCH; ++u) sum = sum + Pair{batch[u].v[0], batch[u].v[1]};

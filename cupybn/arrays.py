@@ -142,6 +142,7 @@ def array_of_tensor(x: Any, what: str = "input") -> Array:
 def _of_tensor_elsewhere(x: Any, what: str) -> Array:
     with _errors_of(what):
         dtype = _dtype_of(x.dtype)
+    x = x.detach()
     if dtype.name == "bfloat16":  # which DLPack does not know
         x = x.view(sys.modules["torch"].int16)
     return _of_dlpack(x, what).view(dtype)

@@ -150,7 +150,7 @@ def test_an_error_of_the_caller_is_raised_and_one_of_a_helper_is_not(fails):
     pool.set_threads(2)
     came = [threading.Event() for _ in range(5)]
 
-    def kernel(helper, event):
+    def kernel(helper, turns, event):
         if helper:
             event.set()
         assert event.wait(timeout=30)
@@ -160,9 +160,9 @@ def test_an_error_of_the_caller_is_raised_and_one_of_a_helper_is_not(fails):
     for event in came:
         if fails == "caller":
             with pytest.raises(MemoryError, match="no stack"):
-                pool.spread(kernel, 2, event)
+                pool.spread(kernel, 2, (), None, event)
         else:
-            pool.spread(kernel, 2, event)
+            pool.spread(kernel, 2, (), None, event)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         pool.set_threads(0)
 
@@ -186,7 +186,7 @@ def test_only_workers_are_moved():
     pool.set_threads(2)
     allowed, helpers, came = os.sched_getaffinity(0), set(), threading.Semaphore(0)
 
-    def kernel(helper):
+    def kernel(helper, turns):
         if helper:
             helpers.add(threading.get_ident())
             came.release()
@@ -194,7 +194,7 @@ def test_only_workers_are_moved():
         came.release()
 
     for _ in range(20):
-        pool.spread(kernel, 4)
+        pool.spread(kernel, 4, (), None)
         assert os.sched_getaffinity(0) == allowed
     assert helpers
     assert threading.get_ident() not in helpers
@@ -220,8 +220,9 @@ def test_every_item_is_done_once_whoever_calls():
     from cupybn.backends.cpu.intrinsics import enter, leave, take
 
     @numba.njit(nogil=True)
-    def kernel(helper, times, items, turns):
-        i = take(turns) if enter(turns, helper) else len(items)
+    def kernel(helper, items, turns, times):
+        taking, (times,) = enter(turns, helper, (times,))
+        i = take(turns) if taking else len(items)
         while i < len(items):
             times[items[i]] += 1
             i = take(turns)
@@ -230,7 +231,7 @@ def test_every_item_is_done_once_whoever_calls():
     def call(times):
         items = np.arange(times.size)
         for _ in range(20):
-            pool.spread(kernel, 5, times, items, np.zeros(2, np.int64))
+            pool.spread(kernel, 5, (items,), np.zeros(2, np.int64), times)
 
     for number in (1, 2, 5):
         pool.set_threads(number)

@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from rank_checks import Spy  # noqa: E402
 from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from cupybn import BatchNorm2d, DeviceError, DTypeError, SelfCommunicator, ShapeError  # noqa: E402
 from cupybn.forward_backward import Bound  # noqa: E402
@@ -334,6 +335,7 @@ def test_a_module_on_another_device_than_its_input():
         module(torch.randn(4, 3))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # with 2.14
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jvp's
 def test_transforms_of_functions_are_refused():
     module = interop.SyncBatchNorm(3, comm=ALONE, name="bn")
@@ -698,6 +700,12 @@ def test_a_parametrised_weight_is_computed_once_a_forward():
         assert len(computed) == 1, n
         expected = torch.nn.functional.batch_norm(x, None, None, computed[0], None, True)
         torch.testing.assert_close(y, expected)
+    with FlopCounterMode(display=False):  # as an operator
+        computed.clear()
+        y = module(x)
+    assert len(computed) == 1
+    expected = torch.nn.functional.batch_norm(x, None, None, computed[0], None, True)
+    torch.testing.assert_close(y, expected)
 
 
 def test_a_module_with_a_communicator_of_its_own_is_asked_every_time():
@@ -714,19 +722,28 @@ def test_a_module_with_a_communicator_of_its_own_is_asked_every_time():
         assert len(asked) == n
 
 
-def test_y_takes_operations_in_place_in_any_memory_format():
+@pytest.mark.parametrize("layout", ["rows", "channels last", "turned", "transposed"])
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 6), (2, 3, 2, 4, 5)], ids=str)
+def test_y_takes_operations_in_place_in_any_memory_format(shape, layout):
     """The pattern of ResNets: ReLU(inplace=True), out += identity, on channels-last input."""
-    for shape in ((4, 3, 5, 5), (4, 3, 5), (4, 3)):
-        x = torch.randn(shape)
-        for data in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
-            name = "BatchNorm1d" if len(shape) < 4 else "BatchNorm2d"
-            modules = getattr(interop, name)(3), getattr(torch.nn, name)(3)
-            given = [data.clone().requires_grad_() for _ in range(2)]
-            pairs = zip(modules, given, strict=True)
-            outs = [torch.relu_(module(x).add_(0.5)) for module, x in pairs]
-            assert not outs[0]._is_view()
-            torch.testing.assert_close(*outs)
-            for out in outs:
-                out.square().sum().backward()
-            torch.testing.assert_close(given[0].grad, given[1].grad)
-            assert not given[0].grad._is_view()
+    x = torch.randn(shape)
+    if layout == "channels last":
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    elif layout == "turned":
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    elif layout == "transposed":  # of a transformer's (N, L, C), without a copy
+        x = torch.randn(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    name = {5: "BatchNorm3d", 4: "BatchNorm2d"}.get(len(shape), "BatchNorm1d")
+    modules = getattr(interop, name)(3), getattr(torch.nn, name)(3)
+    for _ in range(3):  # unbound and bound
+        given = [x.detach().clone(memory_format=torch.preserve_format) for _ in range(2)]
+        outs = []
+        for module, leaf in zip(modules, given, strict=True):
+            y = module(leaf.requires_grad_())
+            assert not y._is_view()
+            y += 0.5
+            outs.append(torch.relu_(y))
+            outs[-1].square().sum().backward()
+            assert not leaf.grad._is_view()
+        torch.testing.assert_close(*outs)
+        torch.testing.assert_close(*(leaf.grad for leaf in given))

@@ -327,6 +327,12 @@ def test_make_fx_over_ranks_is_refused_on_every_rank():
     run_ranks(2, rank, timeout=30)
 
 
+def test_meta_tensors_need_no_communicator():
+    module = interop.SyncBatchNorm(4, device="meta")
+    assert module(torch.randn(3, 4, device="meta")).shape == (3, 4)
+    assert module._comm.resolved is None
+
+
 @pytest.mark.parametrize("name", list(NORMS))
 def test_meta_and_fake_tensors_have_shapes_and_cost_nothing(name):
     for ours, theirs in (

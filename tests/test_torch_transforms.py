@@ -221,6 +221,7 @@ def test_sparse_and_nested_input_is_told_to_all_ranks():
     assert run_ranks(2, rank, timeout=30) == [1, 1]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # with 2.14
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of unpack_dual
 def test_forward_mode_is_refused():
     module, x = interop.SyncBatchNorm(2, comm=ALONE, name="bn"), torch.randn(4, 2)

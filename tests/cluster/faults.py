@@ -111,6 +111,16 @@ def test_under_mpiexec(fault, mpi):
     cupybn.load(where / "state.npz")
 
 
+@pytest.mark.slow
+def test_under_srun_without_k_the_timeout_ends_the_others(mpi):
+    where = jobs.folder(mpi)
+    text = shorter((where / "job.sh").read_text(), "stopped")
+    (where / "job.sh").write_text(text.replace(" -K ", " "))
+    job = jobs.submit(where, LONG)
+    seconds = after("killed", where)
+    print(f"{mpi}, srun without -K: ranks gone after {seconds:.0f} s, {jobs.ended(job, 120)}")
+
+
 @quickly("killed", "stopped", "host gone")
 def test_under_srun(fault, mpi):
     where = jobs.folder(mpi)

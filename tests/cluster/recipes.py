@@ -73,6 +73,16 @@ def test_selftest_under_slurm(mpi, where):
     assert process.stdout.count("all is well") == 1
 
 
+def test_processes_alone_are_an_error(mpi, where):
+    command = jobs.block("selftest", mpi)
+    for pmi in ("pmi2", "pmix"):
+        command = command.replace(f"--mpi={pmi}", "--mpi=none")
+    process = jobs.shell(command, where)
+    assert process.returncode != 0
+    assert "alone" in process.stdout
+    assert "all is well" not in process.stdout
+
+
 def test_a_job_trains_like_one_process(mpi, where, one_process, uninterrupted):
     job = jobs.submit(where, "--epochs", EPOCHS)
     assert jobs.ended(job, 120) == "COMPLETED"

@@ -86,7 +86,7 @@ def _bound(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Bound:
 
     def on_threads(kernel: Callable[..., None]) -> Callable[..., None]:
         if plan.threads > 1:
-            return partial(spread, kernel, plan.threads, *constant)
+            return partial(spread, kernel, plan.threads, constant)
         return partial(kernel, False, *constant)
 
     no_data, no_parameter = np.empty((0, 0, 0), seen or dtype), np.empty(0, parameter_dtype(dtype))
@@ -112,9 +112,9 @@ def batch_moments(x3: Data, *, payload: PerChannel | None = None) -> Moments:
     mean, m2 = np.zeros(c * segments), np.zeros(c * segments)
     x3 = x3 if bound.seen is None else x3.view(bound.seen)
     single = len(bound.counts) == 1
-    numbers = mean, m2, mean, m2, message if single else _NO_NUMBERS, np.zeros(2, _INT64)
+    numbers = mean, m2, mean, m2, message if single else _NO_NUMBERS
     arrays = x3, x3, bound.no_data, none, none, none, none, *numbers
-    bound.forward(*arrays, _MOMENTS, 0, False, 0.0, float(n * length), 0.0)
+    bound.forward(np.zeros(2, _INT64), *arrays, _MOMENTS, 0, False, 0.0, float(n * length), 0.0)
     if not single:
         load().merge_moments(mean, m2, c, bound.counts, message)
     return Moments(n * length, mean[:c], m2[:c])
@@ -163,8 +163,8 @@ def normalize(
     residual = bound.no_data if residual3 is None else residual3.view(seen)
     weight, bias = none if weight is None else weight, none if bias is None else bias
     arrays = out.view(seen), x3.view(seen), residual, weight, bias, none, none
-    numbers = mean, invstd, mean, invstd, _NO_NUMBERS, np.zeros(2, _INT64)
-    bound.forward(*arrays, *numbers, _NORMALIZE, 0, relu, 0.0, 0.0, 0.0)
+    numbers = mean, invstd, mean, invstd, _NO_NUMBERS
+    bound.forward(np.zeros(2, _INT64), *arrays, *numbers, _NORMALIZE, 0, relu, 0.0, 0.0, 0.0)
     if mask is not None:
         _pack_mask(out.view(seen), mask)
     copy_back(given, (out, mask))
@@ -198,9 +198,9 @@ def backward_reduce(
     c, segments = mean.size, max(1, len(bound.counts))
     sum_dy, sum_dy_xmu = np.zeros(c * segments), np.zeros(c * segments)
     single = len(bound.counts) == 1
-    sums = none, none, sum_dy, sum_dy_xmu, sum_dy, sum_dy_xmu, np.zeros(2, _INT64)
+    sums = none, none, sum_dy, sum_dy_xmu, sum_dy, sum_dy_xmu
     stages = _SUMS | _MERGE if single else _SUMS
-    bound.backward(nothing, nothing, *arrays, *sums, stages, relu, 0.0)
+    bound.backward(np.zeros(2, _INT64), nothing, nothing, *arrays, *sums, stages, relu, 0.0)
     if not single:
         load().merge_sums(sum_dy, sum_dy_xmu, mean, none)
     if payload is not None:
@@ -255,13 +255,13 @@ def backward_input(
     if (seen := bound.seen) is not None:
         data = dx3.view(seen), dresidual.view(seen), dy3.view(seen), x3.view(seen)
         arrays = *data, *arrays[4:]
-    turns, divisor = np.zeros(2, _INT64), 0.0 if sums is None else float(max(count, 1))
+    divisor = 0.0 if sums is None else float(max(count, 1))
     stages = _INPUT
     if local is not None and len(bound.counts) == 1:
         stages = _GRADIENTS | _INPUT
     elif local is not None:
         load().add_gradients(*into, *own, invstd)
-    bound.backward(*arrays, turns, stages, relu, divisor)
+    bound.backward(np.zeros(2, _INT64), *arrays, stages, relu, divisor)
     return dx3
 
 
@@ -313,14 +313,14 @@ def finish_forward(
     if (seen := bound.seen) is not None:
         arrays = y3.view(seen), x3.view(seen), residual.view(seen), weight, bias
     mean, invstd, first, second = np.empty(c), np.empty(c), moments.mean, moments.m2
-    given = first, second, _NO_NUMBERS, np.zeros(2, _INT64)
+    given, turns = (first, second, _NO_NUMBERS), np.zeros(2, _INT64)
     numbers, stages = (float(eps), float(moments.count), float(factor)), _FINALIZE | _NORMALIZE
     if len(bound.counts) != 1:
         stages, written = _NORMALIZE, (mean, np.empty(c), invstd, running_mean, running_var)
         pooled = first, second, float(moments.count), float(eps), _FORMS[form]
         load().finalize_moments(*pooled, *written, float(factor))
     states = running_mean, running_var, mean, invstd
-    bound.forward(*arrays, *states, *given, stages, _FORMS[form], relu, *numbers)
+    bound.forward(turns, *arrays, *states, *given, stages, _FORMS[form], relu, *numbers)
     if mask is not None:
         _pack_mask(arrays[0], mask)
     return mean, invstd
@@ -369,8 +369,8 @@ def local_forward(
         arrays = y3.view(seen), x3.view(seen), residual.view(seen), *arrays[3:]
     mean, invstd, turns = np.empty(c), np.empty(c), np.zeros(2, _INT64)
     numbers = float(eps), float(n * length), float(factor)
-    moments = mean, invstd, _NO_NUMBERS, turns  # m2, then invstd in its place
-    bound.forward(*arrays, mean, invstd, *moments, _WHOLE_FORWARD, 0, relu, *numbers)
+    moments = mean, invstd, _NO_NUMBERS  # m2, then invstd in its place
+    bound.forward(turns, *arrays, mean, invstd, *moments, _WHOLE_FORWARD, 0, relu, *numbers)
     if mask is not None:
         _pack_mask(arrays[0], mask)
     return mean, invstd
@@ -421,17 +421,17 @@ def local_backward(
     if (seen := bound.seen) is not None:
         data = dx3.view(seen), dresidual.view(seen), dy3.view(seen), x3.view(seen)
         arrays = *data, *arrays[4:]
-    sums = np.empty(c), np.empty(c)
-    bound.backward(*arrays, *sums, *sums, np.zeros(2, _INT64), _WHOLE_BACKWARD, relu, float(count))
+    sums, turns = (np.empty(c), np.empty(c)), np.zeros(2, _INT64)
+    bound.backward(turns, *arrays, *sums, *sums, _WHOLE_BACKWARD, relu, float(count))
 
 
 def _pack_mask(y: Data, mask: Data) -> None:
     items = mask_items(mask.size)
-    arguments = y, mask, items, np.zeros(2, _INT64)
+    arguments = np.zeros(2, _INT64), y, mask
     if len(items) > 1:
-        spread(load().pack_mask, len(items), *arguments)
+        spread(load().pack_mask, len(items), (items,), *arguments)
     else:
-        load().pack_mask(False, *arguments)
+        load().pack_mask(False, items, *arguments)
 
 
 # ---- compiling in time ---------------------------------------------------------------------------

@@ -192,6 +192,7 @@ def backward(
     helper,
     columns,
     items,
+    turns,
     dx,
     dresidual,
     dy,
@@ -207,18 +208,22 @@ def backward(
     sum_dy_xmu,
     total_dy,
     total_dy_xmu,
-    turns,
     stages,
     relu,
     count,
 ):
     """Gradients are of the sums, dx of the totals. A `count` of 0: the statistics are constants."""
+    given = dx, dresidual, dy, x, mask, mean, invstd, weight, bias, dweight, dbias
+    own = sum_dy, sum_dy_xmu, total_dy, total_dy_xmu
+    taking, lent = enter(turns, helper, (*given, *own))
+    dx, dresidual, dy, x, mask, mean, invstd, weight, bias, dweight, dbias = lent[:11]
+    sum_dy, sum_dy_xmu, total_dy, total_dy_xmu = lent[11:]
     high, scale, shift, slope, offset = buffer(x), buffer(x), buffer(x), buffer(x), buffer(x)
     coefficients, kept = (high, scale, shift, slope, offset), buffer(x)
     sums, totals = (sum_dy, sum_dy_xmu), (total_dy, total_dy_xmu)
     dys, xs, bits = pointer(dy, 0), pointer(x, 0), pointer(mask, 0)
     kind = (2 if mask.size > 0 else 1) if relu else 0
-    at = take(turns) if enter(turns, helper) else len(items)
+    at = take(turns) if taking else len(items)
     while at < len(items):
         _, _, _, _, c0, c1, _, _, l0, l1, step, group = item = items[at]
         for a in range(c0, c1, group):

@@ -95,6 +95,7 @@ def forward(
     helper,
     columns,
     items,
+    turns,
     y,
     x,
     residual,
@@ -107,7 +108,6 @@ def forward(
     first,
     second,
     payload,
-    turns,
     stages,
     form,
     relu,
@@ -116,8 +116,12 @@ def forward(
     factor,
 ):
     """`columns` is None for items of rows. `first` and `second` are the moments, as `form` says."""
+    given = y, x, residual, weight, bias, running_mean, running_var, mean, invstd
+    taking, lent = enter(turns, helper, (*given, first, second, payload))
+    y, x, residual, weight, bias, running_mean, running_var, mean, invstd = lent[:9]
+    first, second, payload = lent[9:]
     high, scale, shift, var = buffer(x), buffer(x), buffer(x), double_buffer(x)
-    at = take(turns) if enter(turns, helper) else len(items)
+    at = take(turns) if taking else len(items)
     while at < len(items):
         _, start, _, _, c0, c1, _, _, l0, l1, step, group = item = items[at]
         for a in range(c0, c1, group):
@@ -130,21 +134,8 @@ def forward(
                 if payload.size:
                     pack_moments(payload, first, second, count, second.size, a, b)
             if stages & FINALIZE:
-                finalize(
-                    first,
-                    second,
-                    count,
-                    eps,
-                    form,
-                    mean,
-                    moved(var, -a),
-                    invstd,
-                    running_mean,
-                    running_var,
-                    factor,
-                    a,
-                    b,
-                )
+                states = mean, moved(var, -a), invstd, running_mean, running_var
+                finalize(first, second, count, eps, form, *states, factor, a, b)
             if stages & NORMALIZE:
                 size = b - a if columns is None else l1 - l0
                 fill_affine(high, scale, shift, size, step, mean, invstd, weight, bias, a, b)
@@ -154,11 +145,11 @@ def forward(
 
 
 @kernel
-def pack_mask(helper, y, mask, items, turns):
+def pack_mask(helper, items, turns, y, mask):
     """One bit for each y above 0, into the bytes of each item, as ``np.packbits``."""
-    size = y.size
-    y = pointer(y, 0)
-    at = take(turns) if enter(turns, helper) else len(items)
+    taking, (array, mask) = enter(turns, helper, (y, mask))
+    size, y = array.size, pointer(array, 0)
+    at = take(turns) if taking else len(items)
     while at < len(items):
         for i in range(items[at, 0], items[at, 1]):
             byte = 0

@@ -18,7 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 from .compiler import inside
-from .plan import WIDE
+from .plan import TURNS, WIDE
 
 LINE = 64  # bytes of a cache line
 _ONE_BYTE = ir.IntType(32)(1)  # an alignment
@@ -107,6 +107,7 @@ _let_others_run = types.ExternalFunction(
     "SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32()
 )
 _CALLER, _HELPER = 1, 2  # what those inside add to turns[1]
+_NUMBERS = 2  # of turns, before the arrays that are lent
 
 
 @intrinsic
@@ -126,11 +127,57 @@ def take(turns):
     return _add_in_any(turns, 0, 1)
 
 
+@intrinsic
+def _lend(_, turns, arrays):
+    """Writes the arrays, as Numba has them, behind the numbers of `turns`."""
+
+    def code(context, builder, signature, arguments):
+        there = _behind_numbers(context, builder, turns, *arguments)
+        builder.store(_unowned(context, builder, arrays, arguments[1]), there)
+        return context.get_dummy_value()
+
+    return types.none(turns, arrays), code
+
+
+@intrinsic
+def _borrow(_, turns, arrays):
+    """The arrays that were lent, in place of `arrays`."""
+
+    def code(context, builder, signature, arguments):
+        return builder.load(_behind_numbers(context, builder, turns, *arguments))
+
+    return arrays(turns, arrays), code
+
+
+def _behind_numbers(context, builder, turns, given, arrays):
+    assert context.get_abi_sizeof(arrays.type) <= 8 * (TURNS - _NUMBERS)
+    data = context.make_array(turns)(context, builder, given).data
+    there = builder.gep(data, [context.get_constant(types.intp, _NUMBERS)])
+    return builder.bitcast(there, arrays.type.as_pointer())
+
+
+def _unowned(context, builder, kinds, arrays):
+    """The tuple of arrays without what Numba counts references by."""
+    made = []
+    for kind, value in zip(kinds, cgutils.unpack_tuple(builder, arrays), strict=True):
+        array = context.make_array(kind)(context, builder, value)
+        array.meminfo = cgutils.get_null_value(array.meminfo.type)
+        array.parent = cgutils.get_null_value(array.parent.type)
+        made.append(array._getvalue())
+    return context.make_tuple(builder, kinds, made)
+
+
 @inside
-def enter(turns, helper):
-    """Whether to take items: a helper may while its caller is inside."""
+def enter(turns, helper, arrays):
+    """(whether to take items, of which arrays): a helper may while its caller is inside.
+
+    The caller's `arrays` are lent to helpers, which come with empty ones of the same types.
+    """
+    if not helper and turns.size > _NUMBERS:
+        _lend(turns, arrays)
     before = _add_in_order(turns, 1, _HELPER if helper else _CALLER)
-    return not helper or before & _CALLER != 0
+    taking = not helper or before & _CALLER != 0
+    return taking, _borrow(turns, arrays) if helper and taking else arrays
 
 
 @inside

@@ -21,6 +21,7 @@ _LEAST = 1 << 16  # values per channel that are worth a segment
 _SHARE = 1 << 17  # values that are worth waking a thread: about 100 us of forward
 _UNITS = 256  # channels times segments that keep any number of threads busy
 _MASK = 1 << 15  # bytes of a mask in an item
+TURNS = 130  # numbers with which threads take turns and lend arrays; two where one works alone
 
 
 class WorkItem(NamedTuple):

@@ -5,10 +5,11 @@ once an item: a thread that waits for it sleeps, and wakes slowly. Any number of
 work at once, and each does its own items too.
 
 A helper works only while its caller is inside the kernel: the kernel lets helpers in when the
-caller enters, and keeps the caller until they have left (``enter`` and ``leave`` of
-``intrinsics.py``). So nothing depends on a helper, and whatever interrupts the caller in Python,
-nothing is written by helpers after it: one that comes late finds the door closed. The threads are
-daemons, which a process does not wait for, and end before the interpreter does.
+caller enters, lends them its arrays, and keeps the caller until they have left (``enter`` and
+``leave`` of ``intrinsics.py``). So nothing depends on a helper, and whatever interrupts the caller
+in Python, nothing is written after it: a helper that comes late finds the door closed. Nor does it
+keep an array alive while it waits for Python's lock. The threads are daemons, which a process does
+not wait for, and end before the interpreter does.
 """
 
 from __future__ import annotations
@@ -19,16 +20,20 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
+import numpy as np
+
 from ...launcher import leading_number, share_of_cores
+from .plan import TURNS
 
 _NUMBER_VARIABLES = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS")
 _threads: int | None = None
 _workers: list[Thread] = []
-_calls: SimpleQueue[Any] = SimpleQueue()  # (kernel, arguments, core) in a list, or nothing any more
+_calls: SimpleQueue[Any] = SimpleQueue()  # (kernel, arguments, core), or None: end
 
 
 def thread_count() -> int:
@@ -51,19 +56,33 @@ def set_threads(number: int | None) -> None:
     _threads = number
 
 
-def spread(kernel: Callable[..., Any], at_most: int, *arguments: Any) -> None:
-    """``kernel(False, *arguments)``, helped by ``kernel(True, *arguments)`` on other threads.
+def spread(
+    kernel: Callable[..., Any], at_most: int, constant: tuple[Any, ...], turns: Any, *arguments: Any
+) -> None:
+    """``kernel(False, *constant, turns, *arguments)``, helped by other threads.
 
     So that there are as many threads as there may be, `at_most` so many; fewer where the system
-    starts no more. Each call takes work items, by a counter among the arguments, until there are
-    none.
+    starts no more. Each call takes work items, by a counter in `turns`, until there are none.
     """
     helpers = _start(min(thread_count(), at_most) - 1)
-    call = [(kernel, arguments, _current_core())]
-    for _ in range(helpers):
-        _calls.put(call)
-    kernel(False, *arguments)
-    call.clear()  # a helper that has not come yet keeps no array alive
+    if helpers:
+        turns = np.zeros(TURNS, np.int64)
+        call = kernel, (*constant, turns, *map(_absent, arguments)), _current_core()
+        for _ in range(helpers):
+            _calls.put(call)
+    kernel(False, *constant, turns, *arguments)
+
+
+def _absent(argument: Any) -> Any:
+    """What a helper is given in place of an array: an empty one, that is the same to Numba."""
+    if not isinstance(argument, np.ndarray):
+        return argument
+    return _empty(argument.ndim, argument.dtype)
+
+
+@lru_cache
+def _empty(ndim: int, dtype: Any) -> Any:
+    return np.empty((0,) * ndim, dtype)
 
 
 def _start(number: int) -> int:
@@ -80,11 +99,10 @@ def _start(number: int) -> int:
 
 def _work(calls: SimpleQueue[Any]) -> None:
     while (call := calls.get()) is not None:
-        for kernel, arguments, core in call:
-            with suppress(Exception):  # such as no memory: the caller does what no helper does
-                _leave_core(core)
-                kernel(True, *arguments)
-        kernel = arguments = call = None
+        kernel, arguments, core = call
+        with suppress(Exception):  # such as no memory: the caller does what no helper does
+            _leave_core(core)
+            kernel(True, *arguments)
     calls.put(None)  # for the next worker
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -75,6 +76,31 @@ class _Modules:
                     )
 
 
+class _Uncompiled:
+    """A context in which compiled modules run uncompiled: what was compiled knows no new hooks.
+
+    The switch is the process's, so of threads in it the first turns it, and the last back.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.stance = torch.compiler.set_stance("force_eager")
+            self.inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.stance.__exit__(None, None, None)
+
+
+_uncompiled = _Uncompiled()
+
+
 @contextmanager
 def _observed(module: Any, observers: list[_Observer]) -> Iterator[None]:
     """The observers' norms in training mode, updating nothing; all else in evaluation mode."""
@@ -86,8 +112,7 @@ def _observed(module: Any, observers: list[_Observer]) -> Iterator[None]:
         for each in observers:
             handles.append(each.norm.register_forward_pre_hook(each))
             each.norm.training, each.norm.track_running_stats = True, False
-        # What was compiled before knows nothing of hooks.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), _uncompiled:
             yield
     finally:
         for handle in handles:

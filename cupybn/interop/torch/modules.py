@@ -132,7 +132,8 @@ class BatchNorm(TorchBatchNorm):
             return self._train(x)
         if is_transformed(x, self):
             self._refuse(_TRANSFORMS)
-        if self.communicator().size > 1 and not (is_without_values(x) and not is_recorded()):
+        shapes_alone = is_without_values(x) and not is_recorded()
+        if not shapes_alone and self.communicator().size > 1:
             if is_recorded() or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
                 self._refuse(f"a {type(x).__name__} {_OVER_RANKS}")
             if type(x) in PLAIN:
@@ -313,6 +314,7 @@ class SyncBatchNorm(Synchronised, BatchNorm):
     """
 
     _communicates = True
+    __jit_ignored_attributes__: ClassVar[list[str]] = ["_was"]
     _was: tuple[type, Any] | None = None  # what it was converted from
     _check_comm = staticmethod(check_comm)
     _look_up = staticmethod(resolve)
