@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: demo test check lint types test-openmpi test-frameworks test-pythons test-nvrtc
-.PHONY: test-cluster test-on-cluster test-ptx environments traffic bench bench-quick
+.PHONY: test-cluster test-on-cluster test-ptx rehearse-gpu environments traffic bench bench-quick
 .PHONY: clean
 
 # As many ranks as cores, but at least 2 and at most 4.
@@ -67,6 +67,10 @@ KERNELS = check_finite cuda_backend cuda_layers kernels ptx ptx_graphs ptx_kerne
 test-ptx: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu' \
 		$(KERNELS:%=tests/test_%.py)
+
+# The three steps that wait for a GPU (docs/gpu-checklist.md), without one.
+rehearse-gpu: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m rehearsal tests/test_on_gpu.py
 
 # On a cluster of hosts with sshd and Slurm that it makes of namespaces, as root: the recipes of
 # docs/clusters.md, and faults. A quick choice of them: make CLUSTER='-m "not slow"' test-cluster

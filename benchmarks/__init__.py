@@ -3,7 +3,8 @@
 Importing this imports nothing: the number of threads is set before NumPy is there.
 """
 
-SECTIONS = {"cpu": "cpu", "gpu": "gpu", "comm": "comm", "overhead": "costs", "memory": "costs"}
+SECTIONS = {"cpu": "cpu", "gpu": "gpu", "kernels": "kernels", "comm": "comm"}
+SECTIONS |= {"overhead": "costs", "memory": "costs"}
 """By name, the modules that have their ``measure_name``."""
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 LAYOUTS = ("rows", "columns")

@@ -6,7 +6,9 @@ nothing.
     python -m benchmarks cpu --threads 2 --plot cpu.png
     python -m benchmarks cpu --against ../before    beside another checkout of cupybn
     python -m benchmarks gpu overhead memory --json gpu.json
+    python -m benchmarks kernels                    each kernel by itself, and variants
     mpiexec -n 2 python -m mpi4py -m benchmarks comm
+    mpiexec -n 2 python -m mpi4py -m benchmarks comm --device cuda
 
 Each section says in its module what it measures. What is compared takes turns, repetition by
 repetition, and figures are medians. The JSON file is written again after every case.
@@ -63,6 +65,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--batches", nargs="+", type=int, metavar="N", help=batches)
     add("--dtypes", nargs="+", choices=DTYPES, help="cpu, gpu: these only")
     add("--layouts", nargs="+", choices=LAYOUTS, help="cpu, gpu: these only")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="comm: of the arrays, cpu")
     add("--against", type=Path, metavar="CHECKOUT", help="cpu: another version, in turns with this")
     return parser
 
@@ -91,7 +94,8 @@ def problem_with(args: argparse.Namespace) -> str | None:
         return "--plot needs matplotlib: pip install matplotlib"
     if args.against is not None and not (args.against / "cupybn" / "__init__.py").is_file():
         return f"--against: {args.against} is no checkout of cupybn"
-    return f"gpu: {text}" if "gpu" in args.sections and (text := no_gpu()) else None
+    on_gpu = [name for name in args.sections if name in ("gpu", "kernels")]
+    return f"{on_gpu[0]}: {text}" if on_gpu and (text := no_gpu()) else None
 
 
 if __name__ == "__main__":

@@ -9,6 +9,10 @@ barriers; a block's time is that of its slowest rank, and the figures are median
 is what we aim at for a step: 4 bare Allreduces and 25 us. `functions` are those of cupybn and NumPy
 that a step enters. With one rank nothing is sent.
 
+With ``--device cuda`` on CuPy arrays, by each transport that there is: `allreduce` of a message,
+`step` of a SyncBatchNorm, `local`, and `extra`, what a direction of the synchronised layer takes
+more than one of the local layer. A block ends when the device has done its work.
+
 Where the machine has a core for each rank, each is bound to one, unless the launcher did that.
 """
 
@@ -16,6 +20,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -27,14 +34,14 @@ from cupybn.launcher import singleton
 
 from .costs import entered
 from .report import Report
-from .timing import Parts, interleave, turn_of
+from .timing import Parts, Turn, interleave, turn_of
 
 WORLD = MPI.COMM_WORLD
 _SAMPLES = 8
 
 
 def measure_comm(args: argparse.Namespace, report: Report) -> None:
-    section = report.begin("comm", "messages between ranks, us")
+    section = report.begin("comm", f"messages between ranks, {args.device}, us")
     if problem := singleton(WORLD.size):
         raise SystemExit(problem)
     node = WORLD.Split_type(MPI.COMM_TYPE_SHARED)
@@ -48,6 +55,15 @@ def measure_comm(args: argparse.Namespace, report: Report) -> None:
         report.say("more ranks than cores: each message waits for the scheduler as well")
         rounds, calls = rounds // 4, 5
     section["messages"] = records = []
+    if args.device == "cuda":
+        comms_of_device = transports()
+        for channels in (64, 2048):
+            records.append(
+                {"channels": channels} | on_cuda(channels, comms_of_device, rounds, calls)
+            )
+            report.flush()
+            report.row(f"C = {channels}", records[-1]["us"])
+        return
     bare, comms = WORLD.Dup(), [MpiCommunicator(WORLD, timeout=seconds) for seconds in (600, 0)]
     for channels in (16, 64, 256, 2048):
         found = record(channels, bare, comms, rounds, calls)
@@ -72,6 +88,17 @@ def record(channels: int, bare: Any, comms: Any, rounds: int, calls: int) -> dic
         "local": step(cupybn.BatchNorm1d(channels), channels),
     }
     turns = {name: turn_of(parts, WORLD.Barrier) for name, parts in paths.items()}
+    blocks = slowest_blocks(turns, rounds, calls)
+    return {
+        "bytes": recorder.bytes,
+        "functions": sum(entered(call).total() for call in paths["step"].values()),
+        "us": {name: float(np.median(times)) for name, times in blocks.items()},
+        "fastest fifth us": {n: float(np.percentile(t, 20)) for n, t in blocks.items()},
+    }
+
+
+def slowest_blocks(turns: dict[str, Turn], rounds: int, calls: int) -> dict[str, Any]:
+    """By path, and by part of the step, us of each block's slowest rank."""
     blocks: dict[str, Any] = {}
     for name, spent in interleave(turns, rounds, calls=calls).items():
         own = np.array([*spent.values()]) * 1e6
@@ -80,12 +107,38 @@ def record(channels: int, bare: Any, comms: Any, rounds: int, calls: int) -> dic
         if name == "step":
             blocks |= dict(zip(spent, slowest[:-1], strict=True))
         blocks[name] = slowest[-1]
-    return {
-        "bytes": recorder.bytes,
-        "functions": sum(entered(call).total() for call in paths["step"].values()),
-        "us": {name: float(np.median(times)) for name, times in blocks.items()},
-        "fastest fifth us": {n: float(np.percentile(t, 20)) for n, t in blocks.items()},
-    }
+    return blocks
+
+
+def transports() -> dict[str, MpiCommunicator]:
+    """A communicator for each transport of CuPy arrays that there is."""
+    auto = MpiCommunicator(WORLD)
+    device = {"device": auto} if auto.transport == "device" else {}
+    return device | {"pinned": MpiCommunicator(WORLD, "pinned")}
+
+
+def on_cuda(channels: int, comms: dict[str, MpiCommunicator], rounds: int, calls: int) -> Any:
+    """The figures of arrays on the device, the same on every rank."""
+    cupy = import_module("cupy")
+    wait = cupy.cuda.Device().synchronize
+    message = cupy.zeros(2 * channels + 16)
+    on_device = cupybn.BatchNorm1d(channels, device="cuda")
+    paths: dict[str, Parts] = {"local": step(on_device, channels, cupy.asarray)}
+    for name, comm in comms.items():
+        paths[f"allreduce {name}"] = {"call": partial(comm.allreduce, message, "bench")}
+        layer = cupybn.SyncBatchNorm(channels, comm=comm, device="cuda")
+        paths[f"step {name}"] = step(layer, channels, cupy.asarray)
+
+    def together() -> None:
+        wait()
+        WORLD.Barrier()
+
+    turns = {name: turn_of(parts, together, wait) for name, parts in paths.items()}
+    interleave(turns, 2, calls=calls)
+    blocks = slowest_blocks(turns, rounds, calls)
+    us = {name: float(np.median(times)) for name, times in blocks.items()}
+    extra = {f"extra {name}": (us[f"step {name}"] - us["local"]) / 2 for name in comms}
+    return {"bytes": message.nbytes, "us": us | extra}
 
 
 class Recorder(MpiCommunicator):
@@ -98,10 +151,10 @@ class Recorder(MpiCommunicator):
         return super().allreduce(message, label)
 
 
-def step(layer: Any, channels: int) -> Parts:
-    """Forward and backward of a layer."""
+def step(layer: Any, channels: int, place: Callable[[Any], Any] = np.asarray) -> Parts:
+    """Forward and backward of a layer, on what `place` makes of NumPy arrays."""
     rng = np.random.default_rng(0)
-    x, dy = rng.standard_normal((2, _SAMPLES, channels), np.float32)
+    x, dy = map(place, rng.standard_normal((2, _SAMPLES, channels), np.float32))
     return {"forward": lambda: layer.forward(x), "backward": lambda: layer.backward(dy)}
 
 

@@ -5,7 +5,8 @@
 ``sys.setprofile``; `us` the wall-clock time of a call in a loop, which waits for a device only at
 its end. Both are of a layer that knows the call; `first` and `first us` of a layer that was just
 made, whose code is compiled already. Beside it PyTorch's module with autograd. SyncBatchNorm has
-the communicator of one rank. The JSON file has the functions by file.
+the communicator of one rank. On a GPU `4 empty kernels` is what CuPy takes for a step's launches.
+The JSON file has the functions by file.
 
 `memory`: the peak of a forward and of a backward, MB of 10^6 bytes, less the arrays that a caller
 cannot do without, y and dx; x, dy and residual are there before. So "peak = x + y + forward" and
@@ -43,6 +44,10 @@ Call = Callable[[], object]
 _SHAPE = (8, 16)
 _FOLDERS = tuple(f"{Path(module.__file__ or '').parent}/" for module in (cupybn, np))
 _FIRST = 20  # layers whose first call is timed
+_EMPTY = (
+    f'extern "C" __global__ void empty({", ".join(f"float* a{i}" for i in range(10))}, '
+    f"{', '.join(f'long long n{i}' for i in range(8))}) {{}}"
+)
 
 
 def measure_overhead(args: argparse.Namespace, report: Report) -> None:
@@ -121,10 +126,19 @@ def calls(xp: Any, device: str) -> dict[str, Callable[[], Call]]:
         "SyncBatchNorm": lambda: step(layer(cupybn.SyncBatchNorm, comm=cupybn.SelfCommunicator())),
         "functional": stateless,
     }
+    if device == "cuda":
+        made["4 empty kernels"] = lambda: empty_kernels(xp, x)
     torch = import_module("torch") if find_spec("torch") else None
     if torch is None or (device != "cpu" and not torch.cuda.is_available()):
         return made
     return made | calls_of_torch(torch, device, *map(torch.from_dlpack, (x, dy)))
+
+
+def empty_kernels(cupy: Any, x: Any) -> Call:
+    """As many launches as a step has, with about as many arguments: CuPy's part of its cost."""
+    kernel = cupy.RawKernel(_EMPTY, "empty")
+    given = (1,), (1,), (x,) * 10 + (np.int64(0),) * 8
+    return lambda: [kernel(*given) for _ in range(4)]
 
 
 def calls_of_torch(torch: Any, device: str, x: Any, dy: Any) -> dict[str, Callable[[], Call]]:

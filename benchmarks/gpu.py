@@ -7,11 +7,12 @@ figures. Each case has several sets of tensors, together at least four times the
 and every repetition takes the next set, so that what is read comes from memory. The last results
 are kept: outputs move through memory as well.
 
-Percentages are of the device's copy rate (bytes read and written by a copy of 1 GiB, before all
-cases and after them), for 3 B bytes forward and 5 B backward, B being the bytes of x: the least a
-streaming batch norm moves. Where x fits into the cache they can come out above 100 %. A ratio is
-cupybn's time over PyTorch's, forward + backward. `issued` is the same step as a loop of Python
-calls runs it, wall-clock time, so that the cost of a call shows.
+Percentages are of the device's copy rate (bytes read and written by a copy of twenty times the
+second-level cache, about 1 GB, before all cases and after them), for 3 B bytes forward and 5 B
+backward, B being the bytes of x: the least a streaming batch norm moves. Where x fits into the
+cache they can come out above 100 %. A ratio is cupybn's time over PyTorch's, forward + backward.
+`issued` is the same step as a loop of Python calls runs it, wall-clock time, so that the cost of a
+call shows.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ PATHS = ("cupybn", "native", "cudnn")
 _ODD = "64x4x112x112 128x4x224x224 4x256x16x16 64x2048 4096x1024 2x64x32x256x256"
 _PAIRS = [("cupybn", "native"), ("cupybn", "cudnn")]
 _WARM_UP = 3  # rounds
-_COPIED = 1 << 30
+_COPIED = 20  # times the second-level cache
 _STEPS = 20  # in a loop of Python calls
 _DELAY = """
 extern "C" __global__ void delay(long long cycles) {
@@ -103,18 +104,17 @@ def device_turn_of(parts: Parts) -> Turn:
 
 
 def copy_rate() -> float:
-    """Bytes read and written a second, the median of 20 copies of 1 GiB."""
-    source, target = (cupy.zeros(_COPIED, cupy.uint8) for _ in range(2))
+    """Bytes read and written a second, the median of 20 copies."""
+    size = _COPIED * int(cupy.cuda.Device().attributes["L2CacheSize"])
+    source, target = (cupy.zeros(size, cupy.uint8) for _ in range(2))
     turn = device_turn_of({"copy": lambda: target.__setitem__(..., source)})
     times = interleave({"copy": turn}, _WARM_UP + 20, calls=1)
-    return 2 * _COPIED / statistics.median(times["copy"]["copy"][_WARM_UP:])
+    return 2 * size / statistics.median(times["copy"]["copy"][_WARM_UP:])
 
 
 def record(case: Case, names: list[str], repeat: int) -> dict[str, Any]:
     """All figures of a case."""
-    cache, free = cupy.cuda.Device().attributes["L2CacheSize"], cupy.cuda.runtime.memGetInfo()[0]
-    count = min(64, math.ceil(cache / case.bytes), free // (10 * case.bytes))
-    sets = [Tensors(cupy, torch, case, 2 * i) for i in range(max(1, count))]
+    sets = tensor_sets(case, torch)
     paths = {"cupybn": of_layer(case)} | (of_torch(case) if torch is not None else {})
     parts = {name: cycled(sets, *paths[name]) for name in names if name in paths}
     turns = {name: device_turn_of(part) for name, part in parts.items()}
@@ -125,6 +125,13 @@ def record(case: Case, names: list[str], repeat: int) -> dict[str, Any]:
     loops = {name: turn_of(parts[name], wait, wait) for name in turns}
     issued = figures(interleave(loops, 5, calls=_STEPS), [])["us"]
     return found | {"issued us": {n: us["both"] for n, us in issued.items()}, "failed": failed}
+
+
+def tensor_sets(case: Case, torch: Any) -> list[Tensors]:
+    """With their results, together at least four times the second-level cache."""
+    cache, free = cupy.cuda.Device().attributes["L2CacheSize"], cupy.cuda.runtime.memGetInfo()[0]
+    count = min(64, math.ceil(cache / case.bytes), free // (10 * case.bytes))
+    return [Tensors(cupy, torch, case, 2 * i) for i in range(max(1, count))]
 
 
 def cycled(sets: list[Tensors], forward: Any, backward: Any) -> Parts:
@@ -177,17 +184,29 @@ def columns(case: Case, found: dict[str, Any], rate: float) -> dict[str, Any]:
     return row | {f"/ {b}": found["ratio"].get(f"{a} / {b}") for a, b in _PAIRS}
 
 
-def resnet50(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Speedups over the better of PyTorch's paths, weighted to the 53 layers of ResNet-50."""
+def resnet50(records: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Speedups over the better of PyTorch's paths, weighted to the 53 layers of ResNet-50.
+
+    `sum` is that of all layers' times together, where all are there.
+    """
     layers = {shape: int(n) for n, _, shape in (x.partition("*") for x in RESNET50.split())}
     groups: dict[str, list[float]] = {}
+    sums: dict[str, list[float]] = {}
     for record in records:
         count = layers.get("x".join(map(str, record["shape"][1:])), 0)
         if count and record["ratio"]:
             group = f"N={record['shape'][0]} {record['dtype']} {record['layout']}"
             speedup = 1 / max(record["ratio"].values())
             groups.setdefault(group, []).extend([speedup] * count)
+            own, total = record["us"]["cupybn"]["both"], sums.setdefault(group, [0.0, 0.0])
+            total[:] = total[0] + count * own, total[1] + count * own * speedup
     return {
-        group: {"mean speedup": statistics.geometric_mean(speedups), "lowest": min(speedups)}
+        group: {
+            "mean speedup": statistics.geometric_mean(speedups),
+            "lowest": min(speedups),
+            "sum": sums[group][1] / sums[group][0]
+            if len(speedups) == sum(layers.values())
+            else None,
+        }
         for group, speedups in groups.items()
     }

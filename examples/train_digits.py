@@ -29,6 +29,7 @@ import signal
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def build_network(seed: int, dtype: str) -> cupybn.Sequential:
 def run(way: Way, data: Data, args: argparse.Namespace) -> Course:
     """Trains a new network in one way; all ranks of ``way.comm`` call it, rank 0 takes notes."""
     device = local_device() if args.device == "cuda" else args.device
+    if args.device == "cuda":  # where arrays are made
+        import_module("cupy").cuda.Device(int(device.partition(":")[2])).use()
     network: cupybn.Layer = build_network(args.seed, args.dtype).to(device)
     if way.sync:
         network = cupybn.convert_sync_batchnorm(network, way.comm)

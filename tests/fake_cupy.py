@@ -39,7 +39,7 @@ RESIDENT = 3  # blocks of any kernel on a multiprocessor
 _NONE, _READ_WRITE = 0, 3
 _libc = ctypes.CDLL(None, use_errno=True)
 
-log = []  # what happened, in order: "get", "event wait", "pinned", ...
+happened = []  # what happened, in order: "get", "event wait", "pinned", ...
 launched = Counter()  # kernels, by their names
 
 
@@ -67,7 +67,7 @@ def install():
     build_with(_module)
     _here.__dict__.clear()
     _null.__init__()
-    log.clear()
+    happened.clear()
     launched.clear()
     sys.modules["cupy"] = sys.modules[__name__]
     return sys.modules[__name__]
@@ -195,12 +195,12 @@ class MemoryPointer:
         return Device(self.device_id)
 
     def copy_to_host_async(self, mem, size, stream=None):
-        log.append("to host")
+        happened.append("to host")
         kept = self.mem
         _stream(stream).launch(lambda: kept and ctypes.memmove(mem, self.ptr, size))
 
     def copy_from_host_async(self, mem, size, stream=None):
-        log.append("from host")
+        happened.append("from host")
         kept = self.mem
         _stream(stream).launch(lambda: kept and ctypes.memmove(self.ptr, mem, size))
 
@@ -245,7 +245,7 @@ class ndarray:
     T = property(lambda self: _view(self.memory.T, self))
 
     def get(self, stream=None, order="C", out=None):
-        log.append("get")
+        happened.append("get")
         return self._values()
 
     def _values(self):
@@ -672,7 +672,7 @@ class Event:
             self.point[0].run_to(self.point[1])
 
     def synchronize(self):
-        log.append("event wait")
+        happened.append("event wait")
         self.finish()
 
 
@@ -721,7 +721,7 @@ class _Pinned(np.ndarray):
 
 
 def alloc_pinned_memory(size):
-    log.append("pinned")
+    happened.append("pinned")
     _pinned_pool.append(np.zeros(size, np.uint8))
     return _pinned_pool[-1].view(_Pinned)
 

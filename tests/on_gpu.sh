@@ -1,120 +1,129 @@
 #!/usr/bin/env bash
-# The steps of docs/gpu-checklist.md, each one command that ends by itself:
-#   tests/on_gpu.sh correct|shapes|ranks|sanitize|bench [folder]
-#   tests/on_gpu.sh profile folder DTYPE LAYOUT SHAPE...
-# A step goes on where a part fails or takes too long, keeps everything in folder/STEP.log, says
-# what came of each part at the end, and fails if one did. It takes at most $LIMIT seconds.
+# What a GPU is asked, in three commands of at most 4, 5 and 4 minutes (docs/gpu-checklist.md):
+#   tests/on_gpu.sh first|why|ranks [FOLDER]
+# A step goes on where a part fails or takes too long, keeps the output of each part in
+# FOLDER/STEP-PART.log and the figures in FOLDER/STEP.json, prints a table last, and fails if a part
+# did. LIMIT (seconds), PYTHON and MPIEXEC may be set. With REHEARSE=1 it runs without a GPU, over the
+# stand-in for CuPy and tiny shapes; what cannot run there is left out, with the reason.
 set -u -o pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 2
 step=${1:-}
+case $step in
+  first | ranks) seconds=240 ;;
+  why) seconds=300 ;;
+  *) sed -n '2,8s/^# //p' "$0" && exit 2 ;;
+esac
 out=${2:-gpu-results}
 mkdir -p "$out"
-log=$out/$step.log
-: "${LIMIT:=570}" "${PYTHON:=python3}" "${MPIEXEC:=mpiexec}"
+rm -f "$out/$step".* "$out/$step"-*
+: "${LIMIT:=$seconds}" "${PYTHON:=python3}" "${MPIEXEC:=mpiexec}" "${REHEARSE:=}"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTEST_PLUGINS=pytest_timeout  # no strangers' warnings
-came=() failed=0
+parts=$out/$step.parts
+
+shapes=() quick=() batches=(--batches 32) float32=(--shapes 32x256x56x56 32x1024x14x14)
+six=(32x64x112x112 32x256x56x56 32x512x28x28 32x1024x14x14 32x2048x7x7 256x256x56x56)
+digits=(--device cuda --epochs 1)
+if [[ $REHEARSE ]]; then
+  export PYTHONPATH=$PWD/tests/stand_in:$PWD/tests:$PYTHONPATH CUPYBN_TINY=1
+  six=(4x8x16x16 8x16) shapes=(--shapes "${six[@]}") float32=("${shapes[@]}")
+  quick=(--quick --repeat 3) batches=(--batches 1)
+  digits+=(--batch 200)
+fi
 
 # part NAME SECONDS COMMAND...: within what is left of the limit. Interrupted, pytest still reports.
 part() {
-  local name=$1 seconds=$2 left=$((LIMIT - SECONDS)) rc began=$SECONDS
+  local name=$1 seconds=$2 left=$((LIMIT - SECONDS - 8)) rc began=$SECONDS log=$out/$step-${1// /-}.log
   shift 2
-  if ((left < 15)); then
-    came+=("not begun  $name") failed=1
+  if ((left < 5)); then
+    printf 'not begun\t0\t%s\n' "$name" >>"$parts"
     return
   fi
-  printf '\n#### %s: %s\n' "$name" "$*" >>"$log"
-  printf '\n#### %s\n' "$name"
-  timeout -s INT -k 15 $((seconds < left - 12 ? seconds : left - 12)) "$@" </dev/null 2>&1 |
-    tee -a "$log" | tail -n "${SHOWN:-12}" | cut -c1-300
+  printf '#### %s\n' "$*" >"$log"
+  timeout -s INT -k 5 $((seconds < left ? seconds : left)) env --default-signal=INT "$@" \
+    </dev/null >>"$log" 2>&1
   rc=$?
-  ((rc)) && failed=1
-  came+=("$(printf 'exit %3d, %3d s  %s' $rc $((SECONDS - began)) "$name")")
+  printf '\n#### %s\n%s\n' "$name" "$(tail -n "${SHOWN:-3}" "$log" | cut -c1-200)"
+  printf 'exit %d\t%d\t%s\n' $rc $((SECONDS - began)) "$name" >>"$parts"
 }
 
-tests() { # NAME SECONDS FILES AND OPTIONS...
-  part "$1" "$2" "$PYTHON" -m pytest -m gpu -v --tb=short -p no:cacheprovider "${@:3}"
+leave_out() { # NAME WHY
+  printf 'left out\t0\t%s: %s\n' "$1" "$2" >>"$parts"
 }
 
-only() { # the word for -k: one type's name is part of another's
-  [[ $1 == float16 ]] && echo "float16 and not bfloat16" || echo "$1"
+# gpu NAME SECONDS COMMAND...: a part that nothing takes the place of where there is no GPU.
+gpu() {
+  if [[ $REHEARSE ]]; then leave_out "$1" "needs a GPU"; else part "$@"; fi
 }
 
-correct() {
-  part device 30 nvidia-smi
-  SHOWN=40 part cupy 60 "$PYTHON" -c "import cupy; cupy.show_config()"
-  part versions 60 "$PYTHON" -m pip list
-  SHOWN=25 part info 60 "$PYTHON" -m cupybn info
-  SHOWN=40 tests layers 240 tests/test_gpu_layers.py
-  tests transports 60 tests/test_gpu_transports.py
-  part "bench, quickly" 60 "$PYTHON" -m benchmarks gpu overhead memory --quick \
-    --json "$out/quick.json"
-  SHOWN=40 tests kernels 300 tests/test_gpu.py --durations=15 \
-    -k "not every_shape and not 2_31 and not first_step and not large_shapes and not small_shapes"
-  tests "first step" 90 tests/test_gpu.py -k first_step
-  tests "small shapes" 120 tests/test_gpu.py -k small_shapes
+tests() { # NAME SECONDS FILE WORDS-FOR--k
+  "${RUN:-part}" "$1" "$2" "$PYTHON" -m pytest -m gpu -v --tb=short -p no:cacheprovider "$3" -k "$4"
 }
 
-shapes() {
-  tests "large shapes" 200 tests/test_gpu.py -k large_shapes
-  tests "more than 2^31" 200 tests/test_gpu.py -k 2_31
-  for dtype in float16 float32 bfloat16 float64; do
-    tests "every shape, $dtype" 200 tests/test_gpu.py -k "every_shape and $(only $dtype)"
-  done
+bench() { # NAME SECONDS SECTIONS AND OPTIONS...: where kernels do nothing if there is no GPU
+  STAND_IN_KERNELS=none SHOWN=${SHOWN:-60} part "$1" "$2" "$PYTHON" -m benchmarks "${@:3}" "${quick[@]}" \
+    --json "$out/$step-${1// /-}.json"
 }
 
-selftests() { # NAME, OPTIONS of selftest...
-  for n in 1 2 3 4; do
-    part "selftest $1, $n ranks" 60 "$MPIEXEC" -n $n "$PYTHON" -m cupybn selftest "${@:2}"
-  done
+first() {
+  local some=""
+  [[ $REHEARSE ]] && some="test_out or test_functional or two_streams"
+  # At once: nothing of it is timed.
+  gpu device 20 nvidia-smi &
+  gpu pytorch 60 "$PYTHON" -c "import torch; print(torch.__version__, torch.version.cuda)" &
+  SHOWN=25 part info 60 "$PYTHON" -m cupybn info &
+  tests "kernels float16" 80 tests/test_gpu.py "small_shapes_in and float16 and not bfloat16" &
+  tests "kernels float32" 80 tests/test_gpu.py "small_shapes_in and float32" &
+  tests layers 80 tests/test_gpu_layers.py "$some" &
+  wait
+  bench overhead 30 overhead --quick
+  bench "six shapes" 60 gpu --shapes "${six[@]}" --dtypes float16 --layouts rows columns --repeat 10
+  bench ResNet-50 60 gpu "${batches[@]}" --dtypes float16 --layouts rows columns --repeat 7
+  RUN=gpu tests "kernels float64" 60 tests/test_gpu.py "small_shapes_in and float64" &
+  RUN=gpu tests "kernels bfloat16" 60 tests/test_gpu.py "small_shapes_in and bfloat16" &
+  RUN=gpu tests "odd shapes float16" 60 tests/test_gpu.py "odd_split and float16 and not bfloat16" &
+  tests transports 60 tests/test_gpu_transports.py "still_being_written or handed_on" &
+  wait
+}
+
+why() {
+  SHOWN=40 bench "kernels float16" 170 kernels "${shapes[@]}"
+  SHOWN=40 bench "kernels float32" 60 kernels "${float32[@]}" --dtypes float32 --layouts rows columns
+  bench "bench float32" 60 gpu "${float32[@]}" --dtypes float32 --layouts rows columns --repeat 7
+  leave_out "resident beside streaming" "there are no resident kernels"
+  part model 20 "$PYTHON" -m benchmarks.model --batches 32
+}
+
+sanitize() { # TOOL
+  gpu "$1" 90 compute-sanitizer --tool "$1" --error-exitcode 9 --kernel-name kns=moments \
+    --kernel-name kns=normalize --kernel-name kns=backward_ "$PYTHON" -m pytest -m gpu -q \
+    -p no:cacheprovider --timeout=0 tests/test_gpu.py \
+    -k "small_shapes_in and float16 and not bfloat16"
 }
 
 ranks() {
-  SHOWN=25 part info 60 "$PYTHON" -m cupybn info
-  selftests "as it is" --repeat 1000
-  CUPYBN_CUDA_AWARE_MPI=0 selftests "through the host" --device cuda --repeat 1000
+  local n
   for n in 2 4; do
-    part "digits, $n ranks" 100 "$MPIEXEC" -n $n "$PYTHON" -m mpi4py examples/train_digits.py \
-      --device cuda --epochs 2 --plot "$out/gpu-$n.png"
+    SHOWN=12 part "selftest $n ranks" 40 "$MPIEXEC" -n $n "$PYTHON" -m cupybn selftest \
+      --device cuda --repeat 20
+    SHOWN=6 part "messages $n ranks" 30 "$MPIEXEC" -n $n "$PYTHON" -m mpi4py -m benchmarks comm \
+      --device cuda --quick --json "$out/$step-messages-$n-ranks.json"
   done
-  part "digits on the CPU" 60 "$PYTHON" examples/train_digits.py --epochs 2
-  part "digits on the GPU" 60 "$PYTHON" examples/train_digits.py --device cuda --epochs 2
+  # At once: nothing of it is timed.
+  sanitize memcheck &
+  sanitize racecheck &
+  tests "two graphs on two streams" 60 tests/test_gpu_layers.py graphs_of_one_stream &
+  SHOWN=8 part "digits 1 rank" 80 "$PYTHON" examples/train_digits.py "${digits[@]}" \
+    --plot "$out/ranks-digits-1.png" &
+  SHOWN=8 part "digits 2 ranks" 80 "$MPIEXEC" -n 2 "$PYTHON" -m mpi4py examples/train_digits.py \
+    "${digits[@]}" --plot "$out/ranks-digits-2.png" &
+  wait
+  RUN=gpu tests "more than 2^31 elements" 60 tests/test_gpu.py "2_31 and (many or columns)"
 }
 
-sanitize() {
-  part "memcheck, layers" 100 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" \
-    -m pytest -m gpu -q -p no:cacheprovider --timeout=0 tests/test_gpu_layers.py \
-    -k "any_allocator and none"
-  for dtype in float16 float64; do
-    for tool in memcheck racecheck synccheck initcheck; do
-      part "$tool, $dtype" 130 compute-sanitizer --tool $tool --error-exitcode 9 "$PYTHON" \
-        -m pytest -m gpu -q -p no:cacheprovider --timeout=0 tests/test_gpu.py \
-        -k "small_shapes and $(only $dtype)"
-    done
-  done
-}
-
-bench() {
-  part overhead 100 "$PYTHON" -m benchmarks overhead memory --quick --json "$out/quick.json"
-  SHOWN=90 part bench 550 "$PYTHON" -m benchmarks gpu --json "$out/bench.json"
-}
-
-profile() { # DTYPE LAYOUT SHAPES...
-  for shape in "${@:3}"; do
-    part "profile $shape" 150 ncu --clock-control none --set full --import-source no \
-      --kernel-name "regex:batch_moments|finalize_moments|normalize|backward_reduce|backward_input" \
-      --launch-skip 15 --launch-count 10 --export "$out/ncu-$shape" --force-overwrite \
-      "$PYTHON" -m benchmarks gpu --shapes "$shape" --dtypes "$1" --layouts "$2" \
-      --paths cupybn --repeat 3
-    SHOWN=200 part "report $shape" 60 ncu --import "$out/ncu-$shape.ncu-rep" --page details
-  done
-}
-
-case $step in
-  correct | shapes | ranks | sanitize | bench | profile) : >"$log" && "$step" "${@:3}" ;;
-  *) sed -n '2,6s/^# //p' "$0" && exit 2 ;;
-esac
-printf '\n#### %s, %d s\n' "$step" $SECONDS | tee -a "$log"
-printf '%s\n' "${came[@]}" | tee -a "$log"
-exit $failed
+"$step"
+"$PYTHON" -m benchmarks.results collect "$out" "$step" || echo "no $step.json"
+printf '\n#### %s, %d s\n' "$step" $SECONDS
+awk -F '\t' '{ printf "%-10s %4d s  %s\n", $1, $2, $3 }' "$parts"
+! grep -qvE '^(exit 0|left out)' "$parts"

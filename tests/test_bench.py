@@ -124,7 +124,7 @@ def test_comm_under_mpiexec_speaks_once(mpirun, tmp_path):
     [
         (["gpu"], {}, "error: gpu: device"),
         (["cpu"], {"PMI_SIZE": "2"}, "under mpiexec only comm"),
-        (["gpus"], {}, "no section gpus: there are cpu, gpu, comm, overhead, memory"),
+        (["gpus"], {}, "no section gpus: there are cpu, gpu, kernels, comm, overhead, memory"),
         (["--repeat", "0"], {}, "must be at least 1"),
         (["--shapes", "32"], {}, "must look like 32x64x56x56, got '32'"),
         (["cpu", "--json", "nowhere/x.json"], {}, "nowhere/x.json cannot be written"),
@@ -142,7 +142,7 @@ def gpu(monkeypatch):
     with host_kernels():
         fake_cupy.do_nothing()
         module = importlib.import_module("benchmarks.gpu")
-        monkeypatch.setattr(module, "_COPIED", 1 << 16)
+        monkeypatch.setattr(module, "_COPIED", 1)
         yield module
         del sys.modules["benchmarks.gpu"]
 
@@ -186,10 +186,18 @@ def test_resnet50(gpu):
     assert len(cases.of_resnet50([1])) == 12
     found = cases.products(["32x1024x14x14", "32x64x56x56", "32x9x9x9"], ["float16"])
     ratios = [{"a": 0.25, "b": 0.2}, {"a": 0.5, "b": 2.0}, {"a": 9.0, "b": 9.0}]
-    records = [case._asdict() | {"ratio": r} for case, r in zip(found, ratios, strict=True)]
+    us = {"us": {"cupybn": {"both": 10.0}}}
+    records = [case._asdict() | us | {"ratio": r} for case, r in zip(found, ratios, strict=True)]
     mean = pytest.approx((4**7 * 0.5**6) ** (1 / 13))
-    found = {"mean speedup": mean, "lowest": 0.5}
+    found = {"mean speedup": mean, "lowest": 0.5, "sum": None}
     assert gpu.resnet50(records) == {"N=32 float16 rows": found}
+    times = [1.0] * 11 + [100.0]  # the last one is of 4 layers, and half as fast as PyTorch's
+    records = [
+        case._asdict() | {"us": {"cupybn": {"both": t}}, "ratio": {"a": 0.5 if t == 1 else 2.0}}
+        for case, t in zip(cases.products(cases.of_resnet50([8]), ["float16"]), times, strict=True)
+    ]
+    [all_of_it] = gpu.resnet50(records).values()
+    assert all_of_it["sum"] == pytest.approx((49 * 2 + 400 / 2) / (49 + 400))
 
 
 def test_memory_is_what_is_allocated(gpu):

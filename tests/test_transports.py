@@ -140,9 +140,9 @@ def test_the_host_waits_for_the_event_before_it_reads(cupy):
     seen = []
     staging.sum_through_pinned(cupy.asarray(np.zeros(4)), plus(0))
     message = written_late(cupy, np.arange(4.0))
-    cupy.log.clear()
+    cupy.happened.clear()
     host = staging.sum_through_pinned(message, plus(10, seen))
-    assert cupy.log == ["to host", "event wait", "from host"]
+    assert cupy.happened == ["to host", "event wait", "from host"]
     assert seen[0][0]
     np.testing.assert_array_equal(seen[0][1], np.arange(4.0))
     np.testing.assert_array_equal(host, np.arange(4.0) + 10)
@@ -157,7 +157,7 @@ def test_pinned_memory_is_kept_and_not_overwritten_while_a_copy_reads_it(cupy):
     with other:
         second = written_late(cupy, np.zeros(4))
         staging.sum_through_pinned(second, plus(2))
-    assert cupy.log.count("pinned") == 1
+    assert cupy.happened.count("pinned") == 1
     np.testing.assert_array_equal(first.get(), np.ones(4))
     with other:
         np.testing.assert_array_equal(second.get(), np.full(4, 2.0))
@@ -168,7 +168,7 @@ def test_pinned_memory_is_not_freed_while_a_copy_reads_it(cupy):
     staging.sum_through_pinned(first, plus(1))
     with cupy.cuda.Stream():
         staging.sum_through_pinned(written_late(cupy, np.zeros(1000)), plus(2))
-    assert cupy.log.count("pinned") == 2
+    assert cupy.happened.count("pinned") == 2
     np.testing.assert_array_equal(first.get(), np.ones(4))
 
 
@@ -196,16 +196,16 @@ def test_without_pinned_memory_to_be_had_the_message_still_goes(cupy, monkeypatc
 
 def test_a_device_pointer_is_handed_on_after_the_event(cupy):
     message = written_late(cupy, np.arange(4.0))
-    cupy.log.clear()
+    cupy.happened.clear()
     given = []
 
     def summed(array):
-        given.append((array, list(cupy.log)))
+        given.append((array, list(cupy.happened)))
 
     staging.sum_on_device(message, summed)
     assert given[0][0] is message
     assert given[0][1] == ["event wait"]
-    assert cupy.log == ["event wait"]
+    assert cupy.happened == ["event wait"]
 
 
 @pytest.mark.mpi

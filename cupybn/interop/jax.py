@@ -319,8 +319,8 @@ def _not_differentiated(token: Any) -> Any:
 @_not_differentiated.defjvp
 def _refuse(primals: Any, tangents: Any) -> Any:
     raise NotImplementedError(
-        "the wrappers of cupybn.interop.jax cannot be differentiated: put ordered_value_and_grad in "
-        "the place of jax.grad and in_order"
+        "the wrappers of cupybn.interop.jax cannot be differentiated: put ordered_value_and_grad "
+        "in the place of jax.grad and in_order"
     )
 
 

@@ -27,20 +27,22 @@ class Spy:
 
     def Allreduce(self, *args):
         assert args[0] is MPI.IN_PLACE
-        self.given.append((args[1], list(cupy.log)))
+        self.given.append((args[1], list(cupy.happened)))
         return self.dup.Allreduce(*args)
 
     def Gather(self, values, parts):  # of three ranks
-        self.given.append((values, list(cupy.log)))
+        self.given.append((values, list(cupy.happened)))
         assert (parts is None) == bool(rank)
         assert rank or type(parts) is type(values)
-        cupy.log.clear()
+        cupy.happened.clear()
         return self.dup.Gather(values, parts)
 
     def Bcast(self, values):
         assert values is self.given[-1][0]
         # The sum is written by the first rank's stream.
-        assert cupy.log == (["event wait"] if isinstance(values, cupy.ndarray) and not rank else [])
+        assert cupy.happened == (
+            ["event wait"] if isinstance(values, cupy.ndarray) and not rank else []
+        )
         return self.dup.Bcast(values)
 
 
@@ -67,7 +69,7 @@ def check_sums(comm, check_given):
             mine = (np.arange(length) % 97 + rank).astype(dtype)
             total = (np.arange(length) % 97 * size + size * (size - 1) // 2).astype(dtype)
             message = written_late(mine)
-            cupy.log.clear()
+            cupy.happened.clear()
             comm._dup.given.clear()
             result = comm.allreduce(message, "forward of 'a'")
             assert result is message
@@ -93,9 +95,9 @@ def pinned():
         check_sums(comm, given)
         # no further trip to the device for the header
         message = written_late(np.ones(256))
-        cupy.log.clear()
+        cupy.happened.clear()
         comm.first_values(comm.allreduce(message), 16)
-        assert "get" not in cupy.log
+        assert "get" not in cupy.happened
     assert comm.cuda_aware.aware is False
     assert "not known to be CUDA-aware" in comm.why
 
@@ -110,7 +112,7 @@ def device():
             assert array is message
 
         check_sums(comm, given)
-        assert "pinned" not in cupy.log
+        assert "pinned" not in cupy.happened
     assert comm.why == f"MPI is CUDA-aware on every rank ({VARIABLE}=1 on this one)"
 
 
@@ -193,12 +195,12 @@ def layers():
         tree.b.to("cuda")
         for i, (_, grad) in enumerate(tree.named_gradients()):
             grad[...] = i + rank
-        cupy.log.clear()
+        cupy.happened.clear()
         distributed.allreduce_gradients(tree, comm)
         # all on the device: nothing is fetched but, where MPI sums there, the header
         fetched = {"pinned": 0, "device": int(size > 1)}
         if everything and transport in fetched:
-            assert cupy.log.count("get") == fetched[transport], cupy.log
+            assert cupy.happened.count("get") == fetched[transport], cupy.happened
         for i, (name, grad) in enumerate(tree.named_gradients()):
             host = grad.get() if everything or name[0] == "b" else grad
             np.testing.assert_array_equal(host, np.full(host.shape, i + (size - 1) / 2))

@@ -1,11 +1,15 @@
 """``import cupy`` where this folder is on the path: the stand-in, its streams putting off all work.
 
-    PYTHONPATH=tests/stand_in:tests tests/on_gpu.sh correct FOLDER
+    PYTHONPATH=tests/stand_in:tests python -m cupybn info
 
-goes through the steps of a GPU session without a GPU.
+With STAND_IN_KERNELS=none kernels do nothing: for what only times them.
 """
+
+import os
 
 import fake_cupy
 
 fake_cupy.install()
 fake_cupy.put_off()
+if os.environ.get("STAND_IN_KERNELS") == "none":
+    fake_cupy.do_nothing()
