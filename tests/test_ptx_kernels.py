@@ -151,7 +151,8 @@ SPLIT = {
     "rows": (4, 2, 10007),
     "runs": (700, 8, 49),
     "columns": (3000, 64, 1),
-    "ragged columns": (40003, 3, 1),
+    "one ragged column": (400003, 1, 1),
+    "ragged columns": (3001, 65, 1),
 }
 
 
