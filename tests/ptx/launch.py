@@ -68,7 +68,7 @@ class Settings:
     shuffle: bool = True
     split: bool = False
     races: bool = True
-    uninitialised: bool = False
+    uninitialised: bool = True
     counting: bool = False
     blocks: Callable[[int], Sequence[int]] | None = None
     limit: int = 1 << 34
