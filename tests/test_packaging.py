@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,3 +79,17 @@ def test_every_way_to_install(mode, checkout, python, tmp_path):
     assert names.split() == sorted(p.name for p in (ROOT / "cuda").glob("*.cu*"))
     assert (typed, pasted) == ("True", "True")
     assert bench == str(mode == "checkout")  # it is run there, and not installed
+
+
+def test_what_needs_a_framework_is_run_with_it():
+    """`make test` skips these files whole: they have to be in the list of another target."""
+    tests = {path.stem[5:]: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    needs = {
+        name
+        for name, text in tests.items()
+        if re.search(r'^\w+ = pytest\.importorskip\("(torch|jax)"', text, re.MULTILINE)
+    }
+    listed = re.search(r"^FRAMEWORKS = ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert listed is not None
+    assert len(needs) > 8
+    assert needs <= set(listed[1].replace("\\", "").split())
