@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,7 @@ def test_nothing_is_left(ending, tmp_path):
     with ready.open("w") as out, subprocess.Popen(
         [CLUSTER, "sh", "-c", command],
         env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # ignored in background
     ) as process:  # fmt: skip
         members, spaces, programs = set(), set(), set()
         while process.poll() is None:
@@ -76,7 +78,10 @@ def test_nothing_is_left(ending, tmp_path):
             process.kill()
         elif number:
             os.killpg(process.pid, number)
-        assert process.wait(30) == code, ready.read_text()
+        try:
+            assert process.wait(30) == code, ready.read_text()
+        finally:
+            process.kill()
     assert programs >= daemons, programs  # so something was there
     time.sleep(1)
     left = [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc")))
