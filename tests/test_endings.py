@@ -127,8 +127,8 @@ def check_spoken(job, n, where):
     assert job.code != 0
     assert job.seconds < TIMEOUT + SLACK
     said = (
-        rf"cupybn: rank ([0-{n - 2}]) of {n} on (.*), process (\d+), {re.escape(where)} of this "
-        r"communicator: waited (?:[3-9]|1\d)\.\d s for the other ranks"
+        rf"cupybn: rank ([0-{n - 2}]) of {n} on ([^,\n]*), process (\d+), {re.escape(where)} of "
+        r"this communicator: waited (?:[3-9]|1\d)\.\d s for the other ranks"
     )
     found = re.findall(said, job.stderr)
     assert found, job.stderr

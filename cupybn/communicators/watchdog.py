@@ -108,7 +108,8 @@ def _tell(watch: Watch, waited: float) -> None:
         f"cupybn: {watch}: waited {waited:.1f} s for the other ranks (the limit is "
         f"{watch.timeout:g} s, CUPYBN_TIMEOUT). A rank has stopped, its host or network is gone, "
         "or it calls other layers than this one: suspect the ranks that say nothing. Ending the "
-        "job. This rank stands at:",
+        "job. This rank stands at:\n",
+        end="",  # in one piece: other ranks speak too
         file=sys.__stderr__,
         flush=True,
     )
