@@ -150,6 +150,15 @@ def test_what_jax_cannot_make_of_it_is_refused_by_name():
     assert "put ordered_value_and_grad in the place of jax.grad" in refused(through, x)
 
 
+def test_a_gradient_inside_another_wrapper_is_refused():
+    x = case()[0]
+    inner = interop.ordered_value_and_grad(lambda x: (norm(x) ** 2).sum())
+    for compiled in (inner, jax.jit(inner)):
+        with pytest.raises(RuntimeError, match="it has to be the outermost"):
+            interop.in_order(lambda x, step=compiled: step(x)[0])(x)
+    inner(x)
+
+
 def test_shards_and_other_devices_are_refused(monkeypatch):
     x = case()[0]
     mesh = jax.make_mesh((1,), ("i",))

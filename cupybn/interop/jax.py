@@ -167,13 +167,21 @@ def ordered_value_and_grad(
     """``jax.value_and_grad`` of a function that calls :func:`batch_norm`, in one order.
 
     All forwards come in the order of the program, then all backwards in the opposite one, on every
-    rank, whatever is done with the results. To be called inside ``jax.jit`` or by itself; not
-    inside another wrapper.
+    rank, whatever is done with the results. To be called inside ``jax.jit`` or by itself.
+
+    Raises:
+        RuntimeError: inside another wrapper.
     """
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
     @wraps(f)
     def value_and_grad(*args: Any, **kwargs: Any) -> Any:
+        if _open.token is not None:
+            raise RuntimeError(
+                "ordered_value_and_grad stands inside another wrapper of cupybn.interop.jax, whose "
+                "messages would not be in one order with its own: it has to be the outermost"
+            )
+
         def with_token(token: Any, *args: Any) -> Any:
             out, token = _carrying(f)(token, *args, **kwargs)
             return (_tie(out[0], token), out[1]) if has_aux else _tie(out, token)
