@@ -1,26 +1,26 @@
 // What both backward kernels do with dy: the part which the activation let through. Behind a ReLU
-// that is read from the bits which forward wrote, or, without a mask, computed again from x.
+// that is read from the bits which forward wrote, or, without them, computed again from x.
 #pragma once
 #include "numeric.cuh"
 #include "geometry.cuh"
 
 // The bits of a vector, that of its first element at V - 1. Bit i of the tensor is bit 7 - i % 8 of its
 // byte; a vector of a ragged row may lie across two. What is above those bits means nothing.
-__device__ __forceinline__ unsigned load_mask(const unsigned char* mask, const Slot& slot) {
+__device__ __forceinline__ unsigned load_bits(const unsigned char* relu_bits, const Slot& slot) {
   i64 byte = slot.offset / 8;
   int begin = slot.offset % 8;
-  unsigned bits = load_if(slot.active, mask + byte);
+  unsigned bits = load_if(slot.active, relu_bits + byte);
   bits <<= 8;
   if (Walk::RAGGED && Walk::CHANNELS == 1) {
-    bits |= load_if(slot.active && begin + V > 8, mask + byte + 1);
+    bits |= load_if(slot.active && begin + V > 8, relu_bits + byte + 1);
   }
   return bits >> (16 - V - begin);
 }
 
-// The bit of one element, set where there is no mask.
-__device__ __forceinline__ unsigned load_bit(const unsigned char* mask, const Slot& slot) {
+// The bit of one element, set where there are none.
+__device__ __forceinline__ unsigned load_bit(const unsigned char* relu_bits, const Slot& slot) {
   unsigned char none = 0xff;
-  return load_or(slot.active, mask, slot.offset / 8, none) >> (7 - slot.offset % 8);
+  return load_or(slot.active, relu_bits, slot.offset / 8, none) >> (7 - slot.offset % 8);
 }
 
 // `bits` counts, all ones where there was no ReLU, unless y is computed again.

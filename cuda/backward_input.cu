@@ -43,8 +43,8 @@ __device__ __forceinline__ void add_parameter_gradients(const Walk& walk, i64 ch
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, WRITING_BLOCKS)
 backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbias,
-               const scalar_t* dy, const scalar_t* x, const unsigned char* mask, const double* mean,
-               const double* invstd, const param_t* weight, const param_t* bias,
+               const scalar_t* dy, const scalar_t* x, const unsigned char* relu_bits,
+               const double* mean, const double* invstd, const param_t* weight, const param_t* bias,
                const double* sum_dy, const double* sum_dy_xmu, const double* local_dy,
                const double* local_dy_xmu, double share, i64 relu, i64 n, i64 c, i64 l,
                i64 slice_length, i64 tile_channels, i64 line_samples) {
@@ -52,7 +52,7 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
   const Shape shape{n, c, l, slice_length, tile_channels, line_samples};
   const ChannelArrays arrays{mean, invstd, {weight, bias}};
   const Sums sums{sum_dy, sum_dy_xmu}, local{local_dy, local_dy_xmu};
-  const bool masked = relu && mask, again = relu && !mask, needs_x = sum_dy || again;
+  const bool stored = relu && relu_bits, again = relu && !relu_bits, needs_x = sum_dy || again;
   // backwards: what the reduction read last may still be in the cache
   Walk walk(shape, gridDim.x - 1 - blockIdx.x, gridDim.y - 1 - blockIdx.y, misalignment_of(dy));
   __shared__ Gradient table[MAX_TILE_CHANNELS];
@@ -68,7 +68,7 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
     load_slots(pack_dy, dy, slot);
     if (needs_x) load_slots(pack_x, x, slot);
 #pragma unroll
-    for (int u = 0; u < UNROLL; ++u) bits[u] = masked ? load_mask(mask, slot[u]) : ~0u;
+    for (int u = 0; u < UNROLL; ++u) bits[u] = stored ? load_bits(relu_bits, slot[u]) : ~0u;
     if (first) {  // the first vectors are on their way
       fill_table(table, walk, c, [&](bool active, i64 channel) {
         return gradient_of(arrays.load(active, channel), active, channel, sums, share);
@@ -99,7 +99,7 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
     const Slot& slot = single.slot;
     const Gradient& own = table[single.channel];
     acc_t value = widen(load_if(slot.active && needs_x, x + slot.offset));
-    unsigned bits = load_bit(masked ? mask : nullptr, slot);
+    unsigned bits = load_bit(stored ? relu_bits : nullptr, slot);
     acc_t d = passing(widen(load_if(slot.active, dy + slot.offset)), value, own.affine, again, bits,
                       V - 1);
     scalar_t passed, input;

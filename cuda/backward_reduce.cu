@@ -9,12 +9,12 @@
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, SUMMING_BLOCKS)
 backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* message_dy_xmu,
                 double* partials, unsigned* counters, const scalar_t* dy, const scalar_t* x,
-                const unsigned char* mask, const double* mean, const double* invstd,
+                const unsigned char* relu_bits, const double* mean, const double* invstd,
                 const param_t* weight, const param_t* bias, i64 relu, i64 n, i64 c, i64 l,
                 i64 slice_length, i64 tile_channels, i64 line_samples, i64 group_slices) {
   constexpr int UNROLL = 2;
   const Shape shape{n, c, l, slice_length, tile_channels, line_samples};
-  const bool masked = relu && mask, again = relu && !mask;
+  const bool stored = relu && relu_bits, again = relu && !relu_bits;
   const Parameters parameters{again ? weight : nullptr, again ? bias : nullptr};
   Walk walk(shape, blockIdx.x, blockIdx.y, misalignment_of(x));
   __shared__ Affine table[MAX_TILE_CHANNELS];
@@ -31,7 +31,7 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
     load_slots(pack_x, x, slot);
     load_slots(pack_dy, dy, slot);
 #pragma unroll
-    for (int u = 0; u < UNROLL; ++u) bits[u] = masked ? load_mask(mask, slot[u]) : ~0u;
+    for (int u = 0; u < UNROLL; ++u) bits[u] = stored ? load_bits(relu_bits, slot[u]) : ~0u;
     if (first) {  // the first vectors are on their way
       fill_table(table, walk, c, [&](bool active, i64 channel) {
         Channel own{load_if(active, mean + channel), load_if(active && again, invstd + channel), 1,
@@ -66,7 +66,7 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
     const Slot& slot = single.slot;
     const Affine& own = table[single.channel];
     acc_t value = widen(load_if(slot.active, x + slot.offset));
-    unsigned bits = load_bit(masked ? mask : nullptr, slot);
+    unsigned bits = load_bit(stored ? relu_bits : nullptr, slot);
     acc_t d = passing(widen(load_if(slot.active, dy + slot.offset)), value, own, again, bits, V - 1);
     return Pair{d, static_cast<double>(d) * (value - own.high)};
   };

@@ -95,7 +95,7 @@ template <int V_, bool RAGGED_> struct Runs {
   static constexpr int V = V_;
   static constexpr bool RAGGED = RAGGED_;
   static constexpr int CHANNELS = V;
-  static constexpr int singles = 8;  // a byte of a mask: it is stored at once
+  static constexpr int singles = 8;  // a byte of ReLU bits: it is stored at once
 
   i64 left, offset, step, total;
   i64 tile, slice, all_channels;

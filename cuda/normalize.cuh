@@ -1,15 +1,15 @@
-// y of one block, and the mask of y > 0 in the bit order of numpy.packbits over the C-ordered
+// y of one block, and the bits of y > 0 in the bit order of numpy.packbits over the C-ordered
 // (N, C, L). What the statistics of a channel are says `load(active, channel)`.
 #pragma once
 #include "numeric.cuh"
 #include "geometry.cuh"
 
-// Vectors across the ends of rows have two rows in one byte of the mask: that is for normalize_flat.
+// Vectors across the ends of rows have two rows in one byte of bits: that is for normalize_flat.
 constexpr bool OWNS_BYTES = !(Walk::RAGGED && Walk::CHANNELS == 1);
 
-// A byte of the mask is eight values: of one vector, or of neighbouring lanes, whose first stores it.
+// A byte of bits is eight values: of one vector, or of neighbouring lanes, whose first stores it.
 template <int WIDTH>
-__device__ __forceinline__ void store_mask(unsigned char* mask, const Slot& slot,
+__device__ __forceinline__ void store_bits(unsigned char* relu_bits, const Slot& slot,
                                            const Pack<scalar_t, WIDTH>& y) {
   unsigned bits = 0;
 #pragma unroll
@@ -19,11 +19,11 @@ __device__ __forceinline__ void store_mask(unsigned char* mask, const Slot& slot
     bits = bits << width | __shfl_down_sync(0xffffffffu, bits, width / WIDTH);
   }
   bool first = slot.active && slot.offset % 8 == 0;
-  store_if(first, mask + slot.offset / 8, static_cast<unsigned char>(bits));
+  store_if(first, relu_bits + slot.offset / 8, static_cast<unsigned char>(bits));
 }
 
 template <typename Load>
-__device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned char* mask,
+__device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned char* relu_bits,
                                                const scalar_t* x, const scalar_t* residual,
                                                bool relu, const Shape& shape, Load load) {
   constexpr int UNROLL = Walk::CHANNELS == 8 ? 2 : 4;
@@ -56,7 +56,7 @@ __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned
       }
       Pack<scalar_t, V> out = narrowed(values);
       store_pack_if<V>(slot[u].active, y + slot[u].offset, out);
-      if (OWNS_BYTES && mask) store_mask(mask, slot[u], out);
+      if (OWNS_BYTES && relu_bits) store_bits(relu_bits, slot[u], out);
     }
   } while (walk.left > 0);
 
@@ -67,6 +67,6 @@ __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned
     Pack<scalar_t, 1> out;
     narrow(activate(value, relu), out.v[0]);
     store_if(slot.active, y + slot.offset, out.v[0]);
-    if (OWNS_BYTES && mask) store_mask(mask, slot, out);
+    if (OWNS_BYTES && relu_bits) store_bits(relu_bits, slot, out);
   });
 }

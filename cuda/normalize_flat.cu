@@ -1,14 +1,14 @@
-// normalize where bytes of the mask and rows do not fit together.
+// normalize where bytes of ReLU bits and rows do not fit together.
 #include "memory.cuh"
 #include "numeric.cuh"
 #include "normalize_flat.cuh"
 
-extern "C" __global__ void normalize_flat(scalar_t* y, unsigned char* mask, const scalar_t* x,
+extern "C" __global__ void normalize_flat(scalar_t* y, unsigned char* relu_bits, const scalar_t* x,
                                           const scalar_t* residual, const double* mean,
                                           const double* invstd, const param_t* weight,
                                           const param_t* bias, i64 relu, i64 n, i64 c, i64 l) {
   const ChannelArrays arrays{mean, invstd, {weight, bias}};
-  normalize_byte(y, mask, x, residual, relu, n * c * l, [&](bool active, i64 i) {
+  normalize_byte(y, relu_bits, x, residual, relu, n * c * l, [&](bool active, i64 i) {
     return arrays.load(active, i / l % c);
   });
 }

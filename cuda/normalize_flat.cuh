@@ -1,12 +1,12 @@
-// As normalize.cuh, for a mask whose bytes and rows do not fit together: a thread owns eight values,
+// As normalize.cuh, for bits whose bytes and rows do not fit together: a thread owns eight values,
 // wherever they lie, and no two threads meet in a byte.
 #pragma once
 #include "numeric.cuh"
 
 template <typename Load>
-__device__ __forceinline__ void normalize_byte(scalar_t* y, unsigned char* mask, const scalar_t* x,
-                                               const scalar_t* residual, bool relu, i64 size,
-                                               Load load) {
+__device__ __forceinline__ void normalize_byte(scalar_t* y, unsigned char* relu_bits,
+                                               const scalar_t* x, const scalar_t* residual,
+                                               bool relu, i64 size, Load load) {
   i64 byte = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
   unsigned bits = 0;
   for (int j = 0; j < 8; ++j) {
@@ -20,5 +20,5 @@ __device__ __forceinline__ void normalize_byte(scalar_t* y, unsigned char* mask,
     store_if(active, y + i, out);
     bits = bits << 1 | (active ? bit_of(out) : 0u);
   }
-  store_if(byte * 8 < size, mask + byte, static_cast<unsigned char>(bits));
+  store_if(byte * 8 < size, relu_bits + byte, static_cast<unsigned char>(bits));
 }

@@ -1,4 +1,4 @@
-// normalize_recentred where bytes of the mask and rows do not fit together. The thread of a channel's
+// normalize_recentred where bytes of ReLU bits and rows do not fit together. The thread of a channel's
 // first value writes its results.
 #include "memory.cuh"
 #include "numeric.cuh"
@@ -6,7 +6,7 @@
 #include "finalize.cuh"
 
 extern "C" __global__ void
-normalize_recentred_flat(scalar_t* y, unsigned char* mask, double* mean, double* var,
+normalize_recentred_flat(scalar_t* y, unsigned char* relu_bits, double* mean, double* var,
                          double* invstd, param_t* running_mean, param_t* running_var,
                          const scalar_t* x, const scalar_t* residual, const double* weighted,
                          const double* recentred, const param_t* weight, const param_t* bias,
@@ -14,7 +14,7 @@ normalize_recentred_flat(scalar_t* y, unsigned char* mask, double* mean, double*
   const MomentSums sums{weighted, recentred, count, eps, factor};
   const Statistics out{mean, var, invstd, running_mean, running_var};
   const Parameters parameters{weight, bias};
-  normalize_byte(y, mask, x, residual, relu, n * c * l, [&](bool active, i64 i) {
+  normalize_byte(y, relu_bits, x, residual, relu, n * c * l, [&](bool active, i64 i) {
     i64 channel = i / l % c;
     bool writes = active && i == channel * l;
     Channel found = finalize(active, writes, channel, RECENTRED, sums, out);

@@ -100,7 +100,7 @@ __device__ __forceinline__ double fused(double a, double b, double c) { return f
 // not fmax: that would turn NaN into 0
 __device__ __forceinline__ acc_t activate(acc_t y, bool relu) { return relu && y < 0 ? 0 : y; }
 
-// Of the mask.
+// Of the ReLU bits.
 __device__ __forceinline__ unsigned bit_of(scalar_t y) { return widen(y) > 0 ? 1u : 0u; }
 
 // The statistics and parameters of one channel, as they lie in memory.

@@ -128,7 +128,7 @@ def _prepare(saved: Saved, ddx: Array | None, dy: Array, ddresidual: Array | Non
     if saved.bound.relu:
         # From the backend's own backward, so that both agree at every last value.
         ones, kept = np.ones_like(x3), np.empty_like(x3)
-        options = {"relu": True, "mask": saved.relu_bits, "dresidual3": kept}
+        options = {"relu": True, "relu_bits": saved.relu_bits, "dresidual3": kept}
         backend_for(x3).backward_input(ones, x3, saved.transform, **options)
         kept3 = kept != 0
     return _Data(views[0], views[1], kept3, views[2])

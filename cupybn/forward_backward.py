@@ -163,7 +163,7 @@ class Saved(NamedTuple):
             check_array(what, array, x, bound.layout.per_channel, np.float64)
         if relu_bits is not None:
             relu_bits = as_array(relu_bits, "relu_bits")
-            check_array("relu_bits", relu_bits, x, bound.mask_shape, np.uint8)
+            check_array("relu_bits", relu_bits, x, bound.bits_shape, np.uint8)
         if int(count) != count or count < 0:
             raise ValueError(f"count must be a number of values, got {count!r}")
         x3 = bound.layout.view(x)
@@ -337,8 +337,8 @@ class Bound:
         self.updates = options.factor is not None and not options.given
         self.count = self.shape3[0] * self.shape3[2]
         self.comm, self.ranks, self.name = comm, comm.size, name
-        self.needs_mask = self.fused_residual and options.save
-        self.mask_shape = ((self.shape3[0] * self.channels * self.shape3[2] + 7) // 8,)
+        self.needs_bits = self.fused_residual and options.save
+        self.bits_shape = ((self.shape3[0] * self.channels * self.shape3[2] + 7) // 8,)
         self.prepared: dict[str, ModuleType] = {}
         self._statistics: Any = Bound._alone
         if options.given:
@@ -420,8 +420,8 @@ class Bound:
             else:
                 y3 = self.empty(self.shape3, self.dtype) if y3 is None else y3
                 y = y3.reshape(self.shape) if self.in_order else self.layout.restore(y3)
-            bits = self.empty(self.mask_shape, np.uint8) if self.needs_mask else None
-            extra = {"relu": self.relu, "residual3": residual3, "mask": bits}
+            bits = self.empty(self.bits_shape, np.uint8) if self.needs_bits else None
+            extra = {"relu": self.relu, "residual3": residual3, "relu_bits": bits}
             if updated is not None and self.on_host:  # what fails half-way leaves all unchanged
                 moved = updated.mean.copy(), updated.var.copy()
             arrays = x3, y3, weight, bias
@@ -535,7 +535,7 @@ class Bound:
                 dresidual = dresidual3.reshape(self.shape)
                 if not self.in_order:
                     dresidual = self.layout.restore(dresidual3)
-            extra = {"relu": self.relu, "mask": saved.relu_bits, "dresidual3": dresidual3}
+            extra = {"relu": self.relu, "relu_bits": saved.relu_bits, "dresidual3": dresidual3}
             backend = by_type[kind]
             if self.prepared.get("backward") is not backend:
                 self._prepare_backward(backend, (dy3, x3, dx3), extra)
@@ -569,7 +569,7 @@ class Bound:
             return
         payload = call.payload(x3, 2 * c)
         local = backend.backward_reduce(
-            dy3, x3, transform, relu=self.relu, mask=saved.relu_bits, payload=payload
+            dy3, x3, transform, relu=self.relu, relu_bits=saved.relu_bits, payload=payload
         )
         _, total = call.allreduce()
         sums = BackwardSums(total[:c], total[c:])

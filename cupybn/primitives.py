@@ -45,7 +45,7 @@ _ARGUMENTS = {
     "residual3": _Kind("data", "data"),
     "out3": _OUTPUT,
     "dresidual3": _OUTPUT,
-    "mask": _Kind("bits", "uint8", written=True),
+    "relu_bits": _Kind("bits", "uint8", written=True),
     "payload": _Kind("2C", "float64", written=True),
     "mean": _CHANNEL,
     "invstd": _CHANNEL,
@@ -202,11 +202,11 @@ def normalize(
     activation: str | None = None,
     residual3: ArrayLike | None = None,
     out3: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
+    relu_bits: ArrayLike | None = None,
 ) -> Array:
     """``activation((x - mean) * invstd * weight + bias + residual)``, (N, C, L).
 
-    `mask`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
+    `relu_bits`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
     """
     relu = is_relu(activation)
     given = _checked(
@@ -219,11 +219,11 @@ def normalize(
             "bias": bias,
             "residual3": residual3,
             "out3": out3,
-            "mask": mask,
+            "relu_bits": relu_bits,
         },
     )
     transform = Transform(given.mean, given.invstd, given.weight, given.bias)
-    options = {"residual3": given.residual3, "out3": given.out3, "mask": given.mask}
+    options = {"residual3": given.residual3, "out3": given.out3, "relu_bits": given.relu_bits}
     with on_device_of(given.x3):
         return backend_for(given.x3).normalize(given.x3, transform, relu=relu, **options)  # type: ignore[no-any-return]
 
@@ -237,12 +237,12 @@ def backward_reduce(
     bias: ArrayLike | None = None,
     *,
     activation: str | None = None,
-    mask: ArrayLike | None = None,
+    relu_bits: ArrayLike | None = None,
     payload: ArrayLike | None = None,
 ) -> BackwardSums:
     """The sums of dy and of dy * (x - mean), after the activation's backward, per channel.
 
-    Where y passed a ReLU is read from `mask` if given, else computed again from x. `payload`,
+    Where y passed a ReLU is read from `relu_bits` if given, else computed again from x. `payload`,
     (2C,), takes a copy of both for the message.
     """
     relu = is_relu(activation)
@@ -255,14 +255,19 @@ def backward_reduce(
             "invstd": invstd,
             "weight": weight,
             "bias": bias,
-            "mask": mask,
+            "relu_bits": relu_bits,
             "payload": payload,
         },
     )
     transform = Transform(given.mean, given.invstd, given.weight, given.bias)
     with on_device_of(given.x3):
         return backend_for(given.x3).backward_reduce(  # type: ignore[no-any-return]
-            given.dy3, given.x3, transform, relu=relu, mask=given.mask, payload=given.payload
+            given.dy3,
+            given.x3,
+            transform,
+            relu=relu,
+            relu_bits=given.relu_bits,
+            payload=given.payload,
         )
 
 
@@ -277,7 +282,7 @@ def backward_input(
     sums: BackwardSums | None = None,
     count: int = 0,
     activation: str | None = None,
-    mask: ArrayLike | None = None,
+    relu_bits: ArrayLike | None = None,
     out3: ArrayLike | None = None,
     dresidual3: ArrayLike | None = None,
     local: BackwardSums | None = None,
@@ -301,7 +306,7 @@ def backward_input(
             "invstd": invstd,
             "weight": weight,
             "bias": bias,
-            "mask": mask,
+            "relu_bits": relu_bits,
             "out3": out3,
             "dresidual3": dresidual3,
             "dweight": dweight,
@@ -315,7 +320,7 @@ def backward_input(
         "sums": _sums(given, "sums"),
         "count": count,
         "relu": relu,
-        "mask": given.mask,
+        "relu_bits": given.relu_bits,
         "out3": given.out3,
         "dresidual3": given.dresidual3,
         "local": _sums(given, "local"),

@@ -147,7 +147,7 @@ class Case:
         )
 
     @property
-    def needs_mask(self):
+    def needs_bits(self):
         return self.activation is not None and self.residual is not None
 
 
@@ -191,9 +191,9 @@ def run(backend, case):
     if backend is not cuda:
         return SimpleNamespace(**_run(backend, case, lambda x: x, np))
     found = _run(backend, case, there, fake_cupy)
-    keep = ("count", "mask", "running")
+    keep = ("count", "relu_bits", "running")
     results = {name: x if name in keep else back(x) for name, x in found.items()}
-    results["mask"] = None if found["mask"] is None else back(found["mask"])
+    results["relu_bits"] = None if found["relu_bits"] is None else back(found["relu_bits"])
     return SimpleNamespace(**results | {"running": [back(state) for state in found["running"]]})
 
 
@@ -203,9 +203,9 @@ def _run(backend, case, place, xp):
     moments = backend.batch_moments(x)
     running = xp.zeros_like(weight), xp.ones_like(weight)
     mean, var, invstd = backend.finalize_moments(moments, case.eps, running=running, factor=0.5)
-    mask = xp.full((case.x.size + 7) // 8, 0xAA, np.uint8) if case.needs_mask else None
+    relu_bits = xp.full((case.x.size + 7) // 8, 0xAA, np.uint8) if case.needs_bits else None
     transform = Transform(mean, invstd, weight, bias)
-    options = {"relu": case.activation is not None, "mask": mask}
+    options = {"relu": case.activation is not None, "relu_bits": relu_bits}
     residual = None if case.residual is None else place(case.residual)
     backend.normalize(x, transform, **options, residual3=residual, out3=y)
     sums = backend.backward_reduce(dy, x, transform, **options)
@@ -218,7 +218,7 @@ def _run(backend, case, place, xp):
         sums=None if case.constant else sums,
         count=moments.count,
         out3=dx,
-        dresidual3=dresidual if mask is not None else None,
+        dresidual3=dresidual if relu_bits is not None else None,
         local=sums,
         dweight=dweight,
         dbias=dbias,
@@ -229,7 +229,7 @@ def _run(backend, case, place, xp):
         "var": var,
         "invstd": invstd,
         "y": y,
-        "mask": mask,
+        "relu_bits": relu_bits,
         "sums": sums,
         "dx": dx,
         "dresidual": dresidual,
@@ -244,10 +244,10 @@ def run_alone(case):
     given = [there(placed(a, a.dtype)) for a in (case.weight, case.bias)]
     running = there(np.zeros_like(case.weight)), there(np.ones_like(case.weight))
     gradients = [there(np.ones_like(case.weight)) for _ in range(2)]
-    mask = there(np.full((case.x.size + 7) // 8, 0xAA, np.uint8)) if case.needs_mask else None
+    relu_bits = there(np.full((case.x.size + 7) // 8, 0xAA, np.uint8)) if case.needs_bits else None
     x, dy, residual = there(case.x), there(case.dy), there(case.residual)
     y, dx, dresidual = map(there, case.outputs)
-    options = {"relu": case.activation is not None, "mask": mask}
+    options = {"relu": case.activation is not None, "relu_bits": relu_bits}
     mean, invstd = cuda.local_forward(
         x, y, *given, case.eps, **options, residual3=residual, running=running, factor=0.5
     )
@@ -258,12 +258,12 @@ def run_alone(case):
         Transform(mean, invstd, *given),
         **options,
         count=0 if case.constant else case.count,
-        dresidual3=dresidual if mask is not None else None,
+        dresidual3=dresidual if relu_bits is not None else None,
         dweight=gradients[0],
         dbias=gradients[1],
     )
     results = [mean, invstd, *running, y, dx, *gradients]
-    results += [] if mask is None else [mask, dresidual]
+    results += [] if relu_bits is None else [relu_bits, dresidual]
     return [back(x).copy() for x in results]
 
 
@@ -281,7 +281,7 @@ def run_recentred(case, fused):
     mean, var = case.forward.mean * case.count, case.forward.var * case.count
     moments = Moments(case.count, there(mean), there(var))
     running = tuple(fake_cupy.full_like(there(case.weight), value) for value in (0.3, 0.7))
-    mask = fake_cupy.full((y.size + 7) // 8, 0xAA, np.uint8) if case.needs_mask else None
+    relu_bits = fake_cupy.full((y.size + 7) // 8, 0xAA, np.uint8) if case.needs_bits else None
     weight, bias = there(case.weight), there(case.bias)
     finish = cuda.finish_forward if fused else in_two_launches
     statistics = finish(
@@ -294,11 +294,11 @@ def run_recentred(case, fused):
         case.eps,
         relu=case.activation is not None,
         residual3=there(case.residual),
-        mask=mask,
+        relu_bits=relu_bits,
         running=running,
         factor=0.3,
     )
-    results = [*statistics, *running, y, *([] if mask is None else [mask])]
+    results = [*statistics, *running, y, *([] if relu_bits is None else [relu_bits])]
     results = [back(x).copy() for x in results]
     case.outputs[0][...] = before
     return results

@@ -226,7 +226,7 @@ def test_strided_tensors_and_channels(shape, dtype):
     for ours, theirs in zip((got.y, got.dx, got.dresidual), tensors, strict=True):
         assert not ours.flags.c_contiguous
         assert ours.tobytes() == theirs.tobytes()
-    for name in ("mean", "var", "mask", "dweight", "dbias"):
+    for name in ("mean", "var", "relu_bits", "dweight", "dbias"):
         assert getattr(got, name).tobytes() == getattr(expected, name).tobytes()
 
 
@@ -237,8 +237,8 @@ def test_outputs_may_be_their_inputs(shape):
     channels = (expected.mean, expected.invstd, case.weight, case.bias)
     transform = Transform(*map(there, channels))
     y, dx = there(case.residual.copy()), there(case.dy.copy())
-    mask = fake_cupy.empty_like(there(expected.mask))
-    options = {"relu": True, "mask": mask}
+    relu_bits = fake_cupy.empty_like(there(expected.relu_bits))
+    options = {"relu": True, "relu_bits": relu_bits}
     sums = BackwardSums(*map(there, expected.sums))
     cuda.normalize(there(case.x), transform, residual3=y, out3=y, **options)
     cuda.backward_input(
@@ -367,18 +367,18 @@ def bound_step(relu, residual, running=True, n=8, dtype=np.float32):
     shape, c = (n, 16, 49), 16
     x, dy, y, dx = (there(gaussian(shape, dtype, i)) for i in range(4))
     more = there(gaussian(shape, dtype, 5)) if residual else None
-    mask = fake_cupy.zeros((x.size + 7) // 8, np.uint8) if residual and relu else None
-    dresidual = fake_cupy.zeros_like(x) if mask is not None else None
+    relu_bits = fake_cupy.zeros((x.size + 7) // 8, np.uint8) if residual and relu else None
+    dresidual = fake_cupy.zeros_like(x) if relu_bits is not None else None
     weight, bias = map(there, parameters(c, dtype))
     state = (fake_cupy.zeros_like(weight), fake_cupy.ones_like(weight)) if running else None
     gradients = fake_cupy.zeros_like(weight), fake_cupy.zeros_like(bias)
 
     def step():
         mean, invstd = cuda.local_forward(
-            x, y, weight, bias, 1e-5, relu=relu, residual3=more, mask=mask, running=state
+            x, y, weight, bias, 1e-5, relu=relu, residual3=more, relu_bits=relu_bits, running=state
         )
         transform = Transform(mean, invstd, weight, bias)
-        options = {"relu": relu, "mask": mask, "dresidual3": dresidual, "count": n * 49}
+        options = {"relu": relu, "relu_bits": relu_bits, "dresidual3": dresidual, "count": n * 49}
         cuda.local_backward(
             dy, x, dx, transform, dweight=gradients[0], dbias=gradients[1], **options
         )

@@ -158,8 +158,8 @@ NOT_FITTING = {
     "normalize, out": (ShapeError, lambda: F.normalize(X3, ZERO, ONE, out3=X3[1:].copy())),
     "normalize, residual": (
         DTypeError, lambda: F.normalize(X3, ZERO, ONE, residual3=X3.astype(np.float64))),
-    "normalize, mask": (
-        ShapeError, lambda: F.normalize(X3, ZERO, ONE, mask=np.zeros(2, np.uint8))),
+    "normalize, relu_bits": (
+        ShapeError, lambda: F.normalize(X3, ZERO, ONE, relu_bits=np.zeros(2, np.uint8))),
     "normalize, activation": (ValueError, lambda: F.normalize(X3, ZERO, ONE, activation="gelu")),
     "backward_reduce, dy": (ShapeError, lambda: F.backward_reduce(X3[1:], X3, ZERO, ONE)),
     "backward_reduce, payload": (

@@ -212,7 +212,7 @@ class Case:
         return "relu" if self.relu else None
 
     @property
-    def needs_mask(self):
+    def needs_bits(self):
         return self.relu and self.residual is not None
 
     @property
@@ -282,12 +282,15 @@ class Case:
             limit = limit + relative * xp.abs(self.centred(part)) * scale
             expected = xp.maximum(y, 0) if self.relu else y
             yield "y", self._ratio(self.wide(got.y, part), expected, limit)
-        if got.mask is not None:
+        if got.relu_bits is not None:
             bits = got.y.reshape(-1)
             step = PART  # a multiple of 8
             for i in range(0, bits.size, step):
                 packed = xp.packbits(widen(xp, bits[i : i + step]) > 0)
-                yield "mask", 2 * (packed != got.mask[i // 8 : i // 8 + packed.size]).sum()
+                yield (
+                    "relu_bits",
+                    2 * (packed != got.relu_bits[i // 8 : i // 8 + packed.size]).sum(),
+                )
 
     def _backward_ratios(self, got, constant):
         xp, n = self.xp, self.count
@@ -320,14 +323,14 @@ class Case:
 
 def run(backend, case, constant=False):
     """One forward and backward of a backend: everything it gives."""
-    xp, fused = case.xp, case.needs_mask
+    xp, fused = case.xp, case.needs_bits
     y, dx = case.field(case.offsets[3]), case.field(case.offsets[3])
     dresidual = case.field(case.offsets[3]) if fused else None
-    mask = xp.full((case.x.size + 7) // 8, 0xAA, dtype=xp.uint8) if fused else None
+    relu_bits = xp.full((case.x.size + 7) // 8, 0xAA, dtype=xp.uint8) if fused else None
     moments = backend.batch_moments(case.x)
     mean, var, invstd = backend.finalize_moments(moments, case.eps)
     transform = Transform(mean, invstd, case.weight, case.bias)
-    options = {"relu": case.activation is not None, "mask": mask}
+    options = {"relu": case.activation is not None, "relu_bits": relu_bits}
     backend.normalize(case.x, transform, **options, residual3=case.residual, out3=y)
     sums = backend.backward_reduce(case.dy, case.x, transform, **options)
     dweight, dbias = xp.ones_like(case.weight), xp.ones_like(case.bias)
@@ -337,8 +340,8 @@ def run(backend, case, constant=False):
         dbias=dbias,
     )  # fmt: skip
     return SimpleNamespace(
-        moments=moments, mean=mean, var=var, invstd=invstd, y=y, mask=mask, sums=sums, dx=dx,
-        dresidual=dresidual, dweight=dweight.astype(xp.float64) - 1,
+        moments=moments, mean=mean, var=var, invstd=invstd, y=y, relu_bits=relu_bits, sums=sums,
+        dx=dx, dresidual=dresidual, dweight=dweight.astype(xp.float64) - 1,
         dbias=dbias.astype(xp.float64) - 1,
     )  # fmt: skip
 
@@ -679,14 +682,14 @@ def test_messages_of_three_ranks(dtype):
 def finished(finish_forward, case):
     """What a forward of float64 data gives after its second message."""
     xp, c, y = case.xp, case.shape[1], case.field(case.offsets[3])
-    mask = xp.full((y.size + 7) // 8, 0xAA, dtype=xp.uint8) if case.needs_mask else None
+    relu_bits = xp.full((y.size + 7) // 8, 0xAA, dtype=xp.uint8) if case.needs_bits else None
     running = xp.full(c, 0.3), xp.full(c, 0.7)
     statistics = finish_forward(
         Moments(case.count, case.mean * case.count, case.var * case.count), "recentred",
         case.x, y, case.weight, case.bias, case.eps, relu=case.activation is not None,
-        residual3=case.residual, mask=mask, running=running, factor=0.3,
+        residual3=case.residual, relu_bits=relu_bits, running=running, factor=0.3,
     )  # fmt: skip
-    return [*statistics, *running, y, *([] if mask is None else [mask])]
+    return [*statistics, *running, y, *([] if relu_bits is None else [relu_bits])]
 
 
 @pytest.mark.parametrize("margin", [Field.MARGIN, 0])
@@ -750,8 +753,8 @@ def test_outputs_may_be_their_inputs():
         case = Case(shape, np.dtype(np.float32), "residual relu", OFFSETS["all by one"])
         expected = run(cuda, case)
         transform = Transform(expected.mean, expected.invstd, case.weight, case.bias)
-        y, dx, mask = case.residual.copy(), case.dy.copy(), cp.empty_like(expected.mask)
-        options = {"relu": True, "mask": mask}
+        y, dx, relu_bits = case.residual.copy(), case.dy.copy(), cp.empty_like(expected.relu_bits)
+        options = {"relu": True, "relu_bits": relu_bits}
         cuda.normalize(case.x, transform, residual3=y, out3=y, **options)
         cuda.backward_input(
             dx, case.x, transform, sums=expected.sums, count=case.count, out3=dx, **options
@@ -777,7 +780,7 @@ def test_two_runs_give_the_same_bits_and_counters_return_to_zero(dtype):
     for shape, mode in product((*SPLIT, *LAYOUTS), MODES):
         case = Case(shape, dtype, mode)
         first, second = run(cuda, case), run(cuda, case)
-        for name in ("mean", "var", "y", "dx", "dweight", "dbias", "mask", "dresidual"):
+        for name in ("mean", "var", "y", "dx", "dweight", "dbias", "relu_bits", "dresidual"):
             a, b = (getattr(result, name) for result in (first, second))
             assert a is None or copy_to_host(a).tobytes() == copy_to_host(b).tobytes(), name
     assert launch._kept.scratch, "no shape was split over blocks"
@@ -795,7 +798,7 @@ def test_one_launch_after_the_second_message_gives_the_bits_of_two():
         results = []
         for finish_forward in (cuda.finish_forward, in_two_launches):
             y, running = case.field(0), (cp.full(shape[1], 0.3), cp.full(shape[1], 0.7))
-            mask = cp.zeros((y.size + 7) // 8, cp.uint8) if case.needs_mask else None
+            relu_bits = cp.zeros((y.size + 7) // 8, cp.uint8) if case.needs_bits else None
             statistics = finish_forward(
                 moments,
                 "recentred",
@@ -806,11 +809,11 @@ def test_one_launch_after_the_second_message_gives_the_bits_of_two():
                 case.eps,
                 relu=case.activation is not None,
                 residual3=case.residual,
-                mask=mask,
+                relu_bits=relu_bits,
                 running=running,
                 factor=0.3,
             )
-            results.append([*statistics, *running, y, *([] if mask is None else [mask])])
+            results.append([*statistics, *running, y, *([] if relu_bits is None else [relu_bits])])
         same = [bool((a == b).all()) for a, b in zip(*results, strict=True)]
         failures += [] if all(same) else [f"{case.label}: {same}"]
         ran += 1
@@ -887,8 +890,8 @@ HUGE = {
     "many channels, rows": ((131, 256, 2**16), "plain"),
     "many channels, runs": ((171_400, 256, 49), "relu"),
     "columns": ((2**25 + 3, 64, 1), "relu"),
-    "columns, mask": ((2**25 + 3, 64, 1), "residual relu"),
-    "ragged rows, mask": ((2049, 1, 2**20 + 1), "residual relu"),
+    "columns, relu_bits": ((2**25 + 3, 64, 1), "residual relu"),
+    "ragged rows, relu_bits": ((2049, 1, 2**20 + 1), "residual relu"),
 }
 
 

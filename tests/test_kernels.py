@@ -96,17 +96,17 @@ def check(case, against_numpy=True):
     assert error(got.running[1], (1 + unbiased) / 2) < per_channel
     assert error(got.y, f.y) < tolerance
     kept = got.y > 0 if case.activation else None
-    if got.mask is not None:
-        assert (got.mask == np.packbits(kept)).all()
+    if got.relu_bits is not None:
+        assert (got.relu_bits == np.packbits(kept)).all()
     b = case.backward(kept)
     assert error(got.dx, b.dx) < tolerance
     terms_dy, terms_xmu = b.terms
     assert (np.abs(got.dbias - b.dbias) <= per_channel * (1 + terms_dy)).all()
     assert (np.abs(got.dweight - b.dweight) <= per_channel * (1 + terms_xmu)).all()
-    if got.mask is not None:
+    if got.relu_bits is not None:
         assert error(got.dresidual, b.dresidual) == 0
     in_steps = [got.mean, got.invstd, *got.running, got.y, got.dx, got.dweight + 1, got.dbias + 1]
-    in_steps += [] if got.mask is None else [got.mask, got.dresidual]
+    in_steps += [] if got.relu_bits is None else [got.relu_bits, got.dresidual]
     in_steps = [x.copy() for x in in_steps]
     for one, other in zip(in_steps, run_alone(case), strict=True):
         assert one.tobytes() == other.tobytes()

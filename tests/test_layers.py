@@ -694,7 +694,7 @@ def test_memory_that_runs_out_late_changes_nothing(monkeypatch, where):
         for name in {"normalize", "local_forward"} & set(vars(backend)):
             monkeypatch.setattr(backend, name, fails)
     else:
-        packs = (np, "packbits") if backend is numpy_backend else (backend.load(), "pack_mask")
+        packs = (np, "packbits") if backend is numpy_backend else (backend.load(), "pack_bits")
         monkeypatch.setattr(*packs, fails)
     with pytest.raises(MemoryError):
         layer.forward(X, r)

@@ -52,13 +52,13 @@ def everything(backend, x, dy, relu=True):
     c = x.shape[1]
     weight, bias = normal(c, seed=1) + 1, normal(c, seed=2)
     residual = normal(x.shape, seed=3).astype(x.dtype) if relu else None
-    mask = np.empty(-(-x.size // 8), np.uint8) if relu else None
+    relu_bits = np.empty(-(-x.size // 8), np.uint8) if relu else None
     moments = backend.batch_moments(x)
     mean, var, invstd = backend.finalize_moments(moments, 1e-5)
     y = backend.normalize(
-        x, Transform(mean, invstd, weight, bias), residual3=residual, mask=mask, relu=relu
+        x, Transform(mean, invstd, weight, bias), residual3=residual, relu_bits=relu_bits, relu=relu
     )
-    options = {"relu": relu, "mask": mask}
+    options = {"relu": relu, "relu_bits": relu_bits}
     sums = backend.backward_reduce(dy, x, Transform(mean, invstd, weight, bias), **options)
     gradients = [np.zeros(c, np.float32), np.zeros(c, np.float32)]
     dresidual = np.empty_like(x)
@@ -66,7 +66,7 @@ def everything(backend, x, dy, relu=True):
         dy, x, Transform(mean, invstd, weight, bias), sums=sums, count=moments.count, local=sums,
         dweight=gradients[0], dbias=gradients[1], dresidual3=dresidual, **options,
     )  # fmt: skip
-    return [mean, var, y, mask if relu else mean, *sums, dx, dresidual, *gradients]
+    return [mean, var, y, relu_bits if relu else mean, *sums, dx, dresidual, *gradients]
 
 
 # ---- who computes --------------------------------------------------------------------------------
@@ -386,13 +386,18 @@ def test_past_the_caches_or_not_is_the_same(shape, dtype, in_place):
     transform = normal(c, np.float64, 3), np.abs(normal(c, np.float64, 4)) + 1
     transform += normal(c, wide, 5), normal(c, wide, 6)
     sums = compiled.backward_reduce(dy, x, Transform(*transform))
-    mask = np.empty(-(-x.size // 8), np.uint8)
+    relu_bits = np.empty(-(-x.size // 8), np.uint8)
 
-    def results(n, mask=None):
+    def results(n, relu_bits=None):
         data, gradient = x[n].copy(), dy[n].copy()
         y, dx = (data, gradient) if in_place else map(off_by_one, (data.shape,) * 2, (dtype,) * 2)
         compiled.normalize(
-            data, Transform(*transform), relu=True, residual3=residual[n], out3=y, mask=mask
+            data,
+            Transform(*transform),
+            relu=True,
+            residual3=residual[n],
+            out3=y,
+            relu_bits=relu_bits,
         )
         dresidual = np.empty_like(dx)
         compiled.backward_input(
@@ -402,13 +407,13 @@ def test_past_the_caches_or_not_is_the_same(shape, dtype, in_place):
         plain = compiled.backward_input(dy[n], x[n], Transform(*transform), sums=sums, count=1000)
         return [a.astype(wide) for a in (y, dx, dresidual, plain)]
 
-    whole = results(slice(None), mask)
+    whole = results(slice(None), relu_bits)
     step = -(-shape[0] // 8)
     parts = zip(*(results(slice(n, n + step)) for n in range(0, shape[0], step)), strict=True)
     for one, many in zip(whole, parts, strict=True):
         tolerance = TOLERANCE[dtype.name]
         np.testing.assert_allclose(one, np.concatenate(many), tolerance, tolerance)
-    np.testing.assert_array_equal(mask, np.packbits(whole[0] > 0))
+    np.testing.assert_array_equal(relu_bits, np.packbits(whole[0] > 0))
 
 
 SIGNATURES = """
@@ -468,11 +473,11 @@ def test_in_one_go_is_the_same_as_in_steps(shape, dtype, relu):
     expected = compiled.finalize_moments(moments, 1e-5, running=running[0], factor=0.3)
     mean, _, invstd = expected
     y = compiled.normalize(
-        x, Transform(mean, invstd, weight, bias), mask=masks[0], **added, **options
+        x, Transform(mean, invstd, weight, bias), relu_bits=masks[0], **added, **options
     )
     y_alone = np.empty_like(x)
     alone = compiled.local_forward(
-        x, y_alone, weight, bias, 1e-5, mask=masks[1], running=running[1], factor=0.3,
+        x, y_alone, weight, bias, 1e-5, relu_bits=masks[1], running=running[1], factor=0.3,
         **added, **options,
     )  # fmt: skip
     pairs = [
@@ -485,7 +490,7 @@ def test_in_one_go_is_the_same_as_in_steps(shape, dtype, relu):
     for constant in (False, True):
         gradients = [[np.ones(c, wide), np.ones(c, wide)] for _ in range(2)]
         dresidual = [np.empty_like(x) if relu else None for _ in range(2)]
-        options["mask"] = masks[0]
+        options["relu_bits"] = masks[0]
         sums = compiled.backward_reduce(dy, x, Transform(mean, invstd, weight, bias), **options)
         dx = compiled.backward_input(
             dy, x, Transform(mean, invstd, weight, bias), sums=None if constant else sums,
@@ -588,11 +593,11 @@ def test_preparing_compiles_all_that_comes_after_a_message(columns, dtype):
         from cupybn.statistics import Transform
         from cupybn.backends import cpu as b
         x = np.ones((6, 2, {1 if columns else 60}), "{dtype}")
-        w, mask = np.ones(2, "{dtype}"), np.zeros(100, np.uint8)
+        w, relu_bits = np.ones(2, "{dtype}"), np.zeros(100, np.uint8)
         moments = b.batch_moments(x, payload=np.zeros(4))
-        b.prepare_forward(x, x, residual3=x, mask=mask, relu=True, ranks=2)
+        b.prepare_forward(x, x, residual3=x, relu_bits=relu_bits, relu=True, ranks=2)
         before = there()
-        options = dict(relu=True, residual3=x, mask=mask)
+        options = dict(relu=True, residual3=x, relu_bits=relu_bits)
         mean, invstd = b.finish_forward(moments, "pooled", x, x, w, None, 1.0, **options)
         b.finish_forward(moments, "local", x, x, None, w, 1.0, running=(w, w))
         b.normalize(x, Transform(mean, invstd, w), **options)
@@ -602,12 +607,12 @@ def test_preparing_compiles_all_that_comes_after_a_message(columns, dtype):
         before = there()
         of = Transform(mean, invstd, w)
         b.backward_input(x, x, of, sums=sums, local=sums, dweight=w, dresidual3=x)
-        b.backward_input(x, x, of, dbias=w, relu=True, mask=mask)
+        b.backward_input(x, x, of, dbias=w, relu=True, relu_bits=relu_bits)
         assert there() == before, "backward"
-        b.prepare_forward(x, x, residual3=x, mask=mask, relu=True)
+        b.prepare_forward(x, x, residual3=x, relu_bits=relu_bits, relu=True)
         b.prepare_backward(x, x, x)
         before = there()
-        b.local_forward(x, x.copy(), w, None, 1.0, mask=mask, running=(w, w), relu=True)
+        b.local_forward(x, x.copy(), w, None, 1.0, relu_bits=relu_bits, running=(w, w), relu=True)
         b.local_backward(x, x, x.copy(), of, count=6, dweight=w, dresidual3=x)
         assert there() == before, "alone"
         for odd in (x[::-1], np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape)):
@@ -631,10 +636,10 @@ def test_a_call_enters_one_function_and_its_kernel(shape, dtype):
     x = normal(shape).astype(dtype)
     y, dx, c = np.empty_like(x), np.empty_like(x), shape[1]
     w, b, mean, var, dw, db = np.ones((6, c), np.float64 if dtype == np.float64 else np.float32)
-    mask, message = np.empty(-(-x.size // 8), np.uint8), np.zeros(2 * c)
+    relu_bits, message = np.empty(-(-x.size // 8), np.uint8), np.zeros(2 * c)
     total = BackwardSums(message[:c], message[c:])
     moments = Moments(9, message[:c], message[c:])
-    extra, running = {"relu": True, "mask": mask}, {"running": (mean, var), "factor": 0.1}
+    extra, running = {"relu": True, "relu_bits": relu_bits}, {"running": (mean, var), "factor": 0.1}
 
     def forward(**extra):
         return compiled.local_forward(x, y, w, b, 1e-5, **running, **extra)

@@ -58,12 +58,12 @@ def test_forward_and_backward_agree_with_float64(backend, shape, dtype, relu, wi
     x, dy = data(shape, dtype, 1), data(shape, dtype, 2)
     residual = data(shape, dtype, 3) if with_residual else None
     weight, bias = parameters(shape[1], dtype)
-    mask = np.empty((x.size + 7) // 8, np.uint8) if with_residual and relu else None
+    relu_bits = np.empty((x.size + 7) // 8, np.uint8) if with_residual and relu else None
 
     moments = backend.batch_moments(x)
     mean, var, invstd = backend.finalize_moments(moments, 1e-5)
     y = backend.normalize(
-        x, Transform(mean, invstd, weight, bias), relu=relu, residual3=residual, mask=mask
+        x, Transform(mean, invstd, weight, bias), relu=relu, residual3=residual, relu_bits=relu_bits
     )
     expected = reference.forward(x, weight, bias, residual=residual, relu=relu)
     assert y.dtype == dtype
@@ -72,7 +72,7 @@ def test_forward_and_backward_agree_with_float64(backend, shape, dtype, relu, wi
     assert reference.error(var, expected.var) < 1e-6
     assert reference.error(y, expected.y) < tolerance
 
-    options = {"relu": relu, "mask": mask}
+    options = {"relu": relu, "relu_bits": relu_bits}
     sums = backend.backward_reduce(dy, x, Transform(mean, invstd, weight, bias), **options)
     dweight, dbias = np.zeros_like(weight), np.zeros_like(bias)
     dresidual = np.empty_like(x) if with_residual else None

@@ -103,7 +103,9 @@ def test_architectures_give_the_same_bits(dtype, architecture):
             found = []
             for shape in ((3, 32, 49), (3, 3, 49), (65, 24, 1), (2, 3, 784), (700, 8, 49)):
                 got = vars(run(cuda, Case(shape, dtype, "residual relu")))
-                found += [np.asarray(got[name]).tobytes() for name in ("y", "dx", "mean", "mask")]
+                found += [
+                    np.asarray(got[name]).tobytes() for name in ("y", "dx", "mean", "relu_bits")
+                ]
         results.append(found)
     assert results[0] == results[1]
 
@@ -293,7 +295,7 @@ def test_more_than_2_to_31_elements(name, dtype):
     assert total > 2**31
     rng = np.random.default_rng(1)
     x, dy, y, dx = (large(shape, dtype) for _ in range(4))
-    mask = large(-(-total // 8), np.uint8) if relu else None
+    relu_bits = large(-(-total // 8), np.uint8) if relu else None
     residual = large(shape, dtype) if relu else None
     for begin in (0, 2**31 - NOISE // 2, total - NOISE):
         for tensor in (x, dy) + ((residual,) if relu else ()):
@@ -304,13 +306,13 @@ def test_more_than_2_to_31_elements(name, dtype):
     weight, bias = (per_channel(c, v).astype(np.float32) for v in (1.5, 0.25))
     transform = Transform(*map(there, (mean, invstd, weight, bias)))
     with host_kernels(compile_module), setting(blocks=some_blocks, races=False):
-        options = {"relu": relu, "mask": there(mask)}
+        options = {"relu": relu, "relu_bits": there(relu_bits)}
         cuda.normalize(there(x), transform, residual3=there(residual), out3=there(y), **options)
         sums = BackwardSums(*(there(np.zeros(c)) for _ in range(2)))
         options["sums"], options["count"] = sums, n * length
         cuda.backward_input(there(dy), there(x), transform, out3=there(dx), **options)
         cuda.batch_moments(there(x))
-        cuda.backward_reduce(there(dy), there(x), transform, relu=relu, mask=there(mask))
+        cuda.backward_reduce(there(dy), there(x), transform, relu=relu, relu_bits=there(relu_bits))
     written = 0
     for begin in (0, 2**31 - NOISE // 2, total - NOISE):
         part = slice(begin, begin + NOISE)
@@ -329,7 +331,9 @@ def test_more_than_2_to_31_elements(name, dtype):
         exact = flat["dy"] * scale
         assert (np.abs(flat["dx"] - exact) <= tolerance * np.maximum(1, np.abs(exact)))[ran].all()
         if relu:
-            bits = np.unpackbits(mask[begin // 8 : -(-(begin + NOISE) // 8)])[begin % 8 :][:NOISE]
+            bits = np.unpackbits(relu_bits[begin // 8 : -(-(begin + NOISE) // 8)])[begin % 8 :][
+                :NOISE
+            ]
             assert (bits.astype(bool) == (flat["y"] > 0)).all()
     assert written > 1000
 

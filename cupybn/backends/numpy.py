@@ -196,14 +196,14 @@ def normalize(
     relu: bool = False,
     residual3: Data | None = None,
     out3: Data | None = None,
-    mask: Data | None = None,
+    relu_bits: Data | None = None,
 ) -> Data:
     """``activation((x - mean) * invstd * weight + bias + residual)``, (N, C, L).
 
-    `mask`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
+    `relu_bits`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
     """
     y3 = np.empty_like(x3) if out3 is None else out3
-    _normalize(x3, y3, transform, relu, residual3, mask)
+    _normalize(x3, y3, transform, relu, residual3, relu_bits)
     return y3
 
 
@@ -213,7 +213,7 @@ def _normalize(
     transform: Transform,
     relu: bool,
     residual3: Data | None,
-    mask: Data | None,
+    relu_bits: Data | None,
 ) -> None:
     affine = _Affine.of(x3, transform)
     for part in _blocks(x3.shape, affine.scale.itemsize):
@@ -225,27 +225,29 @@ def _normalize(
         if relu:
             np.maximum(y, 0, out=y)
         y3[part] = y
-    if mask is not None:
+    if relu_bits is not None:
         flat = y3.reshape(-1)
         step = _BLOCK_BYTES // 8
-        for i in range(0, mask.size, step):
-            mask[i : i + step] = np.packbits(flat[8 * i : 8 * (i + step)] > 0)
+        for i in range(0, relu_bits.size, step):
+            relu_bits[i : i + step] = np.packbits(flat[8 * i : 8 * (i + step)] > 0)
 
 
-def _apply_relu_grad(dy3: Data, x3: Data, part: Part, affine: _Affine, mask: Data | None) -> Data:
+def _apply_relu_grad(
+    dy3: Data, x3: Data, part: Part, affine: _Affine, relu_bits: Data | None
+) -> Data:
     """One block of dy where the ReLU let y through, else 0, in the dtype of the arithmetic."""
     dy = dy3[part]
-    if mask is None:
+    if relu_bits is None:
         kept = (x3[part] - affine.high) * affine.scale + affine.shift > 0
     else:
         _, c, length = x3.shape
         first, start = part[0].start, part[2].start
         n, _, run = dy.shape
         kept = np.empty((n, c, run), np.bool_)
-        rows = kept.reshape(1 if run == length else c, -1)  # each of them contiguous in the mask
+        rows = kept.reshape(1 if run == length else c, -1)  # each of them contiguous in the bits
         for i, row in enumerate(rows):
             begin = (first * c + i) * length + start
-            bits = np.unpackbits(mask[begin >> 3 : (begin + row.size + 7) >> 3])
+            bits = np.unpackbits(relu_bits[begin >> 3 : (begin + row.size + 7) >> 3])
             row[...] = bits[begin & 7 :][: row.size]
     passed = np.zeros(dy.shape, affine.scale.dtype)
     np.positive(dy, out=passed, where=kept)
@@ -259,26 +261,28 @@ def backward_reduce(
     transform: Transform,
     *,
     relu: bool = False,
-    mask: Data | None = None,
+    relu_bits: Data | None = None,
     payload: PerChannel | None = None,
 ) -> BackwardSums:
     """The sums of dy and of dy * (x - mean), after the activation's backward, per channel.
 
-    Where y passed a ReLU is read from `mask` if given, else computed again from x. `payload`,
+    Where y passed a ReLU is read from `relu_bits` if given, else computed again from x. `payload`,
     (2C,), takes a copy of both for the message.
     """
-    sums = _reduce(dy3, x3, _Affine.of(x3, transform), relu, mask)
+    sums = _reduce(dy3, x3, _Affine.of(x3, transform), relu, relu_bits)
     if payload is not None:
         payload[: x3.shape[1]], payload[x3.shape[1] :] = sums
     return sums
 
 
-def _reduce(dy3: Data, x3: Data, affine: _Affine, relu: bool, mask: Data | None) -> BackwardSums:
+def _reduce(
+    dy3: Data, x3: Data, affine: _Affine, relu: bool, relu_bits: Data | None
+) -> BackwardSums:
     c, dtype = x3.shape[1], affine.scale.dtype
     sum_dy, sum_dy_xmu = np.zeros(c), np.zeros(c)
     for part in _blocks(x3.shape, dtype.itemsize):
         dy = (
-            _apply_relu_grad(dy3, x3, part, affine, mask)
+            _apply_relu_grad(dy3, x3, part, affine, relu_bits)
             if relu
             else dy3[part].astype(dtype, copy=False)
         )
@@ -304,7 +308,7 @@ def backward_input(
     sums: BackwardSums | None = None,
     count: int = 0,
     relu: bool = False,
-    mask: Data | None = None,
+    relu_bits: Data | None = None,
     out3: Data | None = None,
     dresidual3: Data | None = None,
     local: BackwardSums | None = None,
@@ -328,7 +332,7 @@ def backward_input(
         local,
         count=count,
         relu=relu,
-        mask=mask,
+        relu_bits=relu_bits,
         dweight=dweight,
         dbias=dbias,
     )
@@ -344,7 +348,7 @@ def _input(
     *,
     count: int,
     relu: bool,
-    mask: Data | None,
+    relu_bits: Data | None,
     dweight: Data | None,
     dbias: Data | None,
 ) -> None:
@@ -358,7 +362,7 @@ def _input(
         offset = (affine.low * slope64 - sums.sum_dy * per_value).astype(dtype)[:, None]
     for part in _blocks(x3.shape, dtype.itemsize):
         dy = (
-            _apply_relu_grad(dy3, x3, part, affine, mask)
+            _apply_relu_grad(dy3, x3, part, affine, relu_bits)
             if relu
             else dy3[part].astype(dtype, copy=False)
         )
@@ -394,13 +398,13 @@ def finish_forward(
     *,
     relu: bool = False,
     residual3: Data | None = None,
-    mask: Data | None = None,
+    relu_bits: Data | None = None,
     running: tuple[Data, Data] | None = None,
     factor: float = 0.0,
 ) -> tuple[PerChannel, PerChannel]:
     """:func:`finalize_moments` and :func:`normalize` into y3: (mean, invstd)."""
     mean, _, invstd = _finalize(moments, eps, running, factor, form)
-    _normalize(x3, y3, Transform(mean, invstd, weight, bias), relu, residual3, mask)
+    _normalize(x3, y3, Transform(mean, invstd, weight, bias), relu, residual3, relu_bits)
     return mean, invstd
 
 
@@ -414,13 +418,13 @@ def local_forward(
     *,
     relu: bool = False,
     residual3: Data | None = None,
-    mask: Data | None = None,
+    relu_bits: Data | None = None,
     running: tuple[Data, Data] | None = None,
     factor: float = 0.0,
 ) -> tuple[PerChannel, PerChannel]:
     """The forward of one rank: :func:`batch_moments`, then as :func:`finish_forward`."""
     mean, _, invstd = _finalize(_moments(x3), eps, running, factor, "local")
-    _normalize(x3, y3, Transform(mean, invstd, weight, bias), relu, residual3, mask)
+    _normalize(x3, y3, Transform(mean, invstd, weight, bias), relu, residual3, relu_bits)
     return mean, invstd
 
 
@@ -433,14 +437,14 @@ def local_backward(
     *,
     count: int,
     relu: bool = False,
-    mask: Data | None = None,
+    relu_bits: Data | None = None,
     dresidual3: Data | None = None,
     dweight: Data | None = None,
     dbias: Data | None = None,
 ) -> None:
     """The backward of one rank, into dx3; a count of 0: the statistics are constants."""
     affine = _Affine.of(x3, transform)
-    sums = _reduce(dy3, x3, affine, relu, mask)
+    sums = _reduce(dy3, x3, affine, relu, relu_bits)
     _input(
         (dy3, x3, dx3, dresidual3),
         affine,
@@ -449,7 +453,7 @@ def local_backward(
         sums,
         count=count,
         relu=relu,
-        mask=mask,
+        relu_bits=relu_bits,
         dweight=dweight,
         dbias=dbias,
     )
@@ -460,7 +464,7 @@ def prepare_forward(
     y3: Data,
     *,
     residual3: Data | None = None,
-    mask: Data | None = None,
+    relu_bits: Data | None = None,
     relu: bool = False,
     running_dtype: str | None = None,
     ranks: int = 1,
@@ -474,7 +478,7 @@ def prepare_backward(
     dx3: Data,
     *,
     dresidual3: Data | None = None,
-    mask: Data | None = None,
+    relu_bits: Data | None = None,
     relu: bool = False,
     constant: bool = False,
     ranks: int = 1,

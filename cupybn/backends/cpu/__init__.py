@@ -25,7 +25,7 @@ from ...statistics import BackwardSums, Moments, Transform
 from .. import numpy as reference
 from ..numpy import Data, PerChannel
 from ..plain import call_plainly, copy_back, is_plain, plain
-from .plan import SHORT, mask_items, plan_for
+from .plan import SHORT, bits_items, plan_for
 from .pool import spread
 
 DIRECTIONS = ("forward", "backward")
@@ -148,26 +148,26 @@ def normalize(
     relu: bool = False,
     residual3: Data | None = None,
     out3: Data | None = None,
-    mask: Data | None = None,
+    relu_bits: Data | None = None,
 ) -> Data:
     """``relu((x - mean) * invstd * weight + bias + residual)``, (N, C, L).
 
-    `mask`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
+    `relu_bits`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
     """
     out3 = np.empty(x3.shape, x3.dtype) if out3 is None else out3
     bound = _bound(x3.shape, x3.dtype)
     none, seen = bound.no_parameter, bound.no_data.dtype
-    given = out3, mask
-    x3, residual3, out, mask = plain((x3, residual3, out3, mask))
+    given = out3, relu_bits
+    x3, residual3, out, relu_bits = plain((x3, residual3, out3, relu_bits))
     mean, invstd, weight, bias = plain(transform)
     residual = bound.no_data if residual3 is None else residual3.view(seen)
     weight, bias = none if weight is None else weight, none if bias is None else bias
     arrays = out.view(seen), x3.view(seen), residual, weight, bias, none, none
     numbers = mean, invstd, mean, invstd, _NO_NUMBERS
     bound.forward(np.zeros(2, _INT64), *arrays, *numbers, _NORMALIZE, 0, relu, 0.0, 0.0, 0.0)
-    if mask is not None:
-        _pack_mask(out.view(seen), mask)
-    copy_back(given, (out, mask))
+    if relu_bits is not None:
+        _pack_bits(out.view(seen), relu_bits)
+    copy_back(given, (out, relu_bits))
     return out3
 
 
@@ -177,21 +177,21 @@ def backward_reduce(
     transform: Transform,
     *,
     relu: bool = False,
-    mask: Data | None = None,
+    relu_bits: Data | None = None,
     payload: PerChannel | None = None,
 ) -> BackwardSums:
     """The sums of dy and of dy * (x - mean), after the ReLU's backward, per channel.
 
-    Where y passed a ReLU is read from `mask` if given, else computed again from x. `payload`,
+    Where y passed a ReLU is read from `relu_bits` if given, else computed again from x. `payload`,
     (2C,), takes a copy of both for the message.
     """
     bound = _bound(x3.shape, x3.dtype)
     none, nothing = bound.no_parameter, bound.no_data
     mean, invstd, weight, bias = transform
     weight, bias = none if weight is None else weight, none if bias is None else bias
-    arrays = dy3, x3, _NO_BITS if mask is None else mask, mean, invstd, weight, bias
+    arrays = dy3, x3, _NO_BITS if relu_bits is None else relu_bits, mean, invstd, weight, bias
     if not all(map(is_plain, arrays)):
-        given = {"dy3": dy3, "x3": x3, "transform": transform, "relu": relu, "mask": mask}
+        given = {"dy3": dy3, "x3": x3, "transform": transform, "relu": relu, "relu_bits": relu_bits}
         return call_plainly(backward_reduce, ("payload",), **given, payload=payload)
     if bound.seen is not None:
         arrays = dy3.view(bound.seen), x3.view(bound.seen), *arrays[2:]
@@ -216,7 +216,7 @@ def backward_input(
     sums: BackwardSums | None = None,
     count: int = 0,
     relu: bool = False,
-    mask: Data | None = None,
+    relu_bits: Data | None = None,
     out3: Data | None = None,
     dresidual3: Data | None = None,
     local: BackwardSums | None = None,
@@ -226,7 +226,7 @@ def backward_input(
     """The gradient of x, (N, C, L); see ``backends/numpy.py``."""
     dx3 = np.empty(x3.shape, x3.dtype) if out3 is None else out3
     bound = _bound(x3.shape, x3.dtype)
-    none, bits = bound.no_parameter, _NO_BITS if mask is None else mask
+    none, bits = bound.no_parameter, _NO_BITS if relu_bits is None else relu_bits
     mean, invstd, weight, bias = transform
     coefficients = mean, invstd, none if weight is None else weight, none if bias is None else bias
     dresidual = bound.no_data if dresidual3 is None else dresidual3
@@ -244,7 +244,7 @@ def backward_input(
             sums=sums,
             count=count,
             relu=relu,
-            mask=mask,
+            relu_bits=relu_bits,
             out3=dx3,
             dresidual3=dresidual3,
             local=local,
@@ -279,7 +279,7 @@ def finish_forward(
     *,
     relu: bool = False,
     residual3: Data | None = None,
-    mask: Data | None = None,
+    relu_bits: Data | None = None,
     running: tuple[Data, Data] | None = None,
     factor: float = 0.0,
 ) -> tuple[PerChannel, PerChannel]:
@@ -290,13 +290,13 @@ def finish_forward(
     residual = bound.no_data if residual3 is None else residual3
     running_mean, running_var = (none, none) if running is None else running
     arrays = y3, x3, residual, weight, bias
-    bits = _NO_BITS if mask is None else mask
+    bits = _NO_BITS if relu_bits is None else relu_bits
     others = running_mean, running_var, moments.mean, moments.m2, bits
     if not all(map(is_plain, (*arrays, *others))):
         moments = Moments(moments.count, plain(moments.mean), plain(moments.m2))
         return call_plainly(
             finish_forward,
-            ("y3", "mask", "running"),
+            ("y3", "relu_bits", "running"),
             moments=moments,
             form=form,
             x3=x3,
@@ -306,7 +306,7 @@ def finish_forward(
             eps=eps,
             relu=relu,
             residual3=residual3,
-            mask=mask,
+            relu_bits=relu_bits,
             running=running,
             factor=factor,
         )
@@ -321,8 +321,8 @@ def finish_forward(
         load().finalize_moments(*pooled, *written, float(factor))
     states = running_mean, running_var, mean, invstd
     bound.forward(turns, *arrays, *states, *given, stages, _FORMS[form], relu, *numbers)
-    if mask is not None:
-        _pack_mask(arrays[0], mask)
+    if relu_bits is not None:
+        _pack_bits(arrays[0], relu_bits)
     return mean, invstd
 
 
@@ -335,7 +335,7 @@ def local_forward(
     *,
     relu: bool = False,
     residual3: Data | None = None,
-    mask: Data | None = None,
+    relu_bits: Data | None = None,
     running: tuple[Data, Data] | None = None,
     factor: float = 0.0,
 ) -> tuple[PerChannel, PerChannel]:
@@ -349,7 +349,7 @@ def local_forward(
     residual = bound.no_data if residual3 is None else residual3
     running_mean, running_var = (none, none) if running is None else running
     arrays = y3, x3, residual, weight, bias, running_mean, running_var
-    bits = _NO_BITS if mask is None else mask
+    bits = _NO_BITS if relu_bits is None else relu_bits
     if len(bound.counts) != 1 or not (bits.flags.carray and all(map(is_plain, arrays))):
         return finish_forward(
             batch_moments(x3),
@@ -361,7 +361,7 @@ def local_forward(
             eps,
             relu=relu,
             residual3=residual3,
-            mask=mask,
+            relu_bits=relu_bits,
             running=running,
             factor=factor,
         )
@@ -371,8 +371,8 @@ def local_forward(
     numbers = float(eps), float(n * length), float(factor)
     moments = mean, invstd, _NO_NUMBERS  # m2, then invstd in its place
     bound.forward(turns, *arrays, mean, invstd, *moments, _WHOLE_FORWARD, 0, relu, *numbers)
-    if mask is not None:
-        _pack_mask(arrays[0], mask)
+    if relu_bits is not None:
+        _pack_bits(arrays[0], relu_bits)
     return mean, invstd
 
 
@@ -384,7 +384,7 @@ def local_backward(
     *,
     count: int,
     relu: bool = False,
-    mask: Data | None = None,
+    relu_bits: Data | None = None,
     dresidual3: Data | None = None,
     dweight: Data | None = None,
     dbias: Data | None = None,
@@ -399,10 +399,10 @@ def local_backward(
     weight, bias = none if weight is None else weight, none if bias is None else bias
     gradients = none if dweight is None else dweight, none if dbias is None else dbias
     dresidual = bound.no_data if dresidual3 is None else dresidual3
-    bits = _NO_BITS if mask is None else mask
+    bits = _NO_BITS if relu_bits is None else relu_bits
     arrays = dx3, dresidual, dy3, x3, bits, mean, invstd, weight, bias, *gradients
     if len(bound.counts) != 1 or not all(map(is_plain, arrays)):
-        local = backward_reduce(dy3, x3, transform, relu=relu, mask=mask)
+        local = backward_reduce(dy3, x3, transform, relu=relu, relu_bits=relu_bits)
         backward_input(
             dy3,
             x3,
@@ -410,7 +410,7 @@ def local_backward(
             sums=local if count else None,
             count=count,
             relu=relu,
-            mask=mask,
+            relu_bits=relu_bits,
             out3=dx3,
             dresidual3=dresidual3,
             local=local,
@@ -425,13 +425,13 @@ def local_backward(
     bound.backward(turns, *arrays, *sums, *sums, _WHOLE_BACKWARD, relu, float(count))
 
 
-def _pack_mask(y: Data, mask: Data) -> None:
-    items = mask_items(mask.size)
-    arguments = np.zeros(2, _INT64), y, mask
+def _pack_bits(y: Data, relu_bits: Data) -> None:
+    items = bits_items(relu_bits.size)
+    arguments = np.zeros(2, _INT64), y, relu_bits
     if len(items) > 1:
-        spread(load().pack_mask, len(items), (items,), *arguments)
+        spread(load().pack_bits, len(items), (items,), *arguments)
     else:
-        load().pack_mask(False, items, *arguments)
+        load().pack_bits(False, items, *arguments)
 
 
 # ---- compiling in time ---------------------------------------------------------------------------
@@ -442,7 +442,7 @@ def prepare_forward(
     y3: Data,
     *,
     residual3: Data | None = None,
-    mask: Data | None = None,
+    relu_bits: Data | None = None,
     relu: bool = False,
     running_dtype: str | None = None,
     ranks: int = 1,
@@ -451,7 +451,7 @@ def prepare_forward(
 
     Once for a dtype, for rows and for columns; what happened goes to the log ``cupybn``.
     """
-    _prepare("forward", x3, mask is not None)
+    _prepare("forward", x3, relu_bits is not None)
 
 
 def prepare_backward(
@@ -460,7 +460,7 @@ def prepare_backward(
     dx3: Data,
     *,
     dresidual3: Data | None = None,
-    mask: Data | None = None,
+    relu_bits: Data | None = None,
     relu: bool = False,
     constant: bool = False,
     ranks: int = 1,
@@ -469,9 +469,9 @@ def prepare_backward(
     _prepare("backward", x3, False)
 
 
-def _prepare(direction: str, x3: Data, mask: bool) -> None:
+def _prepare(direction: str, x3: Data, relu_bits: bool) -> None:
     segments = len(_bound(x3.shape, x3.dtype).counts) > 1
-    rehearse(direction, x3.dtype, x3.shape[2] < SHORT, mask, segments)
+    rehearse(direction, x3.dtype, x3.shape[2] < SHORT, relu_bits, segments)
 
 
 @lru_cache(maxsize=1024)  # what is compiled stays so
@@ -479,12 +479,12 @@ def rehearse(
     direction: str,
     dtype: np.dtype[Any],
     columns: bool,
-    mask: bool = True,
+    relu_bits: bool = True,
     segments: bool = True,
 ) -> tuple[int, float]:
     """A call on next to nothing, after which its kernels are compiled, for any number of ranks.
 
-    `mask` and `segments`: those that pack a mask, or merge several segments, too.
+    `relu_bits` and `segments`: those that pack a relu_bits, or merge several segments, too.
 
     Returns:
         How many were not on disk, and the seconds it took.
@@ -492,9 +492,9 @@ def rehearse(
     began, before, kernels = time.perf_counter(), load().compiled(), load()
     x3 = np.zeros((2, 1, 1 if columns else SHORT), dtype)
     y3, one, number = x3.copy(), np.ones(1, parameter_dtype(dtype)), np.zeros(1)
-    bits = np.zeros((x3.size + 7) // 8, np.uint8) if mask else None
+    bits = np.zeros((x3.size + 7) // 8, np.uint8) if relu_bits else None
     if direction == "forward":
-        local_forward(x3, y3, one, one, 1.0, mask=bits)
+        local_forward(x3, y3, one, one, 1.0, relu_bits=bits)
         if segments:
             kernels.merge_moments(number, number, 1, number, number)
             finalize_moments(Moments(1, number, number), 1.0, running=(one, one))

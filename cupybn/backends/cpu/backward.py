@@ -1,6 +1,6 @@
 """The kernel of the backward, as in ``forward.py``: the sums of a channel, and the gradient of x.
 
-Where a ReLU let y through is read from the mask, or, where that is empty, found again from x.
+Where a ReLU let y through is read from the relu_bits, or, where that is empty, found again from x.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ SUMS, MERGE, GRADIENTS, INPUT = 1, 2, 4, 8  # stages
 
 
 @shared
-def _apply_relu_grad(kept, dy, x, mask, begin, size, relu, coefficients):
+def _apply_relu_grad(kept, dy, x, relu_bits, begin, size, relu, coefficients):
     """dy where the ReLU let y through, else 0; dy and x begin at value `begin` of their arrays.
 
-    `relu` is 0 for none, 1 where y is found again, 2 where the mask has it.
+    `relu` is 0 for none, 1 where y is found again, 2 where `relu_bits` has it.
     """
     high, scale, shift, _, _ = coefficients
     bits = buffer(dy)
@@ -48,7 +48,7 @@ def _apply_relu_grad(kept, dy, x, mask, begin, size, relu, coefficients):
         before = begin & 7
         for byte in range((before + size + 7) >> 3):
             for k in range(8):
-                bits[8 * byte + k] = (mask[(begin >> 3) + byte] >> (7 - k)) & 1
+                bits[8 * byte + k] = (relu_bits[(begin >> 3) + byte] >> (7 - k)) & 1
         bits = moved(bits, before)
     for i in range(0, size, lanes(dy)):
         z = part(dy, dy, i, size)
@@ -73,7 +73,7 @@ def _sums(dy, x, size, high):
 
 
 @inside
-def _row_sums(sums, dy, x, mask, item, a, b, relu, coefficients, kept):
+def _row_sums(sums, dy, x, relu_bits, item, a, b, relu, coefficients, kept):
     """Into the sums of dy and of dy * xmu, at segment + c, about the high part of the mean."""
     sum_dy, sum_dy_xmu = sums
     segment, _, channels, length, _, _, n0, n1, l0, l1, _, _ = item
@@ -89,14 +89,14 @@ def _row_sums(sums, dy, x, mask, item, a, b, relu, coefficients, kept):
                 if relu == 0:
                     total, products = _sums(g, v, size, of[0])
                 else:
-                    _apply_relu_grad(kept, g, v, mask, begin, size, relu, of)
+                    _apply_relu_grad(kept, g, v, relu_bits, begin, size, relu, of)
                     total, products = _sums(kept, v, size, of[0])
                 sum_dy[segment + c] += total
                 sum_dy_xmu[segment + c] += products
 
 
 @inside
-def _column_sums(sums, dy, x, mask, item, relu, coefficients, kept):
+def _column_sums(sums, dy, x, relu_bits, item, relu, coefficients, kept):
     """The same of columns."""
     (sum_dy, sum_dy_xmu), high = sums, coefficients[0]
     segment, start, _, width, c0, c1, m0, m1, j0, j1, step, _ = item
@@ -125,7 +125,7 @@ def _column_sums(sums, dy, x, mask, item, relu, coefficients, kept):
         for m in range(whole, last):
             begin = start + m * width + j0
             g, v = moved(dy, begin), moved(x, begin)
-            _apply_relu_grad(kept, g, v, mask, begin, size, relu, coefficients)
+            _apply_relu_grad(kept, g, v, relu_bits, begin, size, relu, coefficients)
             for j in range(size):
                 partial[j] += kept[j]
                 partial_products[j] += kept[j] * (load(v, j) - high[j])
@@ -168,7 +168,7 @@ def _input_run(arrays, size, streaming, staged, fused, constant, coefficients):
 
 
 @inside
-def _input(columns, arrays, mask, item, a, b, relu, constant, coefficients, kept):
+def _input(columns, arrays, relu_bits, item, a, b, relu, constant, coefficients, kept):
     """The gradient of x, of the channels a to b of an item."""
     dx, dresidual, dy, x = arrays
     _, start, channels, length, _, _, n0, n1, l0, l1, _, _ = item
@@ -182,7 +182,7 @@ def _input(columns, arrays, mask, item, a, b, relu, constant, coefficients, kept
                 begin, size = start + (n * channels + c) * length + i, min(WIDE, l1 - i)
                 g, v = pointer(dy, begin), pointer(x, begin)
                 if staged:
-                    _apply_relu_grad(kept, g, v, mask, begin, size, relu, of)
+                    _apply_relu_grad(kept, g, v, relu_bits, begin, size, relu, of)
                 run = pointer(dx, begin), pointer(dresidual, begin), g, v, kept
                 _input_run(run, size, streaming, staged, fused, constant, of)
 
@@ -197,7 +197,7 @@ def backward(
     dresidual,
     dy,
     x,
-    mask,
+    relu_bits,
     mean,
     invstd,
     weight,
@@ -213,16 +213,16 @@ def backward(
     count,
 ):
     """Gradients are of the sums, dx of the totals. A `count` of 0: the statistics are constants."""
-    given = dx, dresidual, dy, x, mask, mean, invstd, weight, bias, dweight, dbias
+    given = dx, dresidual, dy, x, relu_bits, mean, invstd, weight, bias, dweight, dbias
     own = sum_dy, sum_dy_xmu, total_dy, total_dy_xmu
     taking, lent = enter(turns, helper, (*given, *own))
-    dx, dresidual, dy, x, mask, mean, invstd, weight, bias, dweight, dbias = lent[:11]
+    dx, dresidual, dy, x, relu_bits, mean, invstd, weight, bias, dweight, dbias = lent[:11]
     sum_dy, sum_dy_xmu, total_dy, total_dy_xmu = lent[11:]
     high, scale, shift, slope, offset = buffer(x), buffer(x), buffer(x), buffer(x), buffer(x)
     coefficients, kept = (high, scale, shift, slope, offset), buffer(x)
     sums, totals = (sum_dy, sum_dy_xmu), (total_dy, total_dy_xmu)
-    dys, xs, bits = pointer(dy, 0), pointer(x, 0), pointer(mask, 0)
-    kind = (2 if mask.size > 0 else 1) if relu else 0
+    dys, xs, bits = pointer(dy, 0), pointer(x, 0), pointer(relu_bits, 0)
+    kind = (2 if relu_bits.size > 0 else 1) if relu else 0
     at = take(turns) if taking else len(items)
     while at < len(items):
         _, _, _, _, c0, c1, _, _, l0, l1, step, group = item = items[at]

@@ -145,9 +145,9 @@ def forward(
 
 
 @kernel
-def pack_mask(helper, items, turns, y, mask):
+def pack_bits(helper, items, turns, y, relu_bits):
     """One bit for each y above 0, into the bytes of each item, as ``np.packbits``."""
-    taking, (array, mask) = enter(turns, helper, (y, mask))
+    taking, (array, relu_bits) = enter(turns, helper, (y, relu_bits))
     size, y = array.size, pointer(array, 0)
     at = take(turns) if taking else len(items)
     while at < len(items):
@@ -159,6 +159,6 @@ def pack_mask(helper, items, turns, y, mask):
             else:
                 for k in range(size - 8 * i):
                     byte |= (load(y, 8 * i + k) > 0) << (7 - k)
-            mask[i] = byte
+            relu_bits[i] = byte
         at = take(turns)
     leave(turns, helper)

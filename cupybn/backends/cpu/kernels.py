@@ -6,7 +6,7 @@ Data are C-contiguous (N, C, L) arrays, everything per channel is (C,), absent a
 from .backward import backward
 from .channels import add_gradients, finalize_moments, merge_moments, merge_sums
 from .compiler import announced, compiled, folder
-from .forward import forward, pack_mask
+from .forward import forward, pack_bits
 
 __all__ = [
     "add_gradients",
@@ -18,5 +18,5 @@ __all__ = [
     "merge_moments",
     "merge_sums",
     "forward",
-    "pack_mask",
+    "pack_bits",
 ]

@@ -20,7 +20,7 @@ _ITEM = 1 << 18  # values of a work item, about
 _LEAST = 1 << 16  # values per channel that are worth a segment
 _SHARE = 1 << 17  # values that are worth waking a thread: about 100 us of forward
 _UNITS = 256  # channels times segments that keep any number of threads busy
-_MASK = 1 << 15  # bytes of a mask in an item
+_BITS = 1 << 15  # bytes of ReLU bits in an item
 TURNS = 130  # numbers with which threads take turns and lend arrays; two where one works alone
 
 
@@ -80,9 +80,9 @@ def plan_for(n: int, channels: int, length: int) -> Plan:
 
 
 @lru_cache(maxsize=1024)
-def mask_items(size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The bounds of each item of a mask of `size` bytes, (items, 2)."""
-    bounds = [(begin, min(begin + _MASK, size)) for begin in range(0, size, _MASK)]
+def bits_items(size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The bounds of each item of ReLU bits of `size` bytes, (items, 2)."""
+    bounds = [(begin, min(begin + _BITS, size)) for begin in range(0, size, _BITS)]
     return np.array(bounds, np.int64).reshape(-1, 2)
 
 

@@ -56,7 +56,7 @@ def tensor_launch(
     """The launch of a kernel over tensors of a shape and dtype.
 
     `some` has the bits that are set in the address of at least one tensor, `every` those that are
-    set in all, up to 16 bytes; `whole_bytes` is for a kernel that writes a mask.
+    set in all, up to 16 bytes; `whole_bytes` is for a kernel that writes ReLU bits.
     """
     alignment, congruence = some | 16, some & ~every | 16
     plan = plan_launch(

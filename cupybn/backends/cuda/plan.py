@@ -133,7 +133,7 @@ def plan_launch(
         alignment: the power of two, in bytes, of which every tensor's address is a multiple.
         congruence: the power of two by which the addresses differ in whole multiples.
         multiprocessors: of the device.
-        whole_bytes: a thread, or neighbouring lanes of a warp, must own whole bytes of a bit mask.
+        whole_bytes: a thread, or neighbouring lanes of a warp, must own whole bytes of ReLU bits.
     """
     rows = _plan_rows(shape, itemsize, alignment, congruence, whole_bytes)
     found = (
@@ -155,7 +155,7 @@ def _plan_rows(
 ) -> LaunchPlan:
     n, c, length = shape
     vector = VECTOR_BYTES // itemsize
-    # those of ragged rows do not begin with a byte of a mask
+    # those of ragged rows do not begin with a byte of ReLU bits
     if length < vector or (alignment if whole_bytes else congruence) < VECTOR_BYTES:
         vector = 1
     ragged = length % vector != 0 or alignment < vector * itemsize

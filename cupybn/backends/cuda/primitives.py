@@ -119,30 +119,30 @@ def normalize(
     relu: bool = False,
     residual3: Array | None = None,
     out3: Array | None = None,
-    mask: Array | None = None,
+    relu_bits: Array | None = None,
 ) -> Array:
     """``activation((x - mean) * invstd * weight + bias + residual)``, (N, C, L).
 
-    `mask`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
+    `relu_bits`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
     """
     y3 = sys.modules["cupy"].ndarray(x3.shape, x3.dtype) if out3 is None else out3
     if x3.size == 0:
         return y3
     residual = NULL if residual3 is None else residual3
-    bits = NULL if mask is None else mask
+    bits = NULL if relu_bits is None else relu_bits
     if not all(map(_is_dense, (x3, residual, y3, bits))):
         call_plainly(
             normalize,
-            ("out3", "mask"),
+            ("out3", "relu_bits"),
             x3=x3,
             transform=transform,
             relu=relu,
             residual3=residual3,
             out3=y3,
-            mask=mask,
+            relu_bits=relu_bits,
         )
         return y3
-    launch = _launch("normalize", x3, y3, residual3, writes_mask=mask is not None)
+    launch = _launch("normalize", x3, y3, residual3, writes_bits=relu_bits is not None)
     launch.run((y3, bits, x3, residual, *_pointers(*transform), _RELU[relu], *launch.sizes))
     return y3
 
@@ -153,21 +153,21 @@ def backward_reduce(
     transform: Transform,
     *,
     relu: bool = False,
-    mask: Array | None = None,
+    relu_bits: Array | None = None,
     payload: Array | None = None,
 ) -> BackwardSums:
     """The sums of dy and of dy * (x - mean), after the activation's backward, per channel.
 
-    Where y passed a ReLU is read from `mask` if given, else computed again from x. `payload`,
+    Where y passed a ReLU is read from `relu_bits` if given, else computed again from x. `payload`,
     (2C,) float64, takes a copy of both for the message.
     """
     c = x3.shape[1]
     if x3.size == 0:
         return BackwardSums(*_zeros(c, payload))
-    bits = NULL if mask is None else mask
+    bits = NULL if relu_bits is None else relu_bits
     first = NULL if payload is None else payload
     if not all(map(_is_dense, (dy3, x3, bits, first))):
-        given = {"dy3": dy3, "x3": x3, "transform": transform, "relu": relu, "mask": mask}
+        given = {"dy3": dy3, "x3": x3, "transform": transform, "relu": relu, "relu_bits": relu_bits}
         return call_plainly(backward_reduce, ("payload",), **given, payload=payload)
     second = NULL if payload is None else np.uint64(payload.data.ptr + 8 * c)
     launch, scratch = _reduction("backward_reduce", x3, dy3)
@@ -185,7 +185,7 @@ def backward_input(
     sums: BackwardSums | None = None,
     count: int = 0,
     relu: bool = False,
-    mask: Array | None = None,
+    relu_bits: Array | None = None,
     out3: Array | None = None,
     dresidual3: Array | None = None,
     local: BackwardSums | None = None,
@@ -199,7 +199,7 @@ def backward_input(
     dx3 = sys.modules["cupy"].ndarray(x3.shape, x3.dtype) if out3 is None else out3
     if x3.size == 0:  # then the local sums are 0 and add nothing
         return dx3
-    bits = NULL if mask is None else mask
+    bits = NULL if relu_bits is None else relu_bits
     dresidual = NULL if dresidual3 is None else dresidual3
     if not all(map(_is_dense, (dy3, x3, dx3, bits, dresidual))):
         call_plainly(
@@ -211,7 +211,7 @@ def backward_input(
             sums=sums,
             count=count,
             relu=relu,
-            mask=mask,
+            relu_bits=relu_bits,
             out3=dx3,
             dresidual3=dresidual3,
             local=local,
@@ -240,7 +240,7 @@ def finish_forward(
     *,
     relu: bool = False,
     residual3: Array | None = None,
-    mask: Array | None = None,
+    relu_bits: Array | None = None,
     running: tuple[Array, Array] | None = None,
     factor: float = 0.0,
 ) -> tuple[Array, Array]:
@@ -252,9 +252,9 @@ def finish_forward(
         mean, _, invstd = finalize_moments(moments, eps, running=running, factor=factor, form=form)
         return mean, invstd
     residual = NULL if residual3 is None else residual3
-    bits = NULL if mask is None else mask
+    bits = NULL if relu_bits is None else relu_bits
     kernel = "normalize_recentred" if form == "recentred" else "normalize"
-    launch = _launch(kernel, x3, y3, residual3, writes_mask=mask is not None)
+    launch = _launch(kernel, x3, y3, residual3, writes_bits=relu_bits is not None)
     first, second, weight, bias, *states = _pointers(
         moments.mean, moments.m2, weight, bias, *(running or _NONE)
     )
@@ -285,7 +285,7 @@ def local_forward(
     *,
     relu: bool = False,
     residual3: Array | None = None,
-    mask: Array | None = None,
+    relu_bits: Array | None = None,
     running: tuple[Array, Array] | None = None,
     factor: float = 0.0,
 ) -> tuple[Array, Array]:
@@ -297,14 +297,14 @@ def local_forward(
     x, y, device = x3.data.ptr, y3.data.ptr, x3.data.device_id
     residual, r = (NULL, y) if residual3 is None else (residual3, residual3.data.ptr)
     where = device, x & 15, (x | y | r) & 15, x & y & r & 15
-    reduce, finish = forward_launches(x3.shape, x3.dtype, *where, mask is not None)
+    reduce, finish = forward_launches(x3.shape, x3.dtype, *where, relu_bits is not None)
     mean, invstd = reduce.empty(x3.shape[1]), reduce.empty(x3.shape[1])
     scratch = scratch_for(reduce, device) if reduce.partials else NO_SCRATCH
     weight, bias, *states = _pointers(weight, bias, *(running or _NONE))
     outputs = mean, NULL, NULL, NULL, invstd, *states
     numbers = np.float64(eps), np.float64(factor)
     reduce.run((*outputs, *scratch, x3, *numbers, *reduce.sizes))
-    bits = NULL if mask is None else mask
+    bits = NULL if relu_bits is None else relu_bits
     finish.run((y3, bits, x3, residual, mean, invstd, weight, bias, _RELU[relu], *finish.sizes))
     if running is not None and not all(map(is_, running, states)):
         _copy_back(running, states)
@@ -319,7 +319,7 @@ def local_backward(
     *,
     count: int,
     relu: bool = False,
-    mask: Array | None = None,
+    relu_bits: Array | None = None,
     dresidual3: Array | None = None,
     dweight: Array | None = None,
     dbias: Array | None = None,
@@ -337,7 +337,7 @@ def local_backward(
     sum_dy_xmu = np.uint64(sums.data.ptr + 8 * c)
     scratch = scratch_for(reduce, device) if reduce.partials else NO_SCRATCH
     weight, bias, *gradients = _pointers(transform.weight, transform.bias, dweight, dbias)
-    bits = NULL if mask is None else mask
+    bits = NULL if relu_bits is None else relu_bits
     inputs = dy3, x3, bits, transform.mean, transform.invstd, weight, bias
     reduce.run((sums, sum_dy_xmu, NULL, NULL, *scratch, *inputs, _RELU[relu], *reduce.sizes))
     pooled, share = ((sums, sum_dy_xmu), np.float64(1 / count)) if count else ((NULL, NULL), _ZERO)
@@ -354,7 +354,7 @@ def prepare_forward(
     y3: Array,
     *,
     residual3: Array | None = None,
-    mask: Array | None = None,
+    relu_bits: Array | None = None,
     relu: bool = False,
     running_dtype: Any = None,
     ranks: int = 1,
@@ -371,7 +371,7 @@ def prepare_forward(
         channel_launch("finalize_moments", c, np.dtype(running_dtype or "float64"))
     if x3.size:
         kernel = "normalize_recentred" if recentred else "normalize"
-        _launch(kernel, x3, y3, residual3, writes_mask=mask is not None)
+        _launch(kernel, x3, y3, residual3, writes_bits=relu_bits is not None)
         if ranks == 1:
             _reduction("batch_moments", x3)
 
@@ -382,7 +382,7 @@ def prepare_backward(
     dx3: Array,
     *,
     dresidual3: Array | None = None,
-    mask: Array | None = None,
+    relu_bits: Array | None = None,
     relu: bool = False,
     constant: bool = False,
     ranks: int = 1,
@@ -394,14 +394,14 @@ def prepare_backward(
             _reduction("backward_reduce", x3, dy3)
 
 
-def _launch(kernel: str, x3: Array, *others: Array | None, writes_mask: bool = False) -> Launch:
+def _launch(kernel: str, x3: Array, *others: Array | None, writes_bits: bool = False) -> Launch:
     """The launch of a kernel over x3 and tensors like it."""
     some = every = x3.data.ptr
     for array in others:
         if array is not None:
             some, every = some | array.data.ptr, every & array.data.ptr
     where = x3.data.device_id, some & 15, every & 15
-    return tensor_launch(kernel, x3.shape, x3.dtype, *where, writes_mask)
+    return tensor_launch(kernel, x3.shape, x3.dtype, *where, writes_bits)
 
 
 def _reduction(kernel: str, *tensors: Array) -> tuple[Launch, tuple[Array, Array]]:
