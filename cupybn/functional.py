@@ -193,7 +193,7 @@ def batch_norm_backward(dy: ArrayLike, saved: Saved, *, out: ArrayLike | None = 
     Raises:
         TypeError: `saved` is something else.
         ValueError: `saved` is of a forward with ``save=False``.
-        Otherwise as :func:`batch_norm_forward`.
+        Others: as :func:`batch_norm_forward`.
     """
     check_saved(saved)
     bound = saved.bound
@@ -236,7 +236,7 @@ def batch_norm_double_backward(
     Raises:
         ValueError: ddweight, ddbias or ddresidual for what the forward did not have.
         TypeError: `saved` is something else.
-        Otherwise as :func:`batch_norm_forward`.
+        Others: as :func:`batch_norm_forward`.
     """
     check_saved(saved)
     with double_backward_call(saved) as call:
