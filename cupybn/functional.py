@@ -149,9 +149,8 @@ def batch_norm_forward(
     affine = weight is not None, bias is not None
     options = (eps, activation, channel_axis, affine, residual is None, bool(save), name)
     key = _signature(x, comm, options)
-    found = _bindings.get(key)
     arrays: dict[str, Any] = {"residual": residual, "mask": mask, "out": out}
-    if found is not None and found[0] is comm:
+    if (found := _bindings.get(key)) is not None and found[0] is comm:
         bound: Bound = found[1]
         with CollectiveCall(bound.comm, *bound.forward_call) as call:
             return bound.forward(call, x, {"weight": weight, "bias": bias}, **arrays)
