@@ -33,7 +33,8 @@ class Communicator(Protocol):
       and after it.
     * One thread at a time calls it.
 
-    It may have one method more, ``first_values(total, n)``, see :func:`first_values`.
+    It may have one method more, ``first_values(total, n)``: the first n values, in host memory, of
+    the sum that it returned last.
     """
 
     @property
