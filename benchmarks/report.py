@@ -149,7 +149,7 @@ def bars_of(sections: dict[str, Any]) -> list[tuple[str, str, float]]:
     for record in [r for name in ("cpu", "gpu") for r in sections.get(name, {}).get("cases", [])]:
         case = str(Case(*(record[field] for field in Case._fields)))
         for pair, ratio in record["ratio"].items():
-            if "before" not in pair:
+            if pair.endswith(" / torch"):
                 found.append((case, pair.removesuffix(" / torch"), ratio))
     return found
 
