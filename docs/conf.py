@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import socket
 import sys
 from pathlib import Path
+from urllib.request import urlopen
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -60,13 +60,13 @@ intersphinx_timeout = 10
 
 def _reachable(url: str) -> bool:
     try:
-        socket.create_connection((url.split("/")[2], 443), timeout=2).close()
+        with urlopen(url + "objects.inv", timeout=5) as answer:
+            return answer.status == 200
     except OSError:
         return False
-    return True
 
 
-# One host that cannot be reached says that there is no network: the others are not tried.
+# One list that cannot be had says that there is no network: the others are not tried.
 _online = all(map(_reachable, _LISTS.values()))
 intersphinx_mapping = {name: (url, None) for name, url in _LISTS.items()} if _online else {}
 
