@@ -196,7 +196,33 @@ print(said)
 assert said == ["PeerError", "PeerError", "ShapeError", "PeerError"]
 
 # %% [markdown]
-# # 8. With MPI
+# # 8. Masks
+# Sequences of different lengths, padded to the longest. With a mask only the valid positions count,
+# whatever stands in the others: y is 0 there, and the statistics are those of the valid values of
+# all ranks.
+
+# %%
+lengths = np.array([5, 2, 4, 1, 5, 3, 2, 2])
+mask = np.arange(5) < lengths[:, None]  # (N, L): x's shape without the channels
+sequences = rng.standard_normal((8, 3, 5)).astype(np.float32)
+sequences[np.broadcast_to(~mask[:, None], sequences.shape)] = np.nan  # padding of any kind
+
+
+def with_a_mask(comm):
+    layer = cupybn.SyncBatchNorm(3, comm=comm)
+    return layer(share(sequences, comm), mask=share(mask, comm))
+
+
+masked = np.concatenate(run_ranks(4, with_a_mask))
+valid = sequences.transpose(0, 2, 1)[mask]  # (24, 3): the same values without the padding
+expected = cupybn.BatchNorm1d(3)(valid)
+padding = masked.transpose(0, 2, 1)[~mask]
+print("valid positions:", len(valid), "largest value in the padding:", abs(padding).max())
+assert np.allclose(masked.transpose(0, 2, 1)[mask], expected, atol=1e-5)
+assert not padding.any()
+
+# %% [markdown]
+# # 9. With MPI
 # Leave ``comm`` out, or pass an mpi4py communicator, and start the script with
 #
 #     mpiexec -n 4 python -m mpi4py script.py
