@@ -10,6 +10,7 @@ template <typename T, int V> struct alignas(sizeof(T) * V) Pack {
 
 // The widest machine word with the size of a pack: one instruction each.
 template <int BYTES> struct Word;
+template <> struct Word<1> { using type = unsigned char; };
 template <> struct Word<2> { using type = unsigned short; };
 template <> struct Word<4> { using type = unsigned int; };
 template <> struct Word<8> { using type = uint2; };
