@@ -86,6 +86,13 @@ def check_like(what: str, array: Array, x: Array, layout: Layout) -> None:
         raise DeviceError(f"{what} is on {device_of(array)}, but the input is on {device_of(x)}")
 
 
+def check_mask(mask: Array, x: Array, positions: tuple[int, ...]) -> None:
+    """Raises unless the mask says of each position of x, on its device, whether it is valid."""
+    check_array("mask", mask, x, positions, mask.dtype)
+    if mask.dtype not in (np.bool_, np.uint8):
+        raise DTypeError(f"mask is {mask.dtype}, expected bool or uint8, nonzero where x is valid")
+
+
 def check_out(out: Array, x: Array, layout: Layout) -> None:
     """Raises unless out can take a result like x."""
     if device_of(out) != device_of(x):

@@ -67,12 +67,16 @@ class _Sums(NamedTuple):
 
 
 class _Data(NamedTuple):
-    """(N, C, L) arrays: ddx (or None), dy, where y passed the activation (or None), ddresidual."""
+    """(N, C, L) arrays: ddx (or None), dy, where y passed the activation (or None), ddresidual.
+
+    Where x is valid, (N, 1, L) or None, is part of where y passed.
+    """
 
     ddx3: Array | None
     dy3: Array
     kept3: Array | None
     ddresidual3: Array | None
+    valid3: Array | None
 
 
 def double_backward_call(saved: Saved) -> CollectiveCall:
@@ -124,14 +128,14 @@ def _prepare(saved: Saved, ddx: Array | None, dy: Array, ddresidual: Array | Non
         views.append(layout.view(array))
     if ddresidual is not None and not saved.bound.options.residual:
         raise ValueError("ddresidual was given, but the forward had no residual")
-    kept3 = None
+    kept3 = valid3 = None if saved.mask is None else saved.mask[:, None] != 0
     if saved.bound.relu:
         # From the backend's own backward, so that both agree at every last value.
         ones, kept = np.ones_like(x3), np.empty_like(x3)
         options = {"relu": True, "relu_bits": saved.relu_bits, "dresidual3": kept}
         backend_for(x3).backward_input(ones, x3, saved.transform, **options)
-        kept3 = kept != 0
-    return _Data(views[0], views[1], kept3, views[2])
+        kept3 = kept != 0 if valid3 is None else (kept != 0) & valid3
+    return _Data(views[0], views[1], kept3, views[2], valid3)
 
 
 def _checked(what: str, array: Array | None, parameter: Array | None, saved: Saved) -> Array | None:
@@ -162,9 +166,13 @@ def _values(
     dtype = high.dtype
     v = None if data.ddx3 is None else data.ddx3[part].astype(dtype, copy=False)
     g = data.dy3[part].astype(dtype, copy=False)
+    d = x3[part] - high
     if data.kept3 is not None:
         g = np.where(data.kept3[part], g, dtype.type(0))
-    return v, g, x3[part] - high
+    if data.valid3 is not None:
+        v = None if v is None else np.where(data.valid3[part], v, dtype.type(0))
+        d = np.where(data.valid3[part], d, dtype.type(0))
+    return v, g, d
 
 
 def _split_mean(saved: Saved) -> tuple[Array, Array]:
@@ -224,7 +232,10 @@ def _write(
         ddy, dx = ([c.astype(high.dtype)[:, None] for c in form] for form in (ddy, dx))
         for part in _blocks(saved.x3):
             block = _values(data, saved.x3, high, part)
-            dx3[part] = _linear(dx, *block)
+            values = _linear(dx, *block)
+            if data.valid3 is not None:
+                values = np.where(data.valid3[part], values, values.dtype.type(0))
+            dx3[part] = values
             values = _linear(ddy, *block)
             if data.ddresidual3 is not None:
                 values = values + data.ddresidual3[part]

@@ -39,6 +39,7 @@ from .checks import (
     check_array,
     check_eps,
     check_like,
+    check_mask,
     check_momentum,
     check_out,
     check_overlap,
@@ -96,16 +97,17 @@ class Running(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a forward keeps for its backward. x, weight and bias are kept by reference.
+    """What a forward keeps for its backward. x, weight, bias and mask are kept by reference.
 
     A forward with ``save=False`` keeps the statistics alone.
 
     Attributes:
         mean: (C,) float64, of the batch of all ranks.
         invstd: (C,) float64, ``1 / sqrt(var + eps)``.
-        count: values per channel on all ranks, a host integer.
+        count: (valid) values per channel on all ranks, a host integer.
         relu_bits: where y passed the ReLU, a bit a value, if x alone does not tell.
         moments: of this rank's batch, if the forward was asked to keep them.
+        mask: (N, L) bytes, nonzero where x is valid; None: everywhere.
     """
 
     bound: Bound
@@ -117,6 +119,7 @@ class Saved(NamedTuple):
     count: int  # type: ignore[assignment]  # of tuple, which has a method of that name
     relu_bits: Array | None = None
     moments: Moments | None = None
+    mask: Array | None = None
 
     @staticmethod
     def from_arrays(
@@ -133,6 +136,7 @@ class Saved(NamedTuple):
         channel_axis: int = 1,
         activation: str | None = None,
         relu_bits: Array | None = None,
+        mask: Array | None = None,
     ) -> Saved:
         """The context of a forward from what :meth:`arrays` gave, and that forward's options.
 
@@ -142,8 +146,9 @@ class Saved(NamedTuple):
         Args:
             x: of the forward, of the same shape and in the same memory order.
             mean, invstd: (C,), floating, of the batch of all ranks; float64 for the same bits.
-            count: values per channel on all ranks, an integer of any kind.
+            count: (valid) values per channel on all ranks, an integer of any kind.
             relu_bits: of a forward with a ReLU and a residual; see :class:`Saved`.
+            mask: of the forward, if it had one.
             The others: as :func:`~cupybn.functional.batch_norm_forward`.
 
         Raises:
@@ -166,14 +171,16 @@ class Saved(NamedTuple):
             check_array("relu_bits", relu_bits, x, bound.bits_shape, np.uint8)
         if int(count) != count or count < 0:
             raise ValueError(f"count must be a number of values, got {count!r}")
+        valid = None if mask is None else bound._valid(mask, x)
         x3 = bound.layout.view(x)
-        return Saved(bound, x3, weight, bias, mean, invstd, int(count), relu_bits)
+        return Saved(bound, x3, weight, bias, mean, invstd, int(count), relu_bits, mask=valid)
 
     def arrays(self) -> dict[str, Any]:
         """What a backward needs: the arguments of :meth:`from_arrays` that are not options.
 
         Returns:
-            dict: x, mean, invstd, weight, bias, relu_bits (the last three may be None), and count.
+            dict: x, mean, invstd, weight, bias, relu_bits, mask (the last four may be None), and
+            count.
 
         Raises:
             ValueError: the forward had ``save=False``.
@@ -187,6 +194,7 @@ class Saved(NamedTuple):
             "weight": self.weight,
             "bias": self.bias,
             "relu_bits": self.relu_bits,
+            "mask": None if self.mask is None else self.mask.reshape(self.layout.positions),
         }
 
     def check_complete(self) -> None:
@@ -261,7 +269,6 @@ class Bindings:
 
 
 _Arrays: TypeAlias = "tuple[Array, Array, Array | None, Array | None]"  # x3, y3, weight, bias
-_Kept: TypeAlias = "tuple[Array, Array | None, Array | None]"  # x3, weight, bias
 _Statistics: TypeAlias = "tuple[Array, Array, int, Moments | None]"  # mean, invstd, count, local
 
 
@@ -339,7 +346,7 @@ class Bound:
         self.comm, self.ranks, self.name = comm, comm.size, name
         self.needs_bits = self.fused_residual and options.save
         self.bits_shape = ((self.shape3[0] * self.channels * self.shape3[2] + 7) // 8,)
-        self.prepared: dict[str, ModuleType] = {}
+        self.prepared: dict[tuple[str, bool], ModuleType] = {}
         self._statistics: Any = Bound._alone
         if options.given:
             self._statistics = Bound._given
@@ -383,6 +390,7 @@ class Bound:
         params: Mapping[str, Array],
         *,
         residual: Array | None = None,
+        mask: Array | None = None,
         out: Array | None = None,
         y3: Array | None = None,
         running: Running | None = None,
@@ -390,20 +398,16 @@ class Bound:
         """(y, context), for an x of the signature that was bound, inside `call`.
 
         `params` has weight and bias, `running` the statistics to update, or those that are given;
-        `y3` (`dx3` of a backward) is the caller's, new. Without ``save`` x is not kept.
-
-        Raises:
-            ShapeError, DTypeError, DeviceError, ValueError: an array does not fit.
-            FloatingPointError: NaN or Inf, with ``check_finite``. Also what ``allreduce`` raises.
+        `y3` (`dx3` of a backward) is the caller's, new. Without ``save`` x is not kept. Raises
+        ShapeError, DTypeError, DeviceError or ValueError where an array does not fit,
+        FloatingPointError with ``check_finite``, and what ``allreduce`` raises.
         """
         weight, bias = params.get("weight"), params.get("bias")
         moved = None if running is None else running[:2]
         kind, (dtype, shape), fit = self.kind, self.expected, True
         for array in (weight, bias, *(moved or ())):
-            if array is not None and (
-                type(array) is not kind or array.dtype != dtype or array.shape != shape
-            ):
-                fit = False
+            if array is not None:
+                fit &= type(array) is kind and array.dtype == dtype and array.shape == shape
         if self.updates and fit:
             for array in (running or ()) if self.on_host else (running or ())[2:]:
                 fit = fit and array.flags.writeable
@@ -422,6 +426,8 @@ class Bound:
                 y = y3.reshape(self.shape) if self.in_order else self.layout.restore(y3)
             bits = self.empty(self.bits_shape, np.uint8) if self.needs_bits else None
             extra = {"relu": self.relu, "residual3": residual3, "relu_bits": bits}
+            if mask is not None:
+                mask = extra["mask"] = self._valid(mask, x)
             if updated is not None and self.on_host:  # what fails half-way leaves all unchanged
                 moved = updated.mean.copy(), updated.var.copy()
             arrays = x3, y3, weight, bias
@@ -434,8 +440,9 @@ class Bound:
                 updated.batches[...] = values[2]
             if out is not None and not overlap(y3, out):
                 out[...] = self.layout.restore(y3)
-        kept: _Kept = (x3, weight, bias) if self.options.save else (None, None, None)
-        return y, Saved(self, *kept, mean, invstd, count, bits, local)
+        if not self.options.save:
+            x3 = weight = bias = mask = None
+        return y, Saved(self, x3, weight, bias, mean, invstd, count, bits, local, mask)
 
     def _given(self, call: Any, arrays: _Arrays, given: Any, extra: dict[str, Any]) -> _Statistics:
         """Fills y3 with the given statistics."""
@@ -449,15 +456,17 @@ class Bound:
         self, call: Any, arrays: _Arrays, running: Any, extra: dict[str, Any]
     ) -> _Statistics:
         """Fills y3 with the statistics of this rank's batch, the only one."""
-        backend = by_type[self.kind]
-        if self.prepared.get("forward") is not backend:
+        backend, count, mask = by_type[self.kind], self.count, extra.get("mask")
+        if self.prepared.get(("forward", mask is None)) is not backend:
             self._prepare_forward(backend, arrays, extra)
-        if self.count == 1:
-            self._refuse_one_value()
+        if mask is not None:
+            extra["count"] = count = self._count_valid(backend, mask)
+        if count == 1:
+            self._refuse_one_value(mask)
         mean, invstd = backend.local_forward(
             *arrays, self.eps, running=running, factor=self.factor, **extra
         )
-        return mean, invstd, self.count, None
+        return mean, invstd, count, None
 
     def _over_ranks(
         self, call: CollectiveCall, arrays: _Arrays, running: Any, extra: dict[str, Any]
@@ -467,15 +476,18 @@ class Bound:
         One message; two with float64 data, the second with deviations from the mean of all. With
         one rank none, where the moments themselves are asked for.
         """
-        x3, c, backend = arrays[0], self.channels, by_type[self.kind]
-        if self.prepared.get("forward") is not backend:
+        x3, c, backend, mask = arrays[0], self.channels, by_type[self.kind], extra.get("mask")
+        if self.prepared.get(("forward", mask is None)) is not backend:
             self._prepare_forward(backend, arrays, extra)
+        valid: dict[str, Any] = {}
+        if mask is not None:
+            valid = {"mask": mask, "count": self._count_valid(backend, mask)}
         if self.ranks == 1:
-            local = moments = backend.batch_moments(x3)
+            local = moments = backend.batch_moments(x3, **valid)
             form = "local"
         else:
             payload = call.payload(x3, c if self.exact else 2 * c)
-            local = backend.batch_moments(x3, payload=payload)
+            local = backend.batch_moments(x3, payload=payload, **valid)
             count, total = call.allreduce(local.count)
             form, moments = "pooled", Moments(count, total[:c], total[c:])
             if self.exact:
@@ -484,7 +496,7 @@ class Bound:
                 _, m2 = call.allreduce(local.count)
                 form, moments = "recentred", Moments(count, total, m2)
         if moments.count == 1:
-            self._refuse_one_value()
+            self._refuse_one_value(mask)
         if self.options.check_finite:
             self._check_finite(moments, form)
         mean, invstd = backend.finish_forward(
@@ -504,16 +516,14 @@ class Bound:
         dbias: Array | None = None,
     ) -> tuple[Array, Array | None]:
         """(dx, dresidual), as :meth:`forward`. Adds this rank's sums to `dweight` and `dbias`."""
-        x3, kind, (dtype, shape), fit = saved.x3, self.kind, self.expected, True
+        x3, mask, kind, (dtype, shape), fit = saved.x3, saved.mask, self.kind, self.expected, True
         if x3 is None:
             saved.check_complete()
         for gradient in (dweight, dbias):
-            if gradient is not None and (
-                type(gradient) is not kind or gradient.dtype != dtype or gradient.shape != shape
-            ):
-                fit = False
-            elif gradient is not None and self.on_host:
-                fit = fit and gradient.flags.writeable
+            if gradient is not None:
+                fit = fit and type(gradient) is kind and gradient.dtype == dtype
+                fit = fit and gradient.shape == shape
+                fit = fit and (not self.on_host or gradient.flags.writeable)
         if not (fit and (self.on_host or self._here(dweight, dbias))):
             dweight, dbias = self._checked_gradients(x3, dweight, dbias)
         if type(dy) is not self.kind:
@@ -525,19 +535,21 @@ class Bound:
             else:
                 dy3 = self._view("dy", dy, x3)
             if out is not None:
-                dx, dx3 = out, self._dx3_in(out, dy, x3)
+                dx, dx3 = out, self._dx3_in(out, dy, x3, mask)
             else:
                 dx3 = self.empty(self.shape3, self.dtype) if dx3 is None else dx3
                 dx = dx3.reshape(self.shape) if self.in_order else self.layout.restore(dx3)
             dresidual, dresidual3 = dy if self.options.residual else None, None
-            if self.fused_residual:
+            if self.fused_residual or (self.options.residual and mask is not None):
                 dresidual3 = self.empty(self.shape3, self.dtype)
                 dresidual = dresidual3.reshape(self.shape)
                 if not self.in_order:
                     dresidual = self.layout.restore(dresidual3)
             extra = {"relu": self.relu, "relu_bits": saved.relu_bits, "dresidual3": dresidual3}
+            if mask is not None:
+                extra["mask"] = mask
             backend = by_type[kind]
-            if self.prepared.get("backward") is not backend:
+            if self.prepared.get(("backward", mask is None)) is not backend:
                 self._prepare_backward(backend, (dy3, x3, dx3), extra)
             of_weight, of_bias = dweight, dbias
             if self.on_host:  # what fails half-way leaves all unchanged
@@ -567,10 +579,11 @@ class Bound:
             count = 0 if self.options.given else saved.count
             backend.local_backward(dy3, x3, dx3, transform, count=count, **extra)
             return
+        reduced = {"relu": self.relu, "relu_bits": saved.relu_bits}
+        if saved.mask is not None:
+            reduced["mask"] = saved.mask
         payload = call.payload(x3, 2 * c)
-        local = backend.backward_reduce(
-            dy3, x3, transform, relu=self.relu, relu_bits=saved.relu_bits, payload=payload
-        )
+        local = backend.backward_reduce(dy3, x3, transform, payload=payload, **reduced)
         _, total = call.allreduce()
         sums = BackwardSums(total[:c], total[c:])
         backend.backward_input(
@@ -578,17 +591,24 @@ class Bound:
         )
 
     def normalize_again(
-        self, x: Array, params: Mapping[str, Array], saved: Saved, y3: Array
+        self,
+        x: Array,
+        params: Mapping[str, Array],
+        saved: Saved,
+        y3: Array,
+        mask: Array | None = None,
     ) -> None:
         """Fills y3 with the y of an earlier forward once more, from that forward's statistics.
 
-        The same bits for the same x; no communication, no update. For forwards without a residual.
+        The same bits for the same x and mask; no communication, no update. For forwards without a
+        residual.
         """
         weight, bias, _ = self._checked(x, params.get("weight"), params.get("bias"), None)
         with on_device_of(x):
             transform = Transform(saved.mean, saved.invstd, weight, bias)
             x3 = self.layout.view(x)
-            by_type[self.kind].normalize(x3, transform, relu=self.relu, out3=y3)
+            extra = {} if mask is None else {"mask": self._valid(mask, x)}
+            by_type[self.kind].normalize(x3, transform, relu=self.relu, out3=y3, **extra)
 
     def leave(self, call: CollectiveCall | None, direction: str, error: Exception) -> None:
         """Says where the error of a call was, and tells the other ranks if there are any."""
@@ -646,6 +666,23 @@ class Bound:
             return array.reshape(self.shape3)
         return self.layout.view(array)
 
+    def _valid(self, mask: Any, x: Array) -> Array:
+        """The mask as (N, L) bytes, if it goes with x: over its own memory where that is dense."""
+        mask = as_array(mask, "mask")
+        check_mask(mask, x, self.layout.positions)
+        if not mask.flags.c_contiguous:
+            mask = mask.copy(order="C")
+        return mask.view(np.uint8).reshape(self.shape3[::2])
+
+    def _count_valid(self, backend: ModuleType, mask: Array) -> int:
+        """Valid positions of this rank. On a device this waits for what comes before."""
+        if is_capturing(mask):
+            raise RuntimeError(
+                f"{call_name('forward', self.name)}: mask= cannot go into a CUDA graph: the host "
+                "reads how many values are valid"
+            )
+        return int(backend.count_valid(mask))
+
     def _y3_in(self, out: Array, x: Array, residual: Array | None) -> Array:
         """What to write for a y in `out`: a view of it where the layouts fit, else new memory."""
         check_out(out, x, self.layout)
@@ -656,11 +693,11 @@ class Bound:
         check_overlap(out, x, what, may_be_same=given and not save)
         return self._written(out)
 
-    def _dx3_in(self, out: Array, dy: Array, x3: Array) -> Array:
+    def _dx3_in(self, out: Array, dy: Array, x3: Array, mask: Array | None) -> Array:
         """The same for a dx."""
         check_out(out, x3, self.layout)
         check_overlap(out, x3, "the x of forward", may_be_same=False)
-        hands_dy_on = self.options.residual and not self.relu
+        hands_dy_on = self.options.residual and not self.relu and mask is None
         what = "dy, which is returned as dresidual" if hands_dy_on else "dy"
         check_overlap(out, dy, what, may_be_same=not hands_dy_on)
         return self._written(out)
@@ -677,24 +714,27 @@ class Bound:
             running_dtype=self.parameter_dtype.name if self.updates else None,
             ranks=self.ranks,
         )
-        self._is_prepared("forward", backend)
+        self._is_prepared(("forward", "mask" not in extra), backend)
 
     def _prepare_backward(
         self, backend: ModuleType, arrays: tuple[Array, Array, Array], extra: dict[str, Any]
     ) -> None:
         backend.prepare_backward(*arrays, **extra, constant=self.options.given, ranks=self.ranks)
-        self._is_prepared("backward", backend)
+        self._is_prepared(("backward", "mask" not in extra), backend)
 
-    def _is_prepared(self, direction: str, backend: ModuleType) -> None:
+    def _is_prepared(self, call: tuple[str, bool], backend: ModuleType) -> None:
         # What a device compiles depends on addresses too, so over ranks it is asked each time.
         if self.on_host or self.ranks == 1:
-            self.prepared[direction] = backend
+            self.prepared[call] = backend
 
-    def _refuse_one_value(self) -> None:
-        everywhere = f" on this rank, 1 value on all {self.ranks} ranks"
+    def _refuse_one_value(self, mask: Array | None) -> None:
+        masked = "" if mask is None else " with a mask"
+        everywhere = "" if mask is None else ", 1 valid value"
+        if self.ranks > 1:
+            everywhere = f" on this rank, 1 value on all {self.ranks} ranks"
         raise ShapeError(
             "Expected more than 1 value per channel when training, got input size "
-            f"{self.shape}{everywhere if self.ranks > 1 else ''}"
+            f"{self.shape}{masked}{everywhere}"
         )
 
     def _check_finite(self, moments: Moments, form: str) -> None:

@@ -96,7 +96,7 @@ class Grads(NamedTuple):
     Attributes:
         dx: like x.
         dweight, dbias: (C,), sums over this rank's values; None where there was no weight or bias.
-        dresidual: like x; ``dy`` itself without an activation; None without a residual.
+        dresidual: like x; ``dy`` itself without activation and mask; None without a residual.
     """
 
     dx: Array
@@ -116,6 +116,7 @@ def batch_norm_forward(
     channel_axis: int = 1,
     activation: str | None = None,
     residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
     out: ArrayLike | None = None,
     save: bool = True,
 ) -> tuple[Array, Saved]:
@@ -126,10 +127,11 @@ def batch_norm_forward(
         weight, bias: (C,), or None.
         eps: added to the variance, positive.
         comm: an mpi4py or cupybn communicator; None is this process alone.
-        name: of the layer, equal on all ranks, for errors; layers that must not be confused have
-            different names.
+        name: of the layer, equal on all ranks, for errors; different ones for different layers.
         activation: None or "relu".
         residual: like x, added before the activation.
+        mask: bool or uint8, x's shape without the channel axis, nonzero where x is valid: y is that
+            of the valid values alone, and 0 elsewhere. On some ranks or all; kept by reference.
         out: like x, takes the result; may be `residual`, must not overlap x.
         save: whether a backward may follow. Else `saved` has the statistics, and no array like x.
 
@@ -140,17 +142,15 @@ def batch_norm_forward(
         (y, saved): y like x, in the layout of x where x is contiguous or channels-last.
 
     Raises:
-        ShapeError, DTypeError, DeviceError, ValueError: bad arguments, or one value per channel on
-            all ranks together.
+        ShapeError, DTypeError, DeviceError, ValueError: bad arguments, or one value per channel.
         PeerError: another rank raised one of these.
         CollectiveMismatchError: the ranks called different layers, or with different settings.
     """
     affine = weight is not None, bias is not None
     options = (eps, activation, channel_axis, affine, residual is None, bool(save), name)
     key = _signature(x, comm, options)
-    found = _bindings.get(key)
-    arrays: dict[str, Any] = {"residual": residual, "out": out}
-    if found is not None and found[0] is comm:
+    arrays: dict[str, Any] = {"residual": residual, "mask": mask, "out": out}
+    if (found := _bindings.get(key)) is not None and found[0] is comm:
         bound: Bound = found[1]
         with CollectiveCall(bound.comm, *bound.forward_call) as call:
             return bound.forward(call, x, {"weight": weight, "bias": bias}, **arrays)
@@ -185,7 +185,7 @@ def batch_norm_backward(dy: ArrayLike, saved: Saved, *, out: ArrayLike | None = 
     Args:
         dy: shape and dtype of y, any layout.
         saved: from :func:`batch_norm_forward`.
-        out: like x, takes dx; may be `dy`, unless a residual without activation hands dy on.
+        out: like x, takes dx; may be `dy`, unless it is handed on as dresidual.
 
     Returns:
         Grads: dx accounts for all ranks; dweight and dbias are this rank's sums.
@@ -193,7 +193,7 @@ def batch_norm_backward(dy: ArrayLike, saved: Saved, *, out: ArrayLike | None = 
     Raises:
         TypeError: `saved` is something else.
         ValueError: `saved` is of a forward with ``save=False``.
-        Otherwise as :func:`batch_norm_forward`.
+        Others: as :func:`batch_norm_forward`.
     """
     check_saved(saved)
     bound = saved.bound
@@ -236,7 +236,7 @@ def batch_norm_double_backward(
     Raises:
         ValueError: ddweight, ddbias or ddresidual for what the forward did not have.
         TypeError: `saved` is something else.
-        Otherwise as :func:`batch_norm_forward`.
+        Others: as :func:`batch_norm_forward`.
     """
     check_saved(saved)
     with double_backward_call(saved) as call:
@@ -254,11 +254,12 @@ def batch_norm_inference(
     channel_axis: int = 1,
     activation: str | None = None,
     residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
     out: ArrayLike | None = None,
 ) -> Array:
     """Normalises x with a given mean and variance, (C,) each. Never communicates.
 
-    `out` may be x or `residual`. Otherwise as :func:`batch_norm_forward`.
+    `out` may be x or `residual`; y is 0 where masked. Otherwise as :func:`batch_norm_forward`.
     """
     options = (eps, activation, channel_axis, weight is None, bias is None, residual is None)
     key = _signature(x, None, options)
@@ -273,7 +274,7 @@ def batch_norm_inference(
     given = Running(as_array(mean, "mean"), as_array(var, "var"), np.zeros((), np.int64))
     params = {"weight": weight, "bias": bias}
     y: Array
-    y, _ = bound.forward(None, x, params, residual=residual, out=out, running=given)
+    y, _ = bound.forward(None, x, params, residual=residual, mask=mask, out=out, running=given)
     return y
 
 

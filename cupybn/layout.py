@@ -33,9 +33,13 @@ class Layout:
         return (self.channels,)
 
     @cached_property
+    def positions(self) -> tuple[int, ...]:
+        """The shape without the channels: that of a mask."""
+        return self.shape[: self.channel_axis] + self.shape[self.channel_axis + 1 :]
+
+    @cached_property
     def shape3(self) -> tuple[int, int, int]:
-        axis = self.channel_axis
-        n, *spatial = self.shape[:axis] + self.shape[axis + 1 :]
+        n, *spatial = self.positions
         if self.columns:
             return n * prod(spatial), self.channels, 1
         return n, self.channels, prod(spatial)

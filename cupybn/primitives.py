@@ -10,6 +10,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .arrays import (
     as_array,
     as_written,
@@ -46,6 +48,7 @@ _ARGUMENTS = {
     "out3": _OUTPUT,
     "dresidual3": _OUTPUT,
     "relu_bits": _Kind("bits", "uint8", written=True),
+    "mask": _Kind("positions", "mask"),
     "payload": _Kind("2C", "float64", written=True),
     "mean": _CHANNEL,
     "invstd": _CHANNEL,
@@ -68,6 +71,7 @@ def _expected(kind: _Kind, array: Any, like: Any) -> tuple[tuple[int, ...], Any]
     """Shape and dtype; `like` is x3, or (C,) where there is none."""
     c = like.shape[1] if like.ndim == 3 else like.size
     shapes = {"data": like.shape, "C": (c,), "2C": (2 * c,), "bits": ((like.size + 7) // 8,)}
+    shapes["positions"] = like.shape[::2]
     dtype: Any = kind.dtype
     if dtype == "data":
         dtype = like.dtype
@@ -75,6 +79,8 @@ def _expected(kind: _Kind, array: Any, like: Any) -> tuple[tuple[int, ...], Any]
         dtype = parameter_dtype(like.dtype)
     elif dtype == "floating":
         dtype = array.dtype if is_floating(array.dtype) else "floating"
+    elif dtype == "mask":
+        dtype = array.dtype if array.dtype in (np.bool_, np.uint8) else "bool or uint8"
     return shapes[kind.shape], dtype
 
 
@@ -103,12 +109,14 @@ def _checked(
         shape, dtype = _expected(kind, array, like)
         if array.shape != shape:
             raise ShapeError(f"{name} has shape {array.shape}, expected {shape}")
-        if dtype == "floating" or array.dtype != dtype:
+        if dtype in ("floating", "bool or uint8") or array.dtype != dtype:
             raise DTypeError(f"{name} is {array.dtype}, expected {dtype}")
         if device_of(array) != device_of(like):
             raise DeviceError(
                 f"{name} is on {device_of(array)}, but {first} is on {device_of(like)}"
             )
+    if (mask := arrays.get("mask")) is not None:
+        arrays["mask"] = (mask if mask.flags.c_contiguous else mask.copy(order="C")).view(np.uint8)
     return SimpleNamespace(**{name.replace(" ", "_"): a for name, a in arrays.items()})
 
 
@@ -130,19 +138,28 @@ def _check_moments(name: str, moments: Moments) -> None:
         raise DTypeError(f"{name} must be Moments, got {type(moments).__name__}")
 
 
-def batch_moments(x3: ArrayLike, *, payload: ArrayLike | None = None) -> Moments:
+def batch_moments(
+    x3: ArrayLike, *, payload: ArrayLike | None = None, mask: ArrayLike | None = None
+) -> Moments:
     """Count, mean and m2 of each channel of an (N, C, L) array.
 
     `payload`, float64, takes this rank's part of the first message: (2C,) for ``count * mean`` and
-    ``m2 + count * mean**2``, or (C,) for the first of them alone.
+    ``m2 + count * mean**2``, or (C,) for the first of them alone. `mask`, (N, L), bool or uint8, is
+    nonzero where x is valid; the moments are those of the valid values. So in all primitives.
     """
     shape: tuple[int, ...] = getattr(x3, "shape", ())
     half = len(shape) == 3 and getattr(payload, "shape", None) == shape[1:2]
-    given = _checked(("x3",), {"x3": x3, "payload": payload}, {"payload": "C"} if half else None)
+    arrays = {"x3": x3, "payload": payload, "mask": mask}
+    given = _checked(("x3",), arrays, {"payload": "C"} if half else None)
     with on_device_of(given.x3):
-        return backend_for(given.x3).batch_moments(  # type: ignore[no-any-return]
-            given.x3, payload=given.payload
-        )
+        backend, options = backend_for(given.x3), _masked(given)
+        if options:
+            options["count"] = backend.count_valid(given.mask)
+        return backend.batch_moments(given.x3, payload=given.payload, **options)  # type: ignore[no-any-return]
+
+
+def _masked(given: SimpleNamespace) -> dict[str, Any]:
+    return {} if given.mask is None else {"mask": given.mask}
 
 
 def recentre_moments(local: Moments, weighted: ArrayLike, count: int, payload: ArrayLike) -> None:
@@ -203,10 +220,12 @@ def normalize(
     residual3: ArrayLike | None = None,
     out3: ArrayLike | None = None,
     relu_bits: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
 ) -> Array:
     """``activation((x - mean) * invstd * weight + bias + residual)``, (N, C, L).
 
-    `relu_bits`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
+    `relu_bits`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0. Where
+    masked, y is 0 and its bit too.
     """
     relu = is_relu(activation)
     given = _checked(
@@ -220,10 +239,12 @@ def normalize(
             "residual3": residual3,
             "out3": out3,
             "relu_bits": relu_bits,
+            "mask": mask,
         },
     )
     transform = Transform(given.mean, given.invstd, given.weight, given.bias)
     options = {"residual3": given.residual3, "out3": given.out3, "relu_bits": given.relu_bits}
+    options |= _masked(given)
     with on_device_of(given.x3):
         return backend_for(given.x3).normalize(given.x3, transform, relu=relu, **options)  # type: ignore[no-any-return]
 
@@ -239,6 +260,7 @@ def backward_reduce(
     activation: str | None = None,
     relu_bits: ArrayLike | None = None,
     payload: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
 ) -> BackwardSums:
     """The sums of dy and of dy * (x - mean), after the activation's backward, per channel.
 
@@ -257,6 +279,7 @@ def backward_reduce(
             "bias": bias,
             "relu_bits": relu_bits,
             "payload": payload,
+            "mask": mask,
         },
     )
     transform = Transform(given.mean, given.invstd, given.weight, given.bias)
@@ -268,6 +291,7 @@ def backward_reduce(
             relu=relu,
             relu_bits=given.relu_bits,
             payload=given.payload,
+            **_masked(given),
         )
 
 
@@ -288,13 +312,15 @@ def backward_input(
     local: BackwardSums | None = None,
     dweight: ArrayLike | None = None,
     dbias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
 ) -> Array:
     """The gradient of x, (N, C, L).
 
     ``dx = (dy - sum_dy / n - (x - mean) * invstd**2 * sum_dy_xmu / n) * invstd * weight``, with
     `sums` and n = `count` of all ranks. Without `sums` the statistics are constants and dx is
     ``dy * invstd * weight``. `dresidual3` takes dy after the activation's backward. The gradients
-    of weight and bias, from the `local` sums, are added to `dweight` and `dbias`.
+    of weight and bias, from the `local` sums, are added to `dweight` and `dbias`. dx and dresidual
+    are 0 where masked.
     """
     relu = is_relu(activation)
     given = _checked(
@@ -311,21 +337,16 @@ def backward_input(
             "dresidual3": dresidual3,
             "dweight": dweight,
             "dbias": dbias,
+            "mask": mask,
             **_fields("sums", sums),
             **_fields("local", local),
         },
     )
     transform = Transform(given.mean, given.invstd, given.weight, given.bias)
-    options = {
-        "sums": _sums(given, "sums"),
-        "count": count,
-        "relu": relu,
-        "relu_bits": given.relu_bits,
-        "out3": given.out3,
-        "dresidual3": given.dresidual3,
-        "local": _sums(given, "local"),
-        "dweight": given.dweight,
-        "dbias": given.dbias,
-    }
+    others = ("relu_bits", "out3", "dresidual3", "dweight", "dbias")
+    options = {name: getattr(given, name) for name in others} | _masked(given)
+    options |= {"sums": _sums(given, "sums"), "local": _sums(given, "local"), "count": count}
     with on_device_of(given.x3):
-        return backend_for(given.x3).backward_input(given.dy3, given.x3, transform, **options)  # type: ignore[no-any-return]
+        return backend_for(given.x3).backward_input(  # type: ignore[no-any-return]
+            given.dy3, given.x3, transform, relu=relu, **options
+        )

@@ -82,3 +82,15 @@ def error(actual, expected):
         return 0.0
     difference = np.abs(np.asarray(actual).astype(np.float64) - expected).max()
     return float(difference / max(1.0, np.abs(expected).max()))
+
+
+def packed(values, mask, axis=1):
+    """The values at the valid positions as one (n, C) array; `mask` lacks the channel axis."""
+    return np.moveaxis(values, axis, -1)[mask != 0]
+
+
+def unpacked(values, mask, axis=1):
+    """The way back, with 0 at the other positions."""
+    whole = np.zeros((*mask.shape, values.shape[1]))
+    whole[mask != 0] = values
+    return np.moveaxis(whole, -1, axis)

@@ -44,6 +44,8 @@ def test_backends_and_functional_have_the_same_signatures(backend, name):
     assert inspect.signature(getattr(backend, name)) == expected
     public = inspect.signature(getattr(functional, name)).parameters
     spelt = {"transform": ["mean", "invstd", "weight", "bias"], "relu": ["activation"]}
+    if name == "batch_moments":
+        spelt["count"] = []  # of the mask, which the public function finds itself
     names = [spelt.get(parameter, [parameter]) for parameter in expected.parameters]
     assert list(public) == [name for spelling in names for name in spelling]
 

@@ -4,6 +4,9 @@ Data are (N, C, L) arrays; everything per channel is (C,) float64. 16- and 32-bi
 in float32, float64 data in float64. The work goes block by block: a block's temporaries stay in
 the cache, and no float32 partial sum runs over more than one block. NaN and Inf pass through, in
 their channel alone, and warn nobody.
+
+A `mask` is an (N, L) array of bytes, nonzero where x is valid. Results are those of the valid
+values alone, and 0 where masked; `count` says how many are valid, where that is known.
 """
 
 from __future__ import annotations
@@ -44,6 +47,17 @@ def _blocks(shape: tuple[int, int, int], itemsize: int) -> tuple[Part, ...]:
     )
 
 
+def count_valid(mask: Data) -> int:
+    """How many positions are valid."""
+    return int(np.count_nonzero(mask))
+
+
+def _valid(mask: Data, part: Part) -> NDArray[np.bool_]:
+    """Which positions of a block are valid, (n, 1, l)."""
+    found: NDArray[np.bool_] = mask[part[0], None, part[2]] != 0
+    return found
+
+
 @lru_cache(maxsize=256)
 def _ones(size: int, dtype: np.dtype[Any]) -> Data:
     return np.ones(size, dtype)
@@ -75,23 +89,29 @@ class _Affine(NamedTuple):
 
 
 @_quiet
-def batch_moments(x3: Data, *, payload: PerChannel | None = None) -> Moments:
+def batch_moments(
+    x3: Data,
+    *,
+    payload: PerChannel | None = None,
+    mask: Data | None = None,
+    count: int | None = None,
+) -> Moments:
     """Count, mean and m2 of each channel of an (N, C, L) array.
 
     `payload` takes this rank's part of the first message: (2C,) for ``count * mean`` and
     ``m2 + count * mean**2``, or (C,) for the first of them alone.
     """
-    moments = _moments(x3)
+    moments = _moments(x3, mask)
     if payload is not None:
         payload[...] = moments.pack()[: payload.size]
     return moments
 
 
-def _moments(x3: Data) -> Moments:
+def _moments(x3: Data, mask: Data | None) -> Moments:
     """Every block has its own pivot, its mean in low precision, about which the sums are taken.
 
     Blocks are merged in float64. Constants give an m2 of exactly 0, because deviations are first
-    taken from a value of the channel.
+    taken from a value of the channel. Masked values stand at what deviations are taken from.
     """
     dtype = parameter_dtype(x3.dtype)
     moments = None
@@ -100,11 +120,22 @@ def _moments(x3: Data) -> Moments:
         n, _, length = block.shape
         count = n * length
         first = block[0, :, 0]
+        if mask is not None:
+            valid = _valid(mask, part)
+            count = count_valid(valid)
+            if count == 0:
+                continue
+            sample, _, place = np.unravel_index(valid.argmax(), valid.shape)
+            first = block[sample, :, place]
+            block = np.where(valid, block, first[:, None])
         ones = _ones(n if length == 1 else length, dtype)
         if length == 1:
             rough = (ones @ (block - first[:, None])[:, :, 0]).astype(np.float64) / count
             pivot = (first + rough).astype(dtype)
-            columns = (block - pivot[:, None])[:, :, 0]
+            deviation = block - pivot[:, None]
+            if mask is not None:
+                np.copyto(deviation, 0, where=~valid)
+            columns = deviation[:, :, 0]
             mean = (ones @ columns).astype(np.float64) / count
             squares = _einsum("nc,nc->c", columns, columns).astype(np.float64)
         else:
@@ -112,6 +143,8 @@ def _moments(x3: Data) -> Moments:
             rough = np.add.reduce(rows, axis=0, dtype=np.float64) / count
             pivot = (first + rough).astype(dtype)
             deviation = block - pivot[:, None]
+            if mask is not None:
+                np.copyto(deviation, 0, where=~valid)
             mean = np.add.reduce(deviation @ ones, axis=0, dtype=np.float64) / count
             squares = np.add.reduce(np.vecdot(deviation, deviation), axis=0, dtype=np.float64)
         found = Moments(count, pivot + mean, squares - count * mean * mean)
@@ -197,13 +230,14 @@ def normalize(
     residual3: Data | None = None,
     out3: Data | None = None,
     relu_bits: Data | None = None,
+    mask: Data | None = None,
 ) -> Data:
     """``activation((x - mean) * invstd * weight + bias + residual)``, (N, C, L).
 
     `relu_bits`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
     """
     y3 = np.empty_like(x3) if out3 is None else out3
-    _normalize(x3, y3, transform, relu, residual3, relu_bits)
+    _normalize(x3, y3, transform, relu, residual3, relu_bits, mask)
     return y3
 
 
@@ -214,6 +248,7 @@ def _normalize(
     relu: bool,
     residual3: Data | None,
     relu_bits: Data | None,
+    mask: Data | None,
 ) -> None:
     affine = _Affine.of(x3, transform)
     for part in _blocks(x3.shape, affine.scale.itemsize):
@@ -224,6 +259,8 @@ def _normalize(
             y += residual3[part]
         if relu:
             np.maximum(y, 0, out=y)
+        if mask is not None:
+            np.copyto(y, 0, where=~_valid(mask, part))
         y3[part] = y
     if relu_bits is not None:
         flat = y3.reshape(-1)
@@ -263,20 +300,26 @@ def backward_reduce(
     relu: bool = False,
     relu_bits: Data | None = None,
     payload: PerChannel | None = None,
+    mask: Data | None = None,
 ) -> BackwardSums:
     """The sums of dy and of dy * (x - mean), after the activation's backward, per channel.
 
     Where y passed a ReLU is read from `relu_bits` if given, else computed again from x. `payload`,
     (2C,), takes a copy of both for the message.
     """
-    sums = _reduce(dy3, x3, _Affine.of(x3, transform), relu, relu_bits)
+    sums = _reduce(dy3, x3, _Affine.of(x3, transform), relu, relu_bits, mask)
     if payload is not None:
         payload[: x3.shape[1]], payload[x3.shape[1] :] = sums
     return sums
 
 
 def _reduce(
-    dy3: Data, x3: Data, affine: _Affine, relu: bool, relu_bits: Data | None
+    dy3: Data,
+    x3: Data,
+    affine: _Affine,
+    relu: bool,
+    relu_bits: Data | None,
+    mask: Data | None,
 ) -> BackwardSums:
     c, dtype = x3.shape[1], affine.scale.dtype
     sum_dy, sum_dy_xmu = np.zeros(c), np.zeros(c)
@@ -287,6 +330,10 @@ def _reduce(
             else dy3[part].astype(dtype, copy=False)
         )
         deviation = x3[part] - affine.high
+        if mask is not None:
+            valid = _valid(mask, part)
+            dy = np.where(valid, dy, dtype.type(0))
+            np.copyto(deviation, 0, where=~valid)
         n, _, length = dy.shape
         if length == 1:
             dy, deviation = dy[:, :, 0], deviation[:, :, 0]
@@ -314,6 +361,7 @@ def backward_input(
     local: BackwardSums | None = None,
     dweight: Data | None = None,
     dbias: Data | None = None,
+    mask: Data | None = None,
 ) -> Data:
     """The gradient of x, (N, C, L).
 
@@ -335,6 +383,7 @@ def backward_input(
         relu_bits=relu_bits,
         dweight=dweight,
         dbias=dbias,
+        mask=mask,
     )
     return dx3
 
@@ -351,6 +400,7 @@ def _input(
     relu_bits: Data | None,
     dweight: Data | None,
     dbias: Data | None,
+    mask: Data | None,
 ) -> None:
     """Fills the last two of `arrays`: dy3, x3, dx3, dresidual3. Adds to `dweight` and `dbias`."""
     dy3, x3, dx3, dresidual3 = arrays
@@ -366,6 +416,9 @@ def _input(
             if relu
             else dy3[part].astype(dtype, copy=False)
         )
+        if mask is not None:
+            valid = _valid(mask, part)
+            dy = np.where(valid, dy, dtype.type(0))
         if dresidual3 is not None:
             dresidual3[part] = dy
         if sums is None:
@@ -376,6 +429,8 @@ def _input(
             dx += dy
             dx += offset
             dx *= affine.scale
+        if mask is not None:
+            np.copyto(dx, 0, where=~valid)
         dx3[part] = dx
     if local is not None and dweight is not None:
         dweight += (local.sum_dy_xmu * invstd).astype(dweight.dtype)
@@ -401,10 +456,11 @@ def finish_forward(
     relu_bits: Data | None = None,
     running: tuple[Data, Data] | None = None,
     factor: float = 0.0,
+    mask: Data | None = None,
 ) -> tuple[PerChannel, PerChannel]:
     """:func:`finalize_moments` and :func:`normalize` into y3: (mean, invstd)."""
     mean, _, invstd = _finalize(moments, eps, running, factor, form)
-    _normalize(x3, y3, Transform(mean, invstd, weight, bias), relu, residual3, relu_bits)
+    _normalize(x3, y3, Transform(mean, invstd, weight, bias), relu, residual3, relu_bits, mask)
     return mean, invstd
 
 
@@ -421,10 +477,12 @@ def local_forward(
     relu_bits: Data | None = None,
     running: tuple[Data, Data] | None = None,
     factor: float = 0.0,
+    mask: Data | None = None,
+    count: int | None = None,
 ) -> tuple[PerChannel, PerChannel]:
     """The forward of one rank: :func:`batch_moments`, then as :func:`finish_forward`."""
-    mean, _, invstd = _finalize(_moments(x3), eps, running, factor, "local")
-    _normalize(x3, y3, Transform(mean, invstd, weight, bias), relu, residual3, relu_bits)
+    mean, _, invstd = _finalize(_moments(x3, mask), eps, running, factor, "local")
+    _normalize(x3, y3, Transform(mean, invstd, weight, bias), relu, residual3, relu_bits, mask)
     return mean, invstd
 
 
@@ -441,10 +499,11 @@ def local_backward(
     dresidual3: Data | None = None,
     dweight: Data | None = None,
     dbias: Data | None = None,
+    mask: Data | None = None,
 ) -> None:
     """The backward of one rank, into dx3; a count of 0: the statistics are constants."""
     affine = _Affine.of(x3, transform)
-    sums = _reduce(dy3, x3, affine, relu, relu_bits)
+    sums = _reduce(dy3, x3, affine, relu, relu_bits, mask)
     _input(
         (dy3, x3, dx3, dresidual3),
         affine,
@@ -456,6 +515,7 @@ def local_backward(
         relu_bits=relu_bits,
         dweight=dweight,
         dbias=dbias,
+        mask=mask,
     )
 
 
@@ -468,6 +528,7 @@ def prepare_forward(
     relu: bool = False,
     running_dtype: str | None = None,
     ranks: int = 1,
+    mask: Data | None = None,
 ) -> None:
     """A backend that compiles does so here, before the first message; NumPy has nothing to do."""
 
@@ -482,5 +543,6 @@ def prepare_backward(
     relu: bool = False,
     constant: bool = False,
     ranks: int = 1,
+    mask: Data | None = None,
 ) -> None:
     """As :func:`prepare_forward`, for a backward."""

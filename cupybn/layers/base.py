@@ -242,10 +242,13 @@ class Layer:
             raise
 
     _wants_save: ClassVar[bool] = False
+    _takes_mask: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._wants_save = "save_for_backward" in signature(cls.compute_forward).parameters
+        parameters = signature(cls.compute_forward).parameters
+        cls._wants_save = "save_for_backward" in parameters
+        cls._takes_mask = "mask" in parameters
 
     def backward(self, dy: ArrayLike, saved: Any = None, **options: Any) -> Any:
         """dx, from the context of the last saving forward, or from the one passed in.

@@ -62,12 +62,15 @@ ARGUMENTS = """
     Parameters ``weight`` and ``bias``, buffers ``running_mean``, ``running_var`` and
     ``num_batches_tracked`` (int64, shape ()). State version 2.
 
-    ``forward(x, residual=None, *, out=None, save_for_backward=None)`` returns y with shape, dtype
-    and layout of x; `residual` is added before the activation. ``backward(dy, saved=None, *,
+    ``forward(x, residual=None, *, mask=None, out=None, save_for_backward=None)`` returns y with
+    shape, dtype and layout of x; `residual` is added before the activation. `mask`, bool or uint8,
+    of x's shape without the channel axis, is nonzero where x is valid: everything is that of the
+    valid values alone, and y, dx and dresidual are 0 elsewhere. ``backward(dy, saved=None, *,
     out=None)`` returns dx, or (dx, dresidual) after a forward with a residual, and adds this rank's
     sums to ``grads``. `out` takes y or dx, and may be the `residual`, the `dy`, and, in evaluation,
-    the x of a forward that saves nothing. x and the parameters are kept by reference: change
-    neither between a forward and its backward. The formulas stand in :mod:`cupybn.functional`.
+    the x of a forward that saves nothing. x, the mask and the parameters are kept by reference:
+    change none of them between a forward and its backward. The formulas stand in
+    :mod:`cupybn.functional`.
 
     Raises:
         ShapeError, DTypeError, DeviceError: bad input.
@@ -208,15 +211,18 @@ class BatchNorm(Layer):
         x: ArrayLike,
         residual: ArrayLike | None = None,
         *,
+        mask: ArrayLike | None = None,
         out: ArrayLike | None = None,
         save_for_backward: bool | None = None,
     ) -> Array:
         y: Array
         save = self.training if save_for_backward is None else save_for_backward
+        options: dict[str, Any] = {"out": out}
         if self._wants_save:
-            y, context = self.compute_forward(x, residual, out=out, save_for_backward=save)
-        else:
-            y, context = self.compute_forward(x, residual, out=out)
+            options["save_for_backward"] = save
+        if mask is not None:
+            options["mask"] = mask
+        y, context = self.compute_forward(x, residual, **options)
         if save:
             self.__dict__["saved"] = context
         return y
@@ -233,6 +239,7 @@ class BatchNorm(Layer):
         x: Any,
         residual: ArrayLike | None = None,
         *,
+        mask: ArrayLike | None = None,
         out: ArrayLike | None = None,
         save_for_backward: bool = True,
     ) -> tuple[Any, Any]:
@@ -246,7 +253,7 @@ class BatchNorm(Layer):
             mode = training, bool(save_for_backward), residual is None, own["_path"]
             key = (type(x), x.shape, x.strides, x.dtype, device, mode, given)
             bound = own["_bindings"].get(key)
-        arrays: dict[str, Any] = {"residual": residual, "out": out}
+        arrays: dict[str, Any] = {"residual": residual, "mask": mask, "out": out}
         if "running_mean" in buffers and (
             not training or (own["track_running_stats"] and self.observed is None)
         ):

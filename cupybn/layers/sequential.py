@@ -53,7 +53,12 @@ class LayerList(Layer):
 
 
 class Sequential(LayerList):
-    """Layers one after the other: ``Sequential(a, b)`` or ``Sequential({"a": a, "b": b})``."""
+    """Layers one after the other: ``Sequential(a, b)`` or ``Sequential({"a": a, "b": b})``.
+
+    ``forward(x, mask=mask)`` hands the mask to each layer that takes one: the batch norms, and
+    layers of your own whose ``compute_forward`` has a `mask`. A batch norm whose input has other
+    positions than the mask raises ShapeError.
+    """
 
     def __init__(self, *layers: Layer | Mapping[str, Layer]) -> None:
         super().__init__()
@@ -64,10 +69,13 @@ class Sequential(LayerList):
         for name, layer in named.items():
             self._add(name, layer)
 
-    def compute_forward(self, x: Any, *, save_for_backward: bool = True) -> tuple[Any, Any]:
+    def compute_forward(
+        self, x: Any, *, mask: Any = None, save_for_backward: bool = True
+    ) -> tuple[Any, Any]:
         contexts = []
         for layer in self.children.values():
-            x, context = layer.run_forward(x, save_for_backward)
+            options = {} if mask is None or not layer._takes_mask else {"mask": mask}
+            x, context = layer.run_forward(x, save_for_backward, **options)
             if save_for_backward:
                 contexts.append((layer, context))
         return x, contexts

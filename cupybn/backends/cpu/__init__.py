@@ -39,6 +39,7 @@ _NO_NUMBERS, _NO_STATE, _NO_BITS = (np.empty(0, t) for t in (np.float64, np.floa
 _log = logging.getLogger("cupybn")
 
 given_statistics = reference.given_statistics
+count_valid = reference.count_valid
 recentre_moments = reference.recentre_moments
 update_running = reference.update_running
 
@@ -97,12 +98,20 @@ def _bound(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Bound:
 # ---- the primitives ------------------------------------------------------------------------------
 
 
-def batch_moments(x3: Data, *, payload: PerChannel | None = None) -> Moments:
+def batch_moments(
+    x3: Data,
+    *,
+    payload: PerChannel | None = None,
+    mask: Data | None = None,
+    count: int | None = None,
+) -> Moments:
     """Count, mean and m2 of each channel of an (N, C, L) array.
 
     `payload` takes this rank's part of the first message: (2C,) for ``count * mean`` and
     ``m2 + count * mean**2``, or (C,) for the first of them alone.
     """
+    if mask is not None:
+        return reference.batch_moments(x3, payload=payload, mask=mask)
     message = _NO_NUMBERS if payload is None else payload
     if not all(map(is_plain, (x3, message))):
         return call_plainly(batch_moments, ("payload",), x3=x3, payload=payload)
@@ -149,12 +158,16 @@ def normalize(
     residual3: Data | None = None,
     out3: Data | None = None,
     relu_bits: Data | None = None,
+    mask: Data | None = None,
 ) -> Data:
     """``relu((x - mean) * invstd * weight + bias + residual)``, (N, C, L).
 
     `relu_bits`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
     """
     out3 = np.empty(x3.shape, x3.dtype) if out3 is None else out3
+    if mask is not None:
+        options: dict[str, Any] = {"residual3": residual3, "relu_bits": relu_bits, "mask": mask}
+        return reference.normalize(x3, transform, relu=relu, out3=out3, **options)
     bound = _bound(x3.shape, x3.dtype)
     none, seen = bound.no_parameter, bound.no_data.dtype
     given = out3, relu_bits
@@ -179,12 +192,16 @@ def backward_reduce(
     relu: bool = False,
     relu_bits: Data | None = None,
     payload: PerChannel | None = None,
+    mask: Data | None = None,
 ) -> BackwardSums:
     """The sums of dy and of dy * (x - mean), after the ReLU's backward, per channel.
 
     Where y passed a ReLU is read from `relu_bits` if given, else computed again from x. `payload`,
     (2C,), takes a copy of both for the message.
     """
+    if mask is not None:
+        options: dict[str, Any] = {"relu_bits": relu_bits, "payload": payload, "mask": mask}
+        return reference.backward_reduce(dy3, x3, transform, relu=relu, **options)
     bound = _bound(x3.shape, x3.dtype)
     none, nothing = bound.no_parameter, bound.no_data
     mean, invstd, weight, bias = transform
@@ -222,6 +239,7 @@ def backward_input(
     local: BackwardSums | None = None,
     dweight: Data | None = None,
     dbias: Data | None = None,
+    mask: Data | None = None,
 ) -> Data:
     """The gradient of x, (N, C, L); see ``backends/numpy.py``."""
     dx3 = np.empty(x3.shape, x3.dtype) if out3 is None else out3
@@ -234,23 +252,13 @@ def backward_input(
     own = total if local is None else (local[0], local[1])
     into = none if dweight is None else dweight, none if dbias is None else dbias
     arrays = dx3, dresidual, dy3, x3, bits, *coefficients, *into, *own, *total
-    if not all(map(is_plain, arrays)):
-        call_plainly(
-            backward_input,
-            ("dweight", "dbias", "dresidual3", "out3"),
-            dy3=dy3,
-            x3=x3,
-            transform=transform,
-            sums=sums,
-            count=count,
-            relu=relu,
-            relu_bits=relu_bits,
-            out3=dx3,
-            dresidual3=dresidual3,
-            local=local,
-            dweight=dweight,
-            dbias=dbias,
-        )
+    if mask is not None or not all(map(is_plain, arrays)):
+        given: dict[str, Any] = {"dy3": dy3, "x3": x3, "transform": transform, "relu": relu}
+        given |= {"sums": sums, "count": count, "relu_bits": relu_bits, "local": local}
+        given |= {"out3": dx3, "dresidual3": dresidual3, "dweight": dweight, "dbias": dbias}
+        if mask is not None:
+            return reference.backward_input(**given, mask=mask)
+        call_plainly(backward_input, ("dweight", "dbias", "dresidual3", "out3"), **given)
         return dx3
     if (seen := bound.seen) is not None:
         data = dx3.view(seen), dresidual.view(seen), dy3.view(seen), x3.view(seen)
@@ -282,6 +290,7 @@ def finish_forward(
     relu_bits: Data | None = None,
     running: tuple[Data, Data] | None = None,
     factor: float = 0.0,
+    mask: Data | None = None,
 ) -> tuple[PerChannel, PerChannel]:
     """``finalize_moments`` and ``normalize`` into y3: (mean, invstd)."""
     bound = _bound(x3.shape, x3.dtype)
@@ -292,35 +301,25 @@ def finish_forward(
     arrays = y3, x3, residual, weight, bias
     bits = _NO_BITS if relu_bits is None else relu_bits
     others = running_mean, running_var, moments.mean, moments.m2, bits
-    if not all(map(is_plain, (*arrays, *others))):
+    if mask is not None or not all(map(is_plain, (*arrays, *others))):
         moments = Moments(moments.count, plain(moments.mean), plain(moments.m2))
-        return call_plainly(
-            finish_forward,
-            ("y3", "relu_bits", "running"),
-            moments=moments,
-            form=form,
-            x3=x3,
-            y3=y3,
-            weight=weight,
-            bias=bias,
-            eps=eps,
-            relu=relu,
-            residual3=residual3,
-            relu_bits=relu_bits,
-            running=running,
-            factor=factor,
-        )
+        given: dict[str, Any] = {"moments": moments, "form": form, "x3": x3, "y3": y3, "eps": eps}
+        given |= {"weight": weight, "bias": bias, "running": running, "factor": factor}
+        given |= {"relu": relu, "residual3": residual3, "relu_bits": relu_bits}
+        if mask is not None:
+            return reference.finish_forward(**given, mask=mask)
+        return call_plainly(finish_forward, ("y3", "relu_bits", "running"), **given)
     if (seen := bound.seen) is not None:
         arrays = y3.view(seen), x3.view(seen), residual.view(seen), weight, bias
     mean, invstd, first, second = np.empty(c), np.empty(c), moments.mean, moments.m2
-    given, turns = (first, second, _NO_NUMBERS), np.zeros(2, _INT64)
+    pooled, turns = (first, second, _NO_NUMBERS), np.zeros(2, _INT64)
     numbers, stages = (float(eps), float(moments.count), float(factor)), _FINALIZE | _NORMALIZE
     if len(bound.counts) != 1:
         stages, written = _NORMALIZE, (mean, np.empty(c), invstd, running_mean, running_var)
-        pooled = first, second, float(moments.count), float(eps), _FORMS[form]
-        load().finalize_moments(*pooled, *written, float(factor))
+        of_all = first, second, float(moments.count), float(eps), _FORMS[form]
+        load().finalize_moments(*of_all, *written, float(factor))
     states = running_mean, running_var, mean, invstd
-    bound.forward(turns, *arrays, *states, *given, stages, _FORMS[form], relu, *numbers)
+    bound.forward(turns, *arrays, *states, *pooled, stages, _FORMS[form], relu, *numbers)
     if relu_bits is not None:
         _pack_bits(arrays[0], relu_bits)
     return mean, invstd
@@ -338,11 +337,23 @@ def local_forward(
     relu_bits: Data | None = None,
     running: tuple[Data, Data] | None = None,
     factor: float = 0.0,
+    mask: Data | None = None,
+    count: int | None = None,
 ) -> tuple[PerChannel, PerChannel]:
     """``batch_moments`` and ``finish_forward`` of one rank: (mean, invstd).
 
     In one go where a thread has all values of a channel: it reads them again from its cache.
     """
+    if mask is not None:
+        others: dict[str, Any] = {
+            "relu": relu,
+            "residual3": residual3,
+            "relu_bits": relu_bits,
+            "mask": mask,
+        }
+        return reference.local_forward(
+            x3, y3, weight, bias, eps, running=running, factor=factor, **others
+        )
     bound = _bound(x3.shape, x3.dtype)
     none, (n, c, length) = bound.no_parameter, x3.shape
     weight, bias = none if weight is None else weight, none if bias is None else bias
@@ -388,11 +399,23 @@ def local_backward(
     dresidual3: Data | None = None,
     dweight: Data | None = None,
     dbias: Data | None = None,
+    mask: Data | None = None,
 ) -> None:
     """``backward_reduce`` and ``backward_input`` of one rank.
 
     A count of 0: the statistics are constants.
     """
+    if mask is not None:
+        others: dict[str, Any] = {
+            "relu": relu,
+            "relu_bits": relu_bits,
+            "dresidual3": dresidual3,
+            "mask": mask,
+        }
+        reference.local_backward(
+            dy3, x3, dx3, transform, count=count, dweight=dweight, dbias=dbias, **others
+        )
+        return
     bound = _bound(x3.shape, x3.dtype)
     none, c = bound.no_parameter, x3.shape[1]
     mean, invstd, weight, bias = transform
@@ -446,12 +469,14 @@ def prepare_forward(
     relu: bool = False,
     running_dtype: str | None = None,
     ranks: int = 1,
+    mask: Data | None = None,
 ) -> None:
     """Compiles the kernels of a forward, or reads them from disk: before its first message.
 
     Once for a dtype, for rows and for columns; what happened goes to the log ``cupybn``.
     """
-    _prepare("forward", x3, relu_bits is not None)
+    if mask is None:
+        _prepare("forward", x3, relu_bits is not None)
 
 
 def prepare_backward(
@@ -464,9 +489,11 @@ def prepare_backward(
     relu: bool = False,
     constant: bool = False,
     ranks: int = 1,
+    mask: Data | None = None,
 ) -> None:
     """As :func:`prepare_forward`, for a backward."""
-    _prepare("backward", x3, False)
+    if mask is None:
+        _prepare("backward", x3, False)
 
 
 def _prepare(direction: str, x3: Data, relu_bits: bool) -> None:
