@@ -68,7 +68,7 @@ class Direct:
     def forward(self, x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Saved] | None:
         """As ``passes.run_forward``; None, and nothing was done, where something is unusual."""
         bound, backend, view = self.bound, by_type[np.ndarray], self.channels.view
-        if not (self.usual and bound.prepared.get("forward") is backend and is_usual()):
+        if not (self.usual and bound.prepared.get(("forward", True)) is backend and is_usual()):
             return None
         w, b, running_mean, running_var, batches = tensors
         if (weight := view(w)) is None or (bias := view(b)) is None:
@@ -94,7 +94,7 @@ class Direct:
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """As ``passes.run_backward``, likewise."""
         backend = by_type[np.ndarray]
-        if self.bound.prepared.get("backward") is not backend:
+        if self.bound.prepared.get(("backward", True)) is not backend:
             return None
         x3, dy3, of_weight = self.data.view(x), self.data.view(dy), self.channels.view(weight)
         if x3 is None or dy3 is None or of_weight is None:
