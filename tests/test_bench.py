@@ -60,6 +60,21 @@ def test_without_a_section_it_does_what_this_machine_can(tmp_path):
     assert plot.exists() == (find_spec("torch") is not None)
 
 
+def test_bars_are_beside_the_best_of_the_others():
+    us = {"numba": 30, "torch": 60, "compiled": 20, "jax": 40, "numpy before": 1}
+    record = {"shape": [8, 16], "dtype": "float32", "layout": "rows"}
+    record["us"] = {name: {"both": time} for name, time in us.items()}
+    alone = record | {"us": {"numba": {"both": 30}}}
+    assert bars_of({"cpu": {"cases": [record, alone]}}) == [("8x16 float32", "numba", 1.5)]
+
+
+def test_the_picture_of_the_docs_is_drawn_from_their_figures(tmp_path):
+    picture = tmp_path / "cpu.png"
+    run("--of", ROOT / "docs" / "performance-cpu.json", "--plot", picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "a file of --json" in run("--of", "nothing.json", "--plot", picture, code=2).stderr
+
+
 def test_beside_other_frameworks(tmp_path):
     peers = {"torch": "torch", "compiled": "torch", "interop": "torch", "jax": "jax"}
     paths = [name for name, module in peers.items() if find_spec(module)]
@@ -258,9 +273,3 @@ def test_each_turn_begins_with_calls_that_are_not_timed():
 def test_the_last_line_has_geometric_means():
     ratios = {"numpy / torch": 4.0}, {"numpy / torch": 1.0, "jax / torch": 3.0}
     assert cpu.means([{"ratio": ratio} for ratio in ratios]) == {"numpy / torch": 2.0}
-
-
-def test_the_picture_has_the_ratios_to_pytorch():
-    ratio = {"numba / torch": 0.5, "numba / numba before": 0.9, "interop / compiled": 0.7}
-    record = cases.Case((8, 16))._asdict() | {"ratio": ratio}
-    assert bars_of({"cpu": {"cases": [record]}}) == [("8x16 float32", "numba", 0.5)]
