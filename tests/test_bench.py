@@ -76,16 +76,18 @@ def test_the_picture_of_the_docs_is_drawn_from_their_figures(tmp_path):
 
 
 def test_beside_other_frameworks(tmp_path):
-    peers = {"torch": "torch", "compiled": "torch", "jax": "jax"}
+    peers = {"torch": "torch", "compiled": "torch", "interop": "torch", "jax": "jax"}
     paths = [name for name, module in peers.items() if find_spec(module)]
     path = tmp_path / "out.json"
     options = ["--shapes", "6x4x5x3", "--layouts", "rows", "columns", "--repeat", 3]
-    run("cpu", *options, "--paths", "numpy", *paths, "--json", path)
+    printed = run("cpu", *options, "--paths", "numpy", *paths, "--json", path).stdout
+    assert ("geometric mean" in printed) == ("torch" in paths)
     for record in json.loads(path.read_text())["cpu"]["cases"]:
         assert record["failed"] == {}
         assert set(record["us"]) == {"numpy", *paths}
         assert max(record["error"].values()) < 1e-6
-        assert ("numpy / torch" in record["ratio"]) == ("torch" in paths)
+        for pair in ("numpy / torch", "interop / torch", "interop / compiled"):
+            assert (pair in record["ratio"]) == ("torch" in paths)
 
 
 def test_beside_another_checkout(tmp_path):
@@ -266,3 +268,8 @@ def test_each_turn_begins_with_calls_that_are_not_timed():
     ready, finish = (lambda: order.append("ready")), (lambda: time.sleep(0.01))
     assert 0.012 <= timing.turn_of(call, ready, finish, warm=0.05)(1)["call"] < 0.05
     assert re.fullmatch("(call ){5,}ready call", " ".join(order))
+
+
+def test_the_last_line_has_geometric_means():
+    ratios = {"numpy / torch": 4.0}, {"numpy / torch": 1.0, "jax / torch": 3.0}
+    assert cpu.means([{"ratio": ratio} for ratio in ratios]) == {"numpy / torch": 2.0}

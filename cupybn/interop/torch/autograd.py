@@ -30,9 +30,9 @@ class Normalise(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, module: Any, backward: bool
     ) -> Tensor:
-        y, saved = module.normalise(x, weight, bias, backward)
-        ctx.save_for_backward(x, weight, bias)
-        ctx.statistics = saved
+        y, saved, ctx.direct = module.normalise(x, weight, bias, backward)
+        ctx.save_for_backward(x, weight)
+        ctx.statistics, ctx.bias = saved, bias  # of which no backward reads the values
         return y
 
     @staticmethod
@@ -42,11 +42,14 @@ class Normalise(torch.autograd.Function):
         try:
             # Unpacking raises where a tensor was changed in place, or was given up by an earlier
             # backward, and runs a checkpoint's recomputation.
-            x, weight, bias = ctx.saved_tensors
+            (x, weight), bias = ctx.saved_tensors, ctx.bias
             if not stands_for_another(dy, watched=bound.ranks == 1):
+                gradients, direct = None, ctx.direct
                 if torch.is_grad_enabled():  # with create_graph
                     gradients = Gradients.apply(dy, x, weight, bias, ctx.statistics, call)
-                else:
+                elif direct is not None:
+                    gradients = direct.backward(ctx.statistics, dy, x, weight)
+                if gradients is None:
                     with on_stream_of(x) if x.is_cuda else HOST:
                         gradients = run_backward(call, ctx.statistics, dy, x, weight, bias)
                 return (*gradients, None, None)
@@ -57,6 +60,10 @@ class Normalise(torch.autograd.Function):
         except Exception as error:
             bound.leave(call, "backward", error)
             raise
+
+
+apply = super(torch.autograd.Function, Normalise).apply
+"""``Normalise.apply`` where no transform of ``torch.func`` is at work: without looking for them."""
 
 
 class Gradients(torch.autograd.Function):

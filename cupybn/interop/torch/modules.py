@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, ClassVar, NoReturn, cast
 
 import torch
@@ -15,7 +16,6 @@ from ...errors import DeviceError, DTypeError, ShapeError
 from ...forward_backward import (
     ALONE,
     Bindings,
-    Bound,
     Options,
     Saved,
     bind,
@@ -25,8 +25,9 @@ from ...forward_backward import (
 )
 from ...layers.sync import Synchronised
 from ...statistics import message_length
-from .autograd import Normalise
+from .autograd import apply
 from .checkpoint import is_watching, remembered
+from .direct import Direct
 from .groups import check_comm, describe, resolve
 from .operators import forward_operator
 from .passes import run_forward
@@ -43,7 +44,8 @@ from .tensors import (
     stands_for_another,
 )
 
-_NONE = (None, None)  # dtype and device of what is not there
+_affine = itemgetter("weight", "bias")
+_statistics = itemgetter("running_mean", "running_var", "num_batches_tracked")
 _GRAPH_BREAK = (
     "a cupybn SyncBatchNorm communicates, and a compiled graph may change the order of messages: "
     "compile without fullgraph, or with cupybn.interop.torch.BatchNorm1d, 2d, 3d for one process"
@@ -108,11 +110,15 @@ class BatchNorm(TorchBatchNorm):
         )
 
     def _train(self, x: Tensor) -> Tensor:
-        weight, bias, backward = self.weight, self.bias, False
+        try:
+            weight, bias = _affine(self.__dict__["_parameters"])
+        except KeyError:  # attributes, which take longer: parametrised, or deleted
+            weight, bias = self.weight, self.bias
+        backward = False
         if torch.is_grad_enabled():
             for tensor in (x, weight, bias):
                 backward = backward or getattr(tensor, "requires_grad", False)
-        return Normalise.apply(x, weight, bias, self, backward)
+        return apply(x, weight, bias, self, backward)
 
     def _traced(self, x: Tensor) -> Tensor:
         """A forward of what stands for a tensor in memory, or that something looks on."""
@@ -128,10 +134,12 @@ class BatchNorm(TorchBatchNorm):
             return x.tracer.create_proxy("call_module", path, (x,), {})
         if not self.training:
             return super().forward(x)
-        if not isinstance(x, torch.Tensor) or is_watching():
+        if not isinstance(x, torch.Tensor):
             return self._train(x)
         if is_transformed(x, self):
             self._refuse(_TRANSFORMS)
+        if is_watching():
+            return self._train(x)
         shapes_alone = is_without_values(x) and not is_recorded()
         if not shapes_alone and self.communicator().size > 1:
             if is_recorded() or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
@@ -163,39 +171,50 @@ class BatchNorm(TorchBatchNorm):
 
     def normalise(
         self, x: Tensor, weight: Tensor, bias: Tensor, backward: bool
-    ) -> tuple[Tensor, Saved]:
-        """(y, context without arrays): what :class:`Normalise` does in a forward."""
-        key: Any = None
-        bound: Bound | None = None
+    ) -> tuple[Tensor, Saved, Direct | None]:
+        """What :class:`Normalise` does in a forward.
+
+        Returns:
+            y, the context without arrays, and the direct way of its backward, if there is one.
+        """
         own, momentum = self.__dict__, self.momentum
-        tensors = weight, bias, self.running_mean, self.running_var, self.num_batches_tracked
+        try:
+            mean, var, batches = _statistics(own["_buffers"])
+        except KeyError:
+            mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        key: Any = None
+        direct: Direct | None = None
         strided = type(x) in PLAIN and x.layout is torch.strided and not x.is_nested
         if strided and type(momentum) is float and self._binds:
             key = (
                 *(x.shape, x.stride(), x.dtype, x.device, backward, self.name, own.get("_comm")),
                 *(self.eps, momentum, self.track_running_stats, self.num_features),
-                None if tensors[4] is None else tensors[4].shape,
+                *(None if weight is None else weight.dtype, None if bias is None else bias.dtype),
+                *(None if mean is None else mean.dtype, None if var is None else var.dtype),
+                *((None, None) if batches is None else (batches.dtype, batches.shape)),
             )
-            for tensor in tensors:
-                key += _NONE if tensor is None else (tensor.dtype, tensor.device)
-                if tensor is not None and tensor.is_inference():  # who may write it, may change
-                    key = None
-                    break
+            for tensor in (mean, var, batches):
+                if tensor is not None and tensor.is_inference():
+                    key = None  # who may write it, may change
             if "_bindings" in own:
-                bound = own["_bindings"].get(key)
-        if bound is None:
+                direct = own["_bindings"].get(key)
+        tensors = weight, bias, mean, var, batches
+        if direct is None:
             return self._bind_and_run(key, x, tensors, backward)
+        bound = direct.bound
         call = CollectiveCall(bound.comm, *bound.forward_call) if bound.ranks > 1 else None
         try:
+            if (found := direct.forward(x, tensors)) is not None:
+                return *found, direct
             with on_stream_of(x) if x.is_cuda else HOST:
-                return run_forward(call, bound, x, array_of_tensor(x), tensors)
+                return *run_forward(call, bound, x, array_of_tensor(x), tensors), None
         except Exception as error:
             bound.leave(call, "forward", error)
             raise
 
     def _bind_and_run(
         self, key: Any, x: Tensor, tensors: tuple[Tensor, ...], backward: bool
-    ) -> tuple[Tensor, Saved]:
+    ) -> tuple[Tensor, Saved, None]:
         """A forward of a signature that was not met twice before; `key` None: not to be kept."""
         comm, label = self.communicator(), self.label
         what, length = call_name("forward", label), message_length(self.num_features)
@@ -211,17 +230,17 @@ class BatchNorm(TorchBatchNorm):
             options = Options(
                 self.eps,
                 affine=(tensors[0] is not None, tensors[1] is not None),
-                save=backward,
+                save=False,  # autograd keeps x, weight and bias
                 factor=factor,
                 settings=momentum_settings(momentum, batches)
                 | {"track_running_stats": self.track_running_stats, "backward": backward},
             )
             bound = bind(array, 1, options, comm, label)
             if key is not None:
-                self.__dict__.setdefault("_bindings", Bindings()).keep(key, bound)
+                self.__dict__.setdefault("_bindings", Bindings()).keep(key, Direct(bound, x))
             if call.ranks > 1:
                 *_, call.fingerprint, call.messages = bound.forward_call
-            return run_forward(call, bound, x, array, tensors)
+            return *run_forward(call, bound, x, array, tensors), None
 
     def _momentum(self) -> float | None:
         """A momentum that may be a tensor, as PyTorch takes it.

@@ -27,7 +27,8 @@ def _bound(
     key = (x.shape, x.stride(), x.dtype, x.device, affine, eps, factor)
     bound: Bound | None = _bindings.get(key)
     if bound is None:
-        bound = bind(array_of_tensor(x), 1, Options(eps, affine=affine, factor=factor), ALONE, "")
+        options = Options(eps, affine=affine, save=False, factor=factor)
+        bound = bind(array_of_tensor(x), 1, options, ALONE, "")
         _bindings.keep(key, bound)
     return bound
 

@@ -48,7 +48,6 @@ def run_forward(
         mean, var = arrays_of(wide_ones, wide)
         running = Running(mean, var, counter)
     _, saved = bound.forward(call, array, params, y3=y3, running=running)
-    saved = saved._replace(x3=None, weight=None, bias=None)
     if running is not None and saved.count:
         increment_version(moved if batches is None else tensors[2:])
         for target, values in zip(moved, wide_ones, strict=True):

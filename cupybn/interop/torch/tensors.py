@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ...arrays import DATA_TYPES, Array, array_of_tensor, cupy_for
+from ...arrays import DATA_TYPES, Array, array_of_tensor, cupy_for, memory_of
 from ...errors import DTypeError
 from ...forward_backward import Bound
 
@@ -48,9 +48,10 @@ def arrays_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Array]:
 def new_array_like(bound: Bound, x: Tensor) -> tuple[Tensor, Array]:
     """A new tensor for a y or dx of an x, and its memory as (N, C, L)."""
     layout = bound.layout
-    tensor = torch.empty_strided(layout.shape, layout.strides, dtype=x.dtype, device=x.device)
-    array = array_of_tensor(tensor)
-    return tensor, array.reshape(layout.shape3) if bound.in_order else layout.view(array)
+    tensor = torch.empty_strided(bound.shape, layout.strides, dtype=x.dtype, device=x.device)
+    if bound.on_host:
+        return tensor, memory_of(tensor, bound.shape3, bound.dtype)
+    return tensor, layout.view(array_of_tensor(tensor))
 
 
 def on_stream_of(tensor: Tensor) -> Any:
