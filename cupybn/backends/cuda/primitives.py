@@ -402,10 +402,9 @@ def local_backward(
     if mask is not None:
         mask = _aligned(mask)
         options = {"relu": relu, "relu_bits": relu_bits, "mask": mask}
-        local = backward_reduce(dy3, x3, transform, **options)
-        options |= {"dresidual3": dresidual3, "dweight": dweight, "dbias": dbias}
-        sums = local if count else None
-        options |= {"local": local, "sums": sums, "count": count, "out3": dx3}
+        of_rank = backward_reduce(dy3, x3, transform, **options)
+        options |= {"dresidual3": dresidual3, "dweight": dweight, "dbias": dbias, "out3": dx3}
+        options |= {"local": of_rank, "sums": of_rank if count else None, "count": count}
         backward_input(dy3, x3, transform, **options)
         return
     if x3.size == 0:
