@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from types import SimpleNamespace
 
@@ -15,17 +16,25 @@ from kernel_cases import (
     LARGE,
     MODES,
     Case,
+    back,
     error,
     host_kernels,
+    placed,
     resident,
     run_alone,
+    there,
 )
 from ptx.launch import missing
-from test_kernels import CASES, OFFSETS, PER_CHANNEL, QUICK, name_of
+from test_kernels import CASES, LAYOUTS, OFFSETS, PER_CHANNEL, QUICK, name_of
 
 from cupybn.backends import cuda
 from cupybn.backends.cuda import launch
 from cupybn.statistics import Transform
+
+if missing() is None:
+    from ptx import nvrtc
+    from ptx.launch import Module, PtxError, compile_module
+    from test_ptx_kernels import without
 
 pytestmark = pytest.mark.timeout(600)
 KERNELS = sorted(RESIDENT)
@@ -213,3 +222,172 @@ def test_empty_batches():
         assert not mean.any()
         cuda.local_backward(x, x, x, Transform(mean, invstd, weight, weight), count=0)
     assert launched() == ["finalize_moments"]
+
+
+# ---- beside results ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", LAYOUTS, ids=name_of)
+def test_y_again_from_the_statistics_has_the_same_bits(shape):
+    """What recomputing an activation relies on."""
+    for dtype in DTYPES:
+        case = Case(shape, dtype, "relu")
+        with resident("1"):
+            got = results(case)
+        parameters = map(there, (got.mean, got.invstd, case.weight, case.bias))
+        again = cuda.normalize(there(case.x), Transform(*parameters), relu=True)
+        assert back(again).tobytes() == got.y.tobytes()
+
+
+@pytest.mark.parametrize("shape", [(16, 4, 784), (65, 24, 1)], ids=name_of)
+def test_outputs_may_be_their_inputs_and_arrays_of_channels_strided(shape):
+    case = Case(shape, np.dtype(np.float32), "residual relu")
+    with resident("1"):
+        expected = results(case)
+        wide = np.ones((6, shape[1], 2), np.float32)
+        wide[:2, :, 0] = case.weight, case.bias
+        wide[2] = 0
+        weight, bias, *running, dweight, dbias = (there(row[:, 0]) for row in wide)
+        y, dx = there(case.residual.copy()), there(case.dy.copy())
+        bits = np.empty(case.x.size // 8, np.uint8)
+        options = {"relu": True, "relu_bits": there(bits)}
+        x, channels, state = there(case.x), (weight, bias), tuple(running)
+        mean, invstd = cuda.local_forward(
+            x, y, *channels, case.eps, **options, residual3=y, running=state, factor=0.5
+        )
+        options |= {"dresidual3": there(np.empty_like(case.dy)), "count": case.count}
+        gradients = {"dweight": dweight, "dbias": dbias}
+        cuda.local_backward(dx, x, dx, Transform(mean, invstd, *channels), **options, **gradients)
+    assert launched().count("local_forward") == 2
+    assert back(y).tobytes() == expected.y.tobytes()
+    assert back(dx).tobytes() == expected.dx.tobytes()
+    assert back(options["dresidual3"]).tobytes() == expected.dresidual.tobytes()
+    assert bits.tobytes() == expected.relu_bits.tobytes()
+    strided = [*expected.running, expected.dweight + 1, expected.dbias + 1]
+    for row, values in zip(wide[2:], strided, strict=True):
+        assert row[:, 0].tobytes() == values.tobytes()
+    assert (wide[3:, :, 1] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [0.0, -3.1, 6e4])
+def test_constants_have_no_variance(value, dtype):
+    for shape in ((3, 32, 49), (2, 3, 784), (3000, 64, 1)):
+        case = Case(shape, dtype, "plain", x=placed(np.full(shape, value), dtype))
+        with resident("1"):
+            got = results(case)
+        assert (got.mean == float(case.x.flat[0])).all()
+        assert (got.invstd == 1 / np.sqrt(case.eps)).all()
+    assert launched().count("local_forward") == 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_mean_far_from_zero_and_an_outlier(dtype):
+    """To the limits of the kernels that stream."""
+    for shape in ((16, 4, 784), (3000, 64, 1), (80, 16, 49)):
+        values = np.random.default_rng(3).standard_normal(shape)
+        far = placed(values / 64 + (100 / 64 if dtype.itemsize == 2 else 1e6 / 64), dtype)
+        values[0, :, 0] = 1e4
+        with resident("1"):
+            for x in (far, placed(values, dtype)):
+                check(Case(shape, dtype, "plain", x=x))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_and_inf_stay_in_their_channel(bad):
+    for dtype, shape in product(DTYPES, ((3, 32, 49), (40, 24, 1), (2, 3, 784))):
+        clean, spoilt = Case(shape, dtype, "relu"), Case(shape, dtype, "relu")
+        spoilt.x[-1, 1, shape[2] // 2] = bad
+        with resident("1"), np.errstate(all="ignore"):
+            expected, got = results(clean), results(spoilt)
+        others = np.arange(shape[1]) != 1
+        for name in ("mean", "invstd", "dweight", "dbias"):
+            assert (getattr(got, name)[others] == getattr(expected, name)[others]).all()
+        assert (got.y[:, others] == expected.y[:, others]).all()
+        assert (got.dx[:, others] == expected.dx[:, others]).all()
+        assert np.isnan(got.invstd[1])
+        assert np.isnan(got.y[:, 1].astype(np.float32)).all()
+
+
+# ---- planted faults ------------------------------------------------------------------------------
+
+FAULTY = {"rows": (16, 2, 784), "runs": (8, 8, 49), "columns": (700, 16, 1)}
+
+
+def outcome(shape, edit, mode="residual relu"):
+    """Bits of a forward and backward by kernels whose PTX `edit` has changed; or the fault."""
+
+    def build(text, kernels):
+        return Module(edit(nvrtc.compile_text(text)))
+
+    with host_kernels(build), resident("1"):
+        try:
+            got = run_alone(Case(shape, np.dtype(np.float32), mode))
+        except PtxError as fault:
+            return str(fault)
+    assert launched() == KERNELS
+    return [array.tobytes() for array in got]
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("layout", FAULTY)
+def test_every_copy_is_waited_for(layout):
+    """Each wait is taken away, or waits for one batch less than it should."""
+    for pattern, to in (
+        (r"cp\.async\.wait_group \d+;", ""),
+        (r"cp\.async\.wait_group 7;", "cp.async.wait_group 8;"),
+        (r"cp\.async\.wait_group 3;", "cp.async.wait_group 4;"),
+        (r"cp\.async\.commit_group;", ""),
+    ):
+        shape, changed = FAULTY[layout], []
+
+        def edit(ptx, pattern=pattern, to=to, changed=changed):
+            found, n = re.subn(pattern, to, ptx)
+            changed.append(n)
+            return found
+
+        assert "a cp.async still writes" in str(outcome(shape, edit)), (pattern, to)
+        assert any(changed)
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("layout", FAULTY)
+def test_every_barrier_is_missed(layout):
+    """One after the other is taken away. The last of block_sum makes it safe to call it twice."""
+    texts, faults = [], {}
+    sound = outcome(FAULTY[layout], lambda ptx: texts.append(ptx) or ptx)
+    assert isinstance(sound, list)
+    count = sum(len(re.findall(r"bar\.sync", ptx)) for ptx in texts)
+    for number in range(count):
+        edit = without(r"bar\.sync", number)
+        fault = outcome(FAULTY[layout], edit)
+        assert edit.there
+        faults[number] = isinstance(fault, str)
+    assert count >= 8
+    assert sum(not missed for missed in faults.values()) <= 2, faults
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("layout", FAULTY)
+def test_an_access_beside_the_arrays_is_found(layout):
+    for pattern, to in (
+        (r"(cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+)\]", r"\1+4194304]"),
+        (r"(cp\.async\.cg\.shared\.global \[%r\d+)\]", r"\1+240000]"),
+        (r"(cp\.async\.cg\.shared\.global \[%r\d+)\]", r"\1+4]"),
+        (r"(st\.global\.v4\.b32 \[%rd\d+)\]", r"\1+4194304]"),
+    ):
+        found = outcome(FAULTY[layout], lambda ptx: re.sub(pattern, to, ptx))  # noqa: B023
+        assert "out of bounds" in str(found) or "misaligned" in str(found), (pattern, found)
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("architecture", ["compute_75", "compute_80", "compute_120"])
+def test_architectures_give_the_same_bits(architecture):
+    """compute_75 has no cp.async: plain loads and stores."""
+    for shape, dtype in product(FAULTY.values(), DTYPES):
+        found = []
+        for given in ("compute_90", architecture):
+            build = lambda text, _: compile_module(text, architecture=given)  # noqa: B023, E731
+            with host_kernels(build), resident("1"):
+                found.append([x.tobytes() for x in run_alone(Case(shape, dtype, "residual relu"))])
+        assert found[0] == found[1]
