@@ -15,7 +15,7 @@ batch_moments(double* mean, double* m2, double* weighted, double* about_zero, do
               param_t* running_mean, param_t* running_var, double* partials, unsigned* counters,
               const scalar_t* x, MASKED(const unsigned char* mask, double count,) double eps, double factor, i64 n, i64 c, i64 l, i64 slice_length,
               i64 tile_channels, i64 line_samples, i64 group_slices) {
-  constexpr int UNROLL = MASK_LOADS == EACH_BYTE && V == 8 ? 2 : 4;
+  constexpr int UNROLL = MASK_LOADS != UNMASKED && V == 8 ? 2 : 4;
   const Shape shape{n, c, l, slice_length, tile_channels, line_samples};
   Walk walk(shape, blockIdx.x, blockIdx.y, misalignment_of(x));
   __shared__ double pivots[MAX_TILE_CHANNELS];

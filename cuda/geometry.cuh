@@ -208,7 +208,8 @@ using Valid = ValidElements<V>;
 // spilling, for any architecture. A thread that writes holds more than one that sums. With a mask it
 // holds the bytes of its vectors and counts, too.
 constexpr bool SUMS_MORE = MASK_LOADS != UNMASKED && V > 2;
-constexpr bool WRITES_MORE = MASK_LOADS == EACH_BYTE && V > 2;
+constexpr bool WRITES_MORE =
+    MASK_LOADS == EACH_BYTE || (MASK_LOADS == AT_ONCE && Walk::CHANNELS > 1);
 constexpr int SUMMING_BLOCKS = (Walk::CHANNELS == 1 ? 4 : 3) - SUMS_MORE;
 constexpr int WRITING_BLOCKS = Walk::CHANNELS == 8 || WRITES_MORE ? 2 : 3;
 
@@ -237,10 +238,9 @@ __device__ __forceinline__ void load_valid(Valid (&valid)[COUNT], const unsigned
       valid[u].bytes = load_pack_if<Valid::BYTES>(slots[u].active, first + walk.relative(0));
       continue;
     }
-#pragma unroll
-    for (int j = 0; j < Valid::BYTES; ++j) {
-      valid[u].bytes.v[j] = load_if(slots[u].active, first + walk.relative(j));
-    }
+    valid[u].bytes = gather_if<Valid::BYTES>(slots[u].active, first, [&](int j) {
+      return walk.relative(j);
+    });
   }
 }
 

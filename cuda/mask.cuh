@@ -39,16 +39,19 @@ __device__ __forceinline__ bool is_valid(bool active, const unsigned char* mask,
   return MASK_LOADS == UNMASKED || load_if(active, mask + position) != 0;
 }
 
-// A valid position that all warps of a launch agree on, the same in every lane: each lane looks through
-// a part of the mask, so that masked samples in front are no long way. 0 where there is none.
+// A valid position that all warps of a launch agree on, the same in every lane; 0 where there is none.
+// Of the first 32, as a rule, which are one sector; else each lane looks through a part of the mask, so
+// that masked samples in front are no long way.
 __device__ __forceinline__ i64 any_valid(const unsigned char* mask, i64 positions) {
-  if (MASK_LOADS == UNMASKED) return 0;
-  i64 part = (positions + 31) / 32, begin = threadIdx.x % 32 * part;
+  i64 part = (positions + 31) / 32, lane = threadIdx.x % 32;
+  i64 stride = 1, i = 0;
 #pragma unroll 1
-  for (i64 i = 0; i < part; ++i) {
-    bool found = is_valid(begin + i < positions, mask, begin + i);
+  do {
+    bool found = is_valid(lane * stride + i < positions, mask, lane * stride + i);
     unsigned lanes = __ballot_sync(0xffffffffu, found);
-    if (lanes) return __popc((lanes & -lanes) - 1) * part + i;  // of the first such lane
-  }
+    if (lanes) return __popc((lanes & -lanes) - 1) * stride + i;  // of the first such lane
+    i += stride == part ? 1 : 0;
+    stride = part;
+  } while (i < part);
   return 0;
 }

@@ -74,6 +74,17 @@ __device__ __forceinline__ Pack<T, V> load_pack_if(bool active, const T* address
   return pack;
 }
 
+// Elements from here and there, under one branch: the compiler takes its time for each.
+template <int V, typename T, typename At>
+__device__ __forceinline__ Pack<T, V> gather_if(bool active, const T* address, At at) {
+  Pack<T, V> pack{};
+  if (active) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) pack.v[j] = address[at(j)];
+  }
+  return pack;
+}
+
 // Past the first-level cache, which does not see what other blocks of this launch wrote. Into zeros: a
 // value chosen behind the load would wait for it, and the next load with it.
 __device__ __forceinline__ Pack<double, 2> load_pair_of_blocks_if(bool active, const double* address) {

@@ -27,7 +27,7 @@ __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned
                                                const scalar_t* x, const scalar_t* residual,
                                                const unsigned char* mask, bool relu,
                                                const Shape& shape, Load load) {
-  constexpr int UNROLL = Walk::CHANNELS == 8 ? 2 : 4;
+  constexpr int UNROLL = Walk::CHANNELS == 8 || (MASK_LOADS != UNMASKED && V == 8) ? 2 : 4;
   __shared__ Affine table[MAX_TILE_CHANNELS];
   Affine affine[Walk::CHANNELS];
   bool first = true;
