@@ -10,7 +10,7 @@ export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: demo test check lint types test-openmpi test-frameworks test-pythons test-nvrtc
 .PHONY: test-cluster test-on-cluster test-ptx rehearse-gpu environments traffic bench bench-quick
-.PHONY: clean docs
+.PHONY: clean docs test-packages
 
 # As many ranks as cores, but at least 2 and at most 4.
 CORES ?= $(shell unset OMP_NUM_THREADS; nproc || getconf _NPROCESSORS_ONLN)
@@ -41,8 +41,8 @@ test-openmpi:
 
 # What needs PyTorch or JAX (Numba is in the other environments too); then what looks different with
 # Numba computing.
-FRAMEWORKS = any_array bench binding docs double_backward jax names primitives pytorch reference \
-	torch torch_graphs torch_groups torch_models torch_ranks torch_table torch_tensors \
+FRAMEWORKS = any_array bench binding docs double_backward jax migration names primitives pytorch \
+	reference torch torch_direct torch_graphs torch_groups torch_models torch_ranks torch_table torch_tensors \
 	torch_tools torch_transforms
 NUMBA = binding check_finite collective double_backward functional layers sync
 test-frameworks:
@@ -64,6 +64,10 @@ QUICK = any_array architecture binding check_finite checkpoint cli collective di
 	statistics
 test-pythons:
 	.ci/pythons $(QUICK:%=tests/test_%.py)
+
+# The wheel and the sdist, in empty environments of every supported Python that this machine has.
+test-packages: $(VENV)/release.stamp
+	.ci/packages $(BIN)
 
 # The kernels, compiled by NVRTC for every architecture; no GPU needed, about 450 MB of wheels.
 test-nvrtc:
@@ -97,7 +101,7 @@ test-on-cluster: $(CLUSTER_MPIS:%=.venv-cluster-%/cluster.stamp)
 
 # All that the tests need. Builds of one checkout must not run at once, tests may: make -j2.
 environments:
-	$(MAKE) $(VENV)/test.stamp
+	$(MAKE) $(VENV)/test.stamp $(VENV)/release.stamp
 	$(MAKE) MPI=openmpi VENV=.venv-openmpi .venv-openmpi/test.stamp
 	$(MAKE) VENV=.venv-frameworks .venv-frameworks/docs.stamp
 	$(MAKE) VENV=.venv-nvrtc .venv-nvrtc/nvrtc.stamp
@@ -149,6 +153,10 @@ $(VENV)/nvrtc.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 $(VENV)/frameworks.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),cpu,test]' jax flax
+	touch $@
+
+$(VENV)/release.stamp: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet build twine check-wheel-contents
 	touch $@
 
 $(VENV)/docs.stamp: $(VENV)/frameworks.stamp

@@ -6,26 +6,10 @@
 #include "geometry.cuh"
 #include "backward.cuh"
 
-struct Gradient {
-  Affine affine;
-  acc_t slope, offset;
-};
-
 struct Sums {
   const double* dy;  // or both null
   const double* dy_xmu;
 };
-
-__device__ __forceinline__ Gradient gradient_of(const Channel& channel, bool active, i64 c,
-                                                const Sums& sums, double share) {
-  Gradient gradient{Affine::of(channel), 0, 0};
-  double sum_dy_xmu = load_or(active, sums.dy_xmu, c, 0.0);
-  double slope = sum_dy_xmu * channel.invstd * channel.invstd * share;
-  double offset = Affine::low(channel.mean) * slope - load_or(active, sums.dy, c, 0.0) * share;
-  gradient.slope = static_cast<acc_t>(-slope);
-  gradient.offset = static_cast<acc_t>(offset);
-  return gradient;
-}
 
 // By one slice of every channel.
 __device__ __forceinline__ void add_parameter_gradients(const Walk& walk, i64 channels,
@@ -34,10 +18,8 @@ __device__ __forceinline__ void add_parameter_gradients(const Walk& walk, i64 ch
   each_channel(walk, channels, [&](bool own, i64 c, int) {
     bool active = own && walk.slice == 0;
     double of_weight = load_or(active, local.dy_xmu, c, 0.0) * load_if(active, invstd + c);
-    double of_bias = load_or(active, local.dy, c, 0.0);
-    store_at(active, dweight, c,
-             load_or(active, dweight, c, param_t(0)) + static_cast<param_t>(of_weight));
-    store_at(active, dbias, c, load_or(active, dbias, c, param_t(0)) + static_cast<param_t>(of_bias));
+    add_at(active, dweight, c, of_weight);
+    add_at(active, dbias, c, load_or(active, local.dy, c, 0.0));
   });
 }
 
@@ -73,7 +55,8 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
     for (int u = 0; u < UNROLL; ++u) bits[u] = stored ? load_bits(relu_bits, slot[u]) : ~0u;
     if (first) {  // the first vectors are on their way
       fill_table(table, walk, c, [&](bool active, i64 channel) {
-        return gradient_of(arrays.load(active, channel), active, channel, sums, share);
+        return Gradient::of(arrays.load(active, channel), load_or(active, sums.dy, channel, 0.0),
+                            load_or(active, sums.dy_xmu, channel, 0.0), share);
       });
       pick(gradient, table, walk);
       add_parameter_gradients(walk, c, dweight, dbias, local, invstd);

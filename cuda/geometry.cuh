@@ -96,6 +96,8 @@ template <int V_, bool RAGGED_> struct Rows {
     return {{row + within, active, sample * length + within}, 0};
   }
 
+  // from a thread's vector to its next one, in threads
+  __device__ __forceinline__ int step_threads() const { return blockDim.x; }
   __device__ __forceinline__ i64 first_channel() const { return tile; }
   __device__ __forceinline__ int tile_channels() const { return 1; }
   __device__ __forceinline__ void channels(int (&own)[CHANNELS]) const { own[0] = 0; }
@@ -171,6 +173,7 @@ template <int V_, bool RAGGED_> struct Runs {
     return {{total - rest + i, i < rest, position}, channel};
   }
 
+  __device__ __forceinline__ int step_threads() const { return lanes * slots; }
   __device__ __forceinline__ i64 first_channel() const { return tile * tile_channels_; }
   __device__ __forceinline__ int tile_channels() const { return tile_channels_; }
   // of the elements of the thread's vector, counted from first_channel()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, TypeAlias
@@ -22,6 +22,8 @@ from .statistics import Moments, pack_texts, padded_length, unpack_texts
 Norms: TypeAlias = "list[tuple[str, Any]]"
 """Batch norms with their paths; see :class:`Tree`."""
 
+_Input: TypeAlias = "tuple[Any, ...]"  # x, a mask if there is one, whether it is this rank's own
+
 _TEXT = 256  # characters that say what a batch looks like
 _HOST = np.zeros(0)
 
@@ -35,8 +37,9 @@ class Tree(Protocol):
     def take(self, x: Any) -> Any:
         """An input as the tree takes it; slices of it are others."""
 
-    def run(self, x: Any) -> object:
-        """Forward, which merges what the norms are given into their ``observed``."""
+    @property
+    def run(self) -> Callable[..., object]:
+        """Forward with x, or x and a mask: merges what norms are given into their ``observed``."""
 
     def empty(self, dtype: str, shape: tuple[int, ...]) -> Any:
         """An input without samples."""
@@ -55,8 +58,9 @@ class _Layers:
     def take(self, x: Any) -> Any:
         return as_array(x)
 
-    def run(self, x: Any) -> object:
-        return self.layer.forward(x, save_for_backward=False)
+    def run(self, x: Any, mask: Any = None) -> object:
+        options = {} if mask is None else {"mask": mask}
+        return self.layer.forward(x, save_for_backward=False, **options)
 
     def empty(self, dtype: str, shape: tuple[int, ...]) -> Any:
         return move(np.empty(shape, dtype_named(dtype)), self.norms[0][1].device)
@@ -70,7 +74,9 @@ class _Layers:
 _QUIET = partial(np.errstate, all="ignore")  # NaN and Inf are results like others, as in the layers
 
 
-def recalibrate(layer: Layer, batches: Iterable[Any], comm: Any = None) -> None:
+def recalibrate(
+    layer: Layer, batches: Iterable[Any], comm: Any = None, *, masked: bool = False
+) -> None:
     """Sets the running statistics of every batch norm of the tree to those of a data set.
 
     Each batch goes forward through the tree, once. Batch norms normalise it as in training, with
@@ -84,6 +90,9 @@ def recalibrate(layer: Layer, batches: Iterable[Any], comm: Any = None) -> None:
     Ranks may have different numbers of batches, also none. With synchronised layers a rank that has
     run out takes part with empty batches, which the other layers of the tree must be able to take.
 
+    After any exception, the layers' and those of `batches` too, nothing has changed on any rank: no
+    statistics, and every layer is in the mode that it was in.
+
     Args:
         layer: the root of the tree, the same on all ranks. Batch norms without running statistics
             are evaluated, and left alone.
@@ -91,16 +100,16 @@ def recalibrate(layer: Layer, batches: Iterable[Any], comm: Any = None) -> None:
             once, so it may be a generator, or one wrapped in a progress bar.
         comm: who holds the data set together; None is ``MPI.COMM_WORLD``. Synchronised layers must
             not reach beyond it.
+        masked: each batch is a pair (x, mask), and the tree is called with ``mask=mask``; a mask
+            may be None. Else the second entry of a tuple may be a target, and is not looked at.
 
     Raises:
         ValueError: there is no batch on any rank; a layer is synchronised over more ranks than
             `comm` has; or a running statistic is read-only.
-        TypeError: `layer` is no Layer.
+        TypeError: `layer` is no Layer; or a batch is no pair, with `masked`.
         PeerError: another rank failed, in a batch norm or in its `batches`; without synchronised
             layers, anywhere. An exception in other code on one rank leaves the others waiting in
             the next synchronised layer, as in training.
-        Otherwise whatever the layers and `batches` raise. Nothing has changed then, on any rank:
-        no statistics, and every layer is in the mode that it was in.
     """
     if not isinstance(layer, Layer):
         raise TypeError(f"expected a Layer, got {type(layer).__name__}")
@@ -113,7 +122,7 @@ def recalibrate(layer: Layer, batches: Iterable[Any], comm: Any = None) -> None:
     if not norms:
         return
     with _observed(layer, [norm for _, norm in norms]):
-        number, moments = statistics(_Layers(layer, norms), batches, communicator)
+        number, moments = statistics(_Layers(layer, norms), batches, communicator, masked)
     for (_, norm), (count, mean, m2) in zip(norms, moments, strict=True):
         if count:
             with _QUIET():
@@ -122,7 +131,9 @@ def recalibrate(layer: Layer, batches: Iterable[Any], comm: Any = None) -> None:
             norm.num_batches_tracked[...] = number
 
 
-def statistics(tree: Tree, batches: Iterable[Any], comm: Communicator) -> tuple[int, list[Moments]]:
+def statistics(
+    tree: Tree, batches: Iterable[Any], comm: Communicator, masked: bool = False
+) -> tuple[int, list[Moments]]:
     """The number of batches, and what each batch norm was given, on all ranks together."""
     reach = max(norm.communicator().size for _, norm in tree.norms)
     if reach > comm.size:
@@ -130,7 +141,7 @@ def statistics(tree: Tree, batches: Iterable[Any], comm: Communicator) -> tuple[
             f"a layer is synchronised over {reach} ranks, but comm has {comm.size}: "
             "pass the communicator of all of them"
         )
-    number, inputs = 0, _inputs(batches)
+    number, inputs = 0, _inputs(batches, masked)
     # By the tree alone, which all ranks share: a rank may be the only one of its group.
     if comm.size > 1 and tree.synchronised:
         number, inputs = _run(tree, _in_step(tree, inputs, comm)), iter(())
@@ -203,23 +214,27 @@ def _observed(layer: Layer, norms: list[BatchNorm]) -> Iterator[None]:
             each.training = mode
 
 
-def _run(tree: Tree, inputs: Iterable[tuple[Any, bool]]) -> int:
+def _run(tree: Tree, inputs: Iterable[_Input]) -> int:
     """Forward with each input; how many there were that are this rank's own."""
     number = 0
-    for x, own in inputs:
-        tree.run(x)
+    for *arrays, own in inputs:
+        tree.run(*arrays)
         number += own
     return number
 
 
-def _inputs(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+def _inputs(batches: Iterable[Any], masked: bool) -> Iterator[_Input]:
     for batch in batches:
-        yield batch[0] if isinstance(batch, tuple | list) else batch, True
+        several = isinstance(batch, tuple | list)
+        if masked and not (several and len(batch) == 2):
+            raise TypeError("masked=True wants batches that are pairs (x, mask)")
+        if masked and batch[1] is not None:
+            yield *batch, True
+        else:
+            yield batch[0] if several else batch, True
 
 
-def _in_step(
-    tree: Tree, inputs: Iterator[tuple[Any, bool]], comm: Communicator
-) -> Iterator[tuple[Any, bool]]:
+def _in_step(tree: Tree, inputs: Iterator[_Input], comm: Communicator) -> Iterator[_Input]:
     """This rank's inputs, then empty ones like them until no rank has more.
 
     One message before each; a second where a rank has yet to see what a batch looks like.
@@ -228,7 +243,7 @@ def _in_step(
     length = padded_length(max(comm.size + 1, _TEXT))
     while True:
         with CollectiveCall(comm, "a step of recalibrate", length) as call:
-            x, own = next(inputs, (None, False))
+            x, *mask, own = next(inputs, (None, False))
             if own:
                 x = tree.take(x)
                 like = x[:0]
@@ -247,7 +262,7 @@ def _in_step(
                 name, *shape = unpack_texts(call.allreduce()[1], 1)[0].split()
                 if like is None:
                     like = tree.empty(name, tuple(map(int, shape)))
-        yield (x, True) if own else (like, False)
+        yield (x, *mask, True) if own else (like, False)
 
 
 def _allreduce(call: CollectiveCall, number: int, local: list[Any]) -> tuple[int, list[Moments]]:

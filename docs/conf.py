@@ -40,6 +40,8 @@ python_use_unqualified_type_names = True
 
 # The site is one of files: no fonts, scripts or styles from elsewhere.
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"cupybn {version}"
 html_show_copyright = False
 html_show_sphinx = False
@@ -73,6 +75,7 @@ nitpick_ignore_regex = [
     ("py:(class|exc)", r"(?!cupybn).*"),
     ("py:class", r".*\._\w+"),
     ("py:class", r"cupybn\..*\.(BatchNorm|Bound|Layout|Transform)"),
+    ("py:class", r"cupybn\.typing\.ArrayLike"),  # a union, which Sphinx before 9 does not find
 ]
 
 

@@ -12,6 +12,8 @@ from cupybn.backends.cuda.launch import mask_loads
 from cupybn.backends.cuda.plan import VECTOR_BYTES, LaunchPlan
 from cupybn.backends.cuda.source import TOGETHER, module_text
 
+RESIDENT = "local_forward", "local_backward"
+
 
 class Variant(NamedTuple):
     """A module: kernels with their choices made; `defines` are macros and their values."""
@@ -49,7 +51,7 @@ def masked_variants(dtype: str) -> Iterator[Variant]:
         choices = dict(defines)
         if kernels[0].endswith("_flat"):
             yield Variant(kernels, (("MASK", "ONE_BYTE"), *defines))
-        if "VECTOR" not in choices:
+        if "VECTOR" not in choices or kernels[0] in RESIDENT:
             continue
         vector, ragged, rows = (choices[name] for name in ("VECTOR", "RAGGED_VECTORS", "ROWS"))
         plan = LaunchPlan(
@@ -70,6 +72,8 @@ def variants(dtype: str) -> Iterator[Variant]:
             yield Variant(kernels, shape)
         if dtype == "float64":
             yield Variant(("normalize_recentred",), shape)
+        if vector * itemsize == VECTOR_BYTES and not ragged:
+            yield from (Variant((kernel,), shape) for kernel in RESIDENT)
     yield Variant(("normalize_flat",), (scalar,))
     if dtype in ("float32", "float64"):
         yield Variant(("finalize_moments",), (scalar,))

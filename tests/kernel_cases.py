@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -365,6 +366,24 @@ def clear_caches():
 
 
 @contextmanager
+def resident(setting):
+    """One rank's passes in one launch or in two: ``CUPYBN_RESIDENT``, "auto", "0" or "1"."""
+    before = os.environ.get(launch.RESIDENT)
+
+    def put(value):
+        os.environ.pop(launch.RESIDENT, None)
+        os.environ |= {} if value is None else {launch.RESIDENT: value}
+        launch.forward_launches.cache_clear()
+        launch.backward_launches.cache_clear()
+
+    put(setting)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+@contextmanager
 def host_kernels(build=None):
     """The stand-in for CuPy, its kernels run by the machine for PTX, or made by ``build``."""
     before = sys.modules.get("cupy")
@@ -401,6 +420,8 @@ def launched_by(cases: Iterable[Case]) -> set[tuple[str, str]]:
     with host_kernels(collector):
         for case in cases:
             run(cuda, case)
+            with resident("1"):
+                run_alone(case)
             if case.x.dtype == np.float64:
                 run_recentred(case, fused=True)
     return collector.launched

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import pytest
 from cuda_tools import need
-from cuda_variants import Variant, masked_variants
+from cuda_variants import RESIDENT, Variant, masked_variants
 from cuda_variants import variants as variants_of
 
 from cupybn.arrays import DATA_TYPES
@@ -33,7 +33,8 @@ SPREAD = "one each"  # of the architectures, in turn
 CLEAN = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
 BUNDLE = 6  # modules a compilation: NVIDIA's headers cost as much as a third of a kernel
 # the others only load what is wide
-LOADS_AND_STORES = {"normalize", "normalize_recentred", "backward_input"}
+LOADS_AND_STORES = {"normalize", "normalize_recentred", "backward_input", *RESIDENT}
+COPIES = r"\bLDGSTS\.E(\.\w+)*\.128\b"  # of sm_80 and up, into shared memory
 
 
 class Compiled(NamedTuple):
@@ -148,7 +149,7 @@ def compile_bundle(variants: Sequence[Variant], arch: str) -> list[Compiled]:
             kernel,
             "",
             re.search(r"\d+ bytes stack frame.*", reports[i]).group(),
-            bool(re.search(r"\bLDG\.E(\.\w+)*\.128\b", code.get(f"kernel_{i}", ""))),
+            bool(re.search(rf"\bLDG\.E(\.\w+)*\.128\b|{COPIES}", code.get(f"kernel_{i}", ""))),
             bool(re.search(r"\bSTG\.E(\.\w+)*\.128\b", code.get(f"kernel_{i}", ""))),
         )
         for i, (variant, kernel) in enumerate((v, k) for v in variants for k in v.kernels)
@@ -218,7 +219,7 @@ def test_wide_variants_load_and_store_128_bits(compiled, dtype):
     need(None if _nvdisasm() else "no nvdisasm: pip install nvidia-cuda-nvdisasm")
     wide = {v.label for v in variants_of(dtype) if _is_wide(v, dtype)}
     results = [one for one in _of(compiled, dtype) if one.label in wide]
-    assert len(results) == (20 if dtype == "float64" else 16)
+    assert len(results) == (24 if dtype == "float64" else 20)
     assert not [(one.label, one.kernel) for one in results if not one.wide_loads]
     stores = [one for one in results if one.kernel in LOADS_AND_STORES]
     assert not [(one.label, one.kernel) for one in stores if not one.wide_stores]

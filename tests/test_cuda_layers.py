@@ -19,7 +19,7 @@ import pytest
 import reference
 from conftest import DTYPES, ROOT, TOLERANCE
 from cuda_tools import need
-from kernel_cases import host_kernels, numpy_through_cuda, placed
+from kernel_cases import host_kernels, numpy_through_cuda, placed, resident
 from ptx.launch import compile_module, missing
 from rank_checks import CHECKS, Spy
 from test_binding import functions_entered
@@ -159,11 +159,12 @@ def test_a_bound_call_takes_arrays_at_any_address(dtype):
             assert reference.error(ours, exact.astype(np.float64)) < TOLERANCE[dtype.name]
 
 
-def test_one_rank_and_a_plain_layer_give_the_same_bits():
+def test_one_rank_and_a_plain_layer_that_streams_give_the_same_bits():
     x, dy = (put(normal((4, 5, 6, 6), seed=seed)) for seed in range(2))
     plain, alone = BatchNorm2d(5, device="cuda"), BatchNorm2d(5, device="cuda", check_finite=True)
-    for layer in (plain, alone):
-        layer.y, layer.dx = layer(x), layer.backward(dy)
+    with resident("0"):
+        for layer in (plain, alone):
+            layer.y, layer.dx = layer(x), layer.backward(dy)
     assert plain.y.get().tobytes() == alone.y.get().tobytes()
     assert plain.dx.get().tobytes() == alone.dx.get().tobytes()
     assert bits(plain) == bits(alone)
@@ -178,7 +179,9 @@ def test_central_differences(numpy_arrays_there):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_launches(cupy, dtype, with_residual):
-    """2 kernels a direction with one rank, 3 forward with several; in evaluation 2."""
+    """1 kernel a direction with one rank, 2 where it streams, 3 forward with several ranks; in
+    evaluation 2 forward.
+    """
 
     def launches(function, *args):
         cupy.launched.clear()
@@ -190,8 +193,11 @@ def test_launches(cupy, dtype, with_residual):
     residual = (x.copy(),) if with_residual else ()
     forward = ["batch_moments", "finalize_moments", "normalize"]
     backward = ["backward_input", "backward_reduce"]
-    assert launches(layer, x, *residual) == ["batch_moments", "normalize"]
-    assert launches(layer.backward, x) == backward
+    assert launches(layer, x, *residual) == ["local_forward"]
+    assert launches(layer.backward, x) == ["local_backward"]
+    with resident("0"):
+        assert launches(layer, x, *residual) == ["batch_moments", "normalize"]
+        assert launches(layer.backward, x) == backward
     assert launches(layer.eval(), x, *residual) == ["finalize_moments", "normalize"]
     options = {"dtype": layer.weight.dtype, "device": "cuda"}
 
@@ -245,6 +251,7 @@ def test_over_ranks(numpy_arrays_there, name, n):
 def test_a_kernel_that_does_not_compile_changes_nothing(cupy, direction, n):
     """The last kernel of a pass is compiled before the first message, and before any write."""
     last = {"forward": "normalize", "backward": "backward_input"}[direction]
+    last = f"local_{direction}" if n == 1 else last
 
     def failing(text, kernels):
         if last in kernels:

@@ -279,3 +279,45 @@ def test_what_cannot_be_folded():
         cupybn.fold(Sequential())
     with pytest.raises(ValueError, match="no statistics to fold"):
         cupybn.fold(BatchNorm1d(3, track_running_stats=False))
+
+
+def test_masked_batches_count_their_valid_values():
+    rng = np.random.default_rng(3)
+    pairs = []
+    for n in (1, 7, 2, 30):
+        x, mask = normal((n, 4, 5), seed=n, mean=n), rng.random((n, 5)) < 0.5
+        pairs.append((np.where(mask[:, None], x, np.nan), mask))
+    pairs += [
+        (normal((2, 4, 5), seed=50), None),
+        (np.full((3, 4, 5), np.inf), np.zeros((3, 5), "?")),
+    ]
+    layer = Sequential({"a": BatchNorm1d(4, dtype="float64"), "b": Noise()})
+    cupybn.recalibrate(layer, iter(pairs), ALONE, masked=True)
+    whole = [x if m is None else x.transpose(0, 2, 1)[m].T[None] for x, m in pairs]
+    whole = np.concatenate([x.transpose(1, 0, 2).reshape(4, -1) for x in whole], axis=1)
+    np.testing.assert_allclose(layer.a.running_mean, whole.mean(axis=1), rtol=1e-13)
+    np.testing.assert_allclose(layer.a.running_var, whole.var(axis=1, ddof=1), rtol=1e-13)
+    assert layer.a.num_batches_tracked == 6
+    before = bits(layer)
+    with pytest.raises(TypeError, match="pairs"):
+        cupybn.recalibrate(layer, [pairs[0], pairs[1][0]], ALONE, masked=True)
+    assert bits(layer) == before
+
+
+def test_masked_batches_over_ranks():
+    """Ranks with different numbers of batches, of which one has no mask."""
+    x = normal((12, 4, 5), seed=5)
+    mask = np.random.default_rng(6).random((12, 5)) < 0.4
+    mask[4:6] = True
+    valid = x.transpose(0, 2, 1)[mask]
+    spoiled = np.where(mask[:, None], x, np.nan)
+    parts = [[(spoiled[:4], mask[:4])], [(x[4:6], None)], [(spoiled[6:9], mask[6:9])]]
+    parts[0].append((spoiled[9:], mask[9:]))
+
+    def rank(comm):
+        layer = SyncBatchNorm(4, comm=comm, dtype="float64")
+        cupybn.recalibrate(layer, parts[comm.rank], comm, masked=True)
+        np.testing.assert_allclose(layer.running_mean, valid.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(layer.running_var, valid.var(axis=0, ddof=1), rtol=1e-12)
+
+    run_ranks(3, rank)

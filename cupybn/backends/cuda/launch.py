@@ -7,6 +7,7 @@ of the arrays.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -17,13 +18,15 @@ import numpy as np
 
 from ...arrays import DATA_TYPES, Array
 from . import source
-from .plan import VECTOR_BYTES, LaunchPlan, plan_launch
+from .plan import VECTOR_BYTES, LaunchPlan, plan_launch, plan_resident
 
 NULL = np.uint64(0)
 NO_SCRATCH = NULL, NULL
 
 _THREADS_PER_CHANNEL_BLOCK = 128
 _REDUCTIONS = "batch_moments", "backward_reduce"
+_KEPT = {"local_forward": 1, "local_backward": 2}  # tensors in shared memory
+RESIDENT = "CUPYBN_RESIDENT"
 
 
 class Launch(NamedTuple):
@@ -133,6 +136,49 @@ def channel_launch(kernel: str, channels: int, dtype: np.dtype[Any] | None = Non
     return Launch(run, (np.int64(channels),), sys.modules["cupy"].ndarray)
 
 
+def resident_launch(
+    kernel: str,
+    shape: tuple[int, int, int],
+    dtype: np.dtype[Any],
+    device: int,
+    some: int,
+    whole_bytes: bool = False,
+) -> Launch | None:
+    """The launch that is a whole direction of one rank, or None: then that streams, in two.
+
+    It is where the plan says so, unless the environment variable ``CUPYBN_RESIDENT`` is 0; with 1
+    wherever it fits. Arguments as for :func:`tensor_launch`.
+
+    Raises:
+        ValueError: the variable is neither auto, 0 nor 1.
+    """
+    setting = os.environ.get(RESIDENT) or "auto"
+    if setting not in ("auto", "0", "1"):
+        raise ValueError(f"{RESIDENT} must be auto, 0 or 1, got {setting!r}")
+    alignment, shared = some | 16, _shared_memory(device)
+    plan, _ = plan_resident(
+        shape,
+        dtype.itemsize,
+        alignment & -alignment,
+        _multiprocessors(device),
+        shared,
+        _KEPT[kernel],
+        whole_bytes=whole_bytes,
+        always=setting == "1",
+    )
+    if setting == "0" or plan is None:
+        return None
+    defines = {"ROWS": int(plan.rows), "VECTOR": plan.vector, "RAGGED_VECTORS": 0}
+    compiled = source.get_kernel(kernel, SCALAR=DATA_TYPES[dtype.name].cuda, **defines)
+    try:
+        compiled.max_dynamic_shared_size_bytes = shared - plan.table_bytes
+    except sys.modules["cupy"].cuda.driver.CUDADriverError:
+        return None
+    sizes = (*shape, plan.slice_length, plan.tile_channels, plan.line_samples, plan.kept_begin)
+    kept = (plan.kept_vectors,) if kernel == "local_backward" else ()
+    return _launch_of(compiled, plan, sizes + kept, shared_mem=plan.resident_bytes(_KEPT[kernel]))
+
+
 @lru_cache(maxsize=4096)
 def forward_launches(
     shape: tuple[int, int, int],
@@ -142,11 +188,14 @@ def forward_launches(
     some: int,
     every: int,
     whole_bytes: bool,
-) -> tuple[Launch, Launch]:
-    """Those of ``local_forward``: the statistics, and y.
+) -> tuple[Launch, Launch | None]:
+    """Those of ``local_forward``: the statistics, and y. Of a resident kernel the second is None.
 
     Bits as for :func:`tensor_launch`: of x alone, and of all tensors.
     """
+    resident = resident_launch("local_forward", shape, dtype, device, some, whole_bytes)
+    if resident is not None:
+        return resident, None
     return (
         tensor_launch("batch_moments", shape, dtype, device, x, x),
         tensor_launch("normalize", shape, dtype, device, some, every, whole_bytes),
@@ -162,8 +211,11 @@ def backward_launches(
     every_read: int,
     some: int,
     every: int,
-) -> tuple[Launch, Launch]:
-    """Those of ``local_backward``: the sums over what is read, and dx."""
+) -> tuple[Launch, Launch | None]:
+    """Those of ``local_backward``: the sums over what is read, and dx; or one that is resident."""
+    resident = resident_launch("local_backward", shape, dtype, device, some)
+    if resident is not None:
+        return resident, None
     return (
         tensor_launch("backward_reduce", shape, dtype, device, some_read, every_read),
         tensor_launch("backward_input", shape, dtype, device, some, every),
@@ -213,3 +265,9 @@ def scratch_for(launch: Launch, device: int) -> Scratch:
 @lru_cache(maxsize=64)
 def _multiprocessors(device: int) -> int:
     return int(sys.modules["cupy"].cuda.Device(device).attributes["MultiProcessorCount"])
+
+
+@lru_cache(maxsize=64)
+def _shared_memory(device: int) -> int:
+    """Bytes that a block can have, if it asks for them."""
+    return int(sys.modules["cupy"].cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])

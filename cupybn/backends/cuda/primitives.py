@@ -333,15 +333,20 @@ def local_forward(
     x, y, device = x3.data.ptr, y3.data.ptr, x3.data.device_id
     residual, r = (NULL, y) if residual3 is None else (residual3, residual3.data.ptr)
     where = device, x & 15, (x | y | r) & 15, x & y & r & 15
-    reduce, finish = forward_launches(x3.shape, x3.dtype, *where, relu_bits is not None)
-    mean, invstd = reduce.empty(x3.shape[1]), reduce.empty(x3.shape[1])
-    scratch = scratch_for(reduce, device) if reduce.partials else NO_SCRATCH
+    first, second = forward_launches(x3.shape, x3.dtype, *where, relu_bits is not None)
+    mean, invstd = first.empty(x3.shape[1]), first.empty(x3.shape[1])
     weight, bias, *states = _pointers(weight, bias, *(running or _NONE))
-    outputs = mean, NULL, NULL, NULL, invstd, *states
-    numbers = np.float64(eps), np.float64(factor)
-    reduce.run((*outputs, *scratch, x3, *numbers, *reduce.sizes))
     bits = NULL if relu_bits is None else relu_bits
-    finish.run((y3, bits, x3, residual, mean, invstd, weight, bias, _RELU[relu], *finish.sizes))
+    numbers = np.float64(eps), np.float64(factor)
+    if second is None:
+        inputs = x3, residual, weight, bias
+        first.run((y3, bits, mean, invstd, *states, *inputs, *numbers, _RELU[relu], *first.sizes))
+    else:
+        scratch = scratch_for(first, device) if first.partials else NO_SCRATCH
+        outputs = mean, NULL, NULL, NULL, invstd, *states
+        first.run((*outputs, *scratch, x3, *numbers, *first.sizes))
+        transform = mean, invstd, weight, bias
+        second.run((y3, bits, x3, residual, *transform, _RELU[relu], *second.sizes))
     if running is not None and not all(map(is_, running, states)):
         _copy_back(running, states)
     return mean, invstd
@@ -397,10 +402,9 @@ def local_backward(
     if mask is not None:
         mask = _aligned(mask)
         options = {"relu": relu, "relu_bits": relu_bits, "mask": mask}
-        local = backward_reduce(dy3, x3, transform, **options)
-        options |= {"dresidual3": dresidual3, "dweight": dweight, "dbias": dbias}
-        sums = local if count else None
-        options |= {"local": local, "sums": sums, "count": count, "out3": dx3}
+        of_rank = backward_reduce(dy3, x3, transform, **options)
+        options |= {"dresidual3": dresidual3, "dweight": dweight, "dbias": dbias, "out3": dx3}
+        options |= {"local": of_rank, "sums": of_rank if count else None, "count": count}
         backward_input(dy3, x3, transform, **options)
         return
     if x3.size == 0:
@@ -409,20 +413,21 @@ def local_backward(
     dresidual, r = (NULL, x) if dresidual3 is None else (dresidual3, dresidual3.data.ptr)
     some, every = dy | x, dy & x
     where = device, some & 15, every & 15, (some | dx | r) & 15, every & dx & r & 15
-    reduce, finish = backward_launches(x3.shape, x3.dtype, *where)
-    c = x3.shape[1]
-    sums = reduce.empty(2 * c)
-    sum_dy_xmu = np.uint64(sums.data.ptr + 8 * c)
-    scratch = scratch_for(reduce, device) if reduce.partials else NO_SCRATCH
+    first, second = backward_launches(x3.shape, x3.dtype, *where)
+    c, share = x3.shape[1], np.float64(1 / count) if count else _ZERO
     weight, bias, *gradients = _pointers(transform.weight, transform.bias, dweight, dbias)
     bits = NULL if relu_bits is None else relu_bits
     inputs = dy3, x3, bits, transform.mean, transform.invstd, weight, bias
-    reduce.run((sums, sum_dy_xmu, NULL, NULL, *scratch, *inputs, _RELU[relu], *reduce.sizes))
-    pooled, share = ((sums, sum_dy_xmu), np.float64(1 / count)) if count else ((NULL, NULL), _ZERO)
-    numbers = share, _RELU[relu]
-    finish.run(
-        (dx3, dresidual, *gradients, *inputs, *pooled, sums, sum_dy_xmu, *numbers, *finish.sizes)
-    )
+    outputs, numbers = (dx3, dresidual, *gradients), (share, _RELU[relu])
+    if second is None:
+        first.run((*outputs, *inputs, *numbers, *first.sizes))
+    else:
+        sums = first.empty(2 * c)
+        local = sums, np.uint64(sums.data.ptr + 8 * c)
+        scratch = scratch_for(first, device) if first.partials else NO_SCRATCH
+        first.run((*local, NULL, NULL, *scratch, *inputs, _RELU[relu], *first.sizes))
+        pooled = local if count else (NULL, NULL)
+        second.run((*outputs, *inputs, *pooled, *local, *numbers, *second.sizes))
     if not all(map(is_, (dweight, dbias), gradients)):
         _copy_back((dweight, dbias), gradients)
 
@@ -440,10 +445,12 @@ def prepare_forward(
 ) -> None:
     """Compiles what comes after the first message of a forward, to fail before it, if at all.
 
-    With one rank there is none, and nothing may fail at all.
+    With one rank there is none: what fails then fails before anything is written; with a mask not,
+    so that is compiled here too.
     """
-    c = x3.shape[1]
-    recentred = x3.dtype == _FLOAT64 and ranks > 1
+    if ranks == 1 and mask is None:
+        return
+    c, recentred = x3.shape[1], x3.dtype == _FLOAT64 and ranks > 1
     if recentred:
         channel_launch("recentre_moments", c)
     if not x3.size or (ranks > 1 and not recentred):
@@ -452,7 +459,7 @@ def prepare_forward(
         kernel = "normalize_recentred" if recentred else "normalize"
         _launch(kernel, x3, y3, residual3, kind=(relu_bits is not None, mask is not None))
         if ranks == 1:
-            _reduction("batch_moments", x3, masked=mask is not None)
+            _reduction("batch_moments", x3, masked=True)
 
 
 def prepare_backward(
@@ -468,11 +475,11 @@ def prepare_backward(
     mask: Array | None = None,
 ) -> None:
     """As :func:`prepare_forward`, for a backward."""
-    if x3.size:
-        masked = mask is not None
+    masked = mask is not None
+    if x3.size and (ranks > 1 or masked):
         _launch("backward_input", x3, dy3, dx3, dresidual3, kind=(False, masked))
         if ranks == 1:
-            _reduction("backward_reduce", x3, dy3, masked=masked)
+            _reduction("backward_reduce", x3, dy3, masked=True)
 
 
 def _launch(
