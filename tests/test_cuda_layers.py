@@ -131,7 +131,7 @@ def test_ranks_get_what_numpy_gives(dtype, relu, n):
 @pytest.mark.parametrize("shape", [(5, 3, 3), (), (40, 20)], ids=["short rows", "columns", "rows"])
 @pytest.mark.parametrize("n", [1, 3])
 def test_masks_of_ranks_beside_the_numpy_backend(dtype, shape, n):
-    """Of three, one has no mask, and one nothing valid; then all in evaluation. NaN where masked."""
+    """Of three, one has no mask, one nothing valid. Then all in evaluation; NaN where masked."""
     x, r, dy = (normal((12, 5, *shape), dtype, seed) for seed in range(3))
     mask = np.random.default_rng(3).integers(0, 2, (12, *shape)).astype(bool)
     mask[1::n] &= n == 1
@@ -370,8 +370,9 @@ QUICK = "empty or running or message or pooled or without or outputs or public o
         ["test_gpu_layers.py"],
         ["test_gpu_transports.py"],
         ["test_gpu.py", "-k", f"({QUICK}) and not small and not one_launch"],
+        ["test_gpu.py", "-k", "every_mask and float32"],
     ],
-    ids=lambda given: given[0],
+    ids=lambda given: "-".join(given[::2]),
 )
 def test_the_tests_for_a_gpu_run_on_the_stand_in(given):
     """Streams that put off all work, CUDA graphs, allocators, two devices, ranks as threads."""
