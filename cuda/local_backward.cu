@@ -85,7 +85,7 @@ local_backward(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
     Channel found = arrays.load(active, channel);
     Pair sum = sum_of(sums, active ? channel - walk.first_channel() : 0);
     double about_mean = sum.b - Affine::low(found.mean) * sum.a;
-    return Gradient::of(found, sum.a, about_mean, share);
+    return Gradient::of(found, [&] { return sum.a; }, [&] { return about_mean; }, share);
   });
   pick(gradient, table, walk);
   each_channel(walk, c, [&](bool active, i64 channel, int) {  // nobody waits for these
