@@ -29,7 +29,7 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
                const scalar_t* dy, const scalar_t* x, const unsigned char* relu_bits,
                const double* mean, const double* invstd, const param_t* weight, const param_t* bias,
                const double* sum_dy, const double* sum_dy_xmu, const double* local_dy,
-               const double* local_dy_xmu, double share, i64 relu, i64 n, i64 c, i64 l,
+               const double* local_dy_xmu, MASKED(const unsigned char* mask,) double share, i64 relu, i64 n, i64 c, i64 l,
                i64 slice_length, i64 tile_channels, i64 line_samples) {
   constexpr int UNROLL = 2;
   const Shape shape{n, c, l, slice_length, tile_channels, line_samples};
@@ -46,10 +46,12 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
     Slot slot[UNROLL];
     Pack<scalar_t, V> pack_x[UNROLL] = {}, pack_dy[UNROLL];
     unsigned bits[UNROLL];
+    Valid valid[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
     load_slots(pack_dy, dy, slot);
     if (needs_x) load_slots(pack_x, x, slot);
+    load_valid(valid, mask, slot, walk);
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) bits[u] = stored ? load_bits(relu_bits, slot[u]) : ~0u;
     if (first) {  // the first vectors are on their way
@@ -70,9 +72,9 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
         const Gradient& own = gradient[Walk::CHANNELS == 1 ? 0 : j];
         acc_t value = widen(pack_x[u].v[j]);
         acc_t d = passing(widen(pack_dy[u].v[j]), value, own.affine, again, bits[u], j);
-        passed[j] = d;
+        passed[j] = valid[u][j] ? d : acc_t(0);
         if (sum_dy) d = fused(value - own.affine.high, own.slope, d) + own.offset;
-        inputs[j] = d * own.affine.scale;
+        inputs[j] = valid[u][j] ? d * own.affine.scale : acc_t(0);
       }
       i64 offset = slot[u].offset;
       store_pack_if<V>(slot[u].active, dx + offset, narrowed(inputs));
@@ -87,10 +89,11 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
     unsigned bits = load_bit(stored ? relu_bits : nullptr, slot);
     acc_t d = passing(widen(load_if(slot.active, dy + slot.offset)), value, own.affine, again, bits,
                       V - 1);
+    bool counts = is_valid(slot.active, mask, slot.position);
     scalar_t passed, input;
-    narrow(d, passed);
+    narrow(counts ? d : acc_t(0), passed);
     if (sum_dy) d = fused(value - own.affine.high, own.slope, d) + own.offset;
-    narrow(d * own.affine.scale, input);
+    narrow(counts ? d * own.affine.scale : acc_t(0), input);
     store_if(slot.active, dx + slot.offset, input);
     store_at(slot.active, dresidual, slot.offset, passed);
   });

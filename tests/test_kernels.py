@@ -16,6 +16,7 @@ from kernel_cases import (
     CS,
     LARGE,
     LS,
+    MASKS,
     MODES,
     NS,
     ODD_ONES,
@@ -26,6 +27,7 @@ from kernel_cases import (
     error,
     host_kernels,
     launched_by,
+    mask_of,
     placed,
     resident,
     run,
@@ -72,6 +74,19 @@ CASES = [
         for m in MODES
     ),
 ]
+# Shapes of every geometry; the masks, modes and offsets go by at their own pace.
+MASKED = [*LAYOUTS, (5, 6, 24), *ODD_ONES, *SPLIT[2:]]
+MASKED_CASES = [
+    (
+        shape,
+        dtype,
+        MODES[(i + j) % 4],
+        list(OFFSETS)[i % 5 if shape in MOVED else 0],
+        list(MASKS)[i % len(MASKS)],
+    )
+    for j, dtype in enumerate(DTYPES)
+    for i, shape in enumerate([*MASKED, *(MOVED + [(65, 24, 1), (66, 24, 1)]) * 5])
+]
 # `make test` runs a part of them, `make test-ptx` all.
 QUICK = 12
 pytestmark = pytest.mark.timeout(600)
@@ -93,8 +108,9 @@ def check(case, against_numpy=True):
     assert error(got.mean, f.mean) < per_channel
     assert (np.abs(got.var - f.var) <= per_channel * f.var).all()
     unbiased = f.var * (case.count / max(case.count - 1, 1))
-    assert error(got.running[0], f.mean / 2) < per_channel
-    assert error(got.running[1], (1 + unbiased) / 2) < per_channel
+    state = (f.mean / 2, (1 + unbiased) / 2) if case.count else (0 * f.mean, 1 + 0 * f.mean)
+    assert error(got.running[0], state[0]) < per_channel
+    assert error(got.running[1], state[1]) < per_channel
     assert error(got.y, f.y) < tolerance
     kept = got.y > 0 if case.activation else None
     if got.relu_bits is not None:
@@ -104,10 +120,11 @@ def check(case, against_numpy=True):
     terms_dy, terms_xmu = b.terms
     assert (np.abs(got.dbias - b.dbias) <= per_channel * (1 + terms_dy)).all()
     assert (np.abs(got.dweight - b.dweight) <= per_channel * (1 + terms_xmu)).all()
-    if got.relu_bits is not None:
+    if case.needs_dresidual:
         assert error(got.dresidual, b.dresidual) == 0
     in_steps = [got.mean, got.invstd, *got.running, got.y, got.dx, got.dweight + 1, got.dbias + 1]
-    in_steps += [] if got.relu_bits is None else [got.relu_bits, got.dresidual]
+    in_steps += [] if got.relu_bits is None else [got.relu_bits]
+    in_steps += [got.dresidual] if case.needs_dresidual else []
     in_steps = [x.copy() for x in in_steps]
     with resident("0"):
         for one, other in zip(in_steps, run_alone(case), strict=True):
@@ -141,6 +158,40 @@ def some(cases):
 )
 def test_kernels_agree_with_float64_and_numpy(shape, dtype, mode, offset, constant):
     check(Case(shape, dtype, mode, sum(shape), OFFSETS[offset], constant=constant))
+
+
+def in_memory(values):
+    """As unsigned integers: -0 is not 0, and NaN itself."""
+    return values.view(f"u{values.itemsize}")
+
+
+def packed(values, valid):
+    """(N, C, L) values in valid positions, as columns (P, C, 1)."""
+    return np.ascontiguousarray(values.transpose(0, 2, 1)[valid[:, 0]])[:, :, None]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "mode", "offset", "kind"), list(some(MASKED_CASES)), ids=name_of
+)
+def test_masked_values_count_for_nothing(shape, dtype, mode, offset, kind):
+    """As float64 has it, and as the NumPy backend has it of the valid values alone, packed."""
+    mask = mask_of(kind, shape, sum(shape))
+    case = Case(shape, dtype, mode, sum(shape), OFFSETS[offset], mask=mask)
+    got = check(case, against_numpy=False)
+    tensors = [got.y, got.dx, *([got.dresidual] if case.needs_dresidual else [])]
+    nothing = np.broadcast_to(~case.valid, shape)
+    assert all((in_memory(tensor)[nothing] == 0).all() for tensor in tensors)
+    if case.count == 0:
+        return
+    alone = Case((case.count, shape[1], 1), dtype, mode, x=packed(case.x, case.valid))
+    alone.dy, alone.weight, alone.bias = packed(case.dy, case.valid), case.weight, case.bias
+    alone.residual = None if case.residual is None else packed(case.residual, case.valid)
+    expected = run(numpy_backend, alone)
+    tolerance, per_channel = TOLERANCE[dtype.name], PER_CHANNEL[dtype.name]
+    assert error(got.mean, expected.mean) < per_channel
+    assert error(got.invstd, expected.invstd) < per_channel
+    assert error(packed(got.y, case.valid), expected.y) < tolerance
+    assert error(packed(got.dx, case.valid), expected.dx) < tolerance
 
 
 @pytest.mark.ptx

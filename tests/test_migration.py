@@ -1,4 +1,4 @@
-"""The tutorial, and the scripts of docs/migration.md: before and after compute the same."""
+"""The scripts that the pages show: those of docs/migration.md compute the same before and after."""
 
 from __future__ import annotations
 
@@ -89,11 +89,17 @@ def test_from_chainermn(mpirun):
     assert float(accuracy[1]) > 0.9
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_layer_of_your_own(mpirun, ranks):
+    output = mpirun(ranks, EXAMPLES / "own_layer.py").stdout
+    assert output.splitlines() == ["(8, 64, 5, 5) ['scale.factor', 'bn.weight', 'bn.bias']"] * ranks
+
+
 def test_the_pages_show_these_scripts():
-    shown = "".join(
-        (ROOT / "docs" / f"{name}.md").read_text() for name in ("migration", "tutorial")
-    )
+    pages = ("architecture.md", "migration.md", "tutorial.md")
+    shown = "".join((ROOT / "docs" / page).read_text() for page in pages)
     included = re.findall(r"\{literalinclude\} (\S+)", shown)
-    assert len(included) == 6
+    assert len(included) == 8
     for name in included:
         assert os.path.exists(ROOT / "docs" / name), name

@@ -116,3 +116,35 @@ def test_nothing_is_missing_from_the_list_of_modules():
     interop = Path(cupybn.__file__).parent / "interop"
     inner = {f"interop.{path.stem}" for path in interop.iterdir() if not path.stem.startswith("_")}
     assert inner <= set(MODULES)
+
+
+def explained(thing, seen=()):
+    """Its docstring, and those that it refers to."""
+    text = inspect.getdoc(thing) or ""
+    for kind, name in re.findall(r":(func|class|mod):`~?([\w.]+)`", text):
+        if (kind, name) in seen:
+            continue
+        module = importlib.import_module(getattr(thing, "__module__", "cupybn"))
+        if kind == "mod":
+            other = importlib.import_module(name)
+        elif "." in name:
+            path, _, last = name.rpartition(".")
+            other = getattr(importlib.import_module(path), last, None)
+        else:
+            other = getattr(module, name, None)
+        text += explained(other, (*seen, (kind, name)))
+    return text
+
+
+@pytest.mark.parametrize("full", sorted(ENTRIES))
+def test_every_parameter_of_a_function_is_explained(full):
+    """Where it stands in the reference, or in what that names."""
+    thing = found(full)
+    if thing is None:
+        pytest.skip(f"{full} needs a framework that is not installed")
+    if not inspect.isfunction(thing):
+        return
+    text = explained(thing)
+    for name in set(inspect.signature(thing).parameters) - {"args", "options"}:
+        assert re.search(rf"\b{name}\b", text), name
+    assert re.search(r"[Rr]aises|[Aa]s :func:|see :mod:|errors are", text), "which errors?"

@@ -134,7 +134,7 @@ def _mode_of_writable(target: str) -> int:
 
 
 def load(path: str | bytes | os.PathLike[Any]) -> StateDict:
-    """The state dict in a file that ``save`` wrote, as NumPy arrays, with its ``metadata``.
+    """The state dict in the file `path` that ``save`` wrote: NumPy arrays, and its ``metadata``.
 
     The structure of the file is checked against its size before anything is allocated, and what
     was read against the SHA-256 in it. Nothing is ever unpickled.

@@ -148,6 +148,11 @@ def updated_running(
 
     A batch without values on any rank changes nothing. Of one value the variance is taken as it is.
 
+    Args:
+        running_mean, running_var: (C,), floating.
+        statistics: from :func:`batch_norm`.
+        momentum: the share of the new batch, in [0, 1]; not checked, so it raises nothing.
+
     Returns:
         (mean, var): like `running_mean` and `running_var`, (C,) each.
     """
@@ -169,8 +174,14 @@ def ordered_value_and_grad(
     All forwards come in the order of the program, then all backwards in the opposite one, on every
     rank, whatever is done with the results. To be called inside ``jax.jit`` or by itself.
 
+    Args:
+        f, argnums, has_aux: as of ``jax.value_and_grad``.
+
+    Returns:
+        A function that returns (value, gradients), or ((value, aux), gradients).
+
     Raises:
-        RuntimeError: inside another wrapper.
+        RuntimeError: inside another wrapper; otherwise as :func:`in_order`.
     """
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
@@ -197,9 +208,14 @@ def ordered_value_and_grad(
 
 
 def in_order(f: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with the messages of its :func:`batch_norm` calls in the order of the program.
+    """`f` with the messages of its :func:`batch_norm` calls in the order of the program.
 
     For what has no gradient; inside of another wrapper it changes nothing.
+
+    Raises:
+        NotImplementedError: where the result is differentiated.
+        RuntimeError: a `batch_norm` is called inside a transformation of JAX's that is not one of
+            this module's; where it is traced.
     """
 
     @wraps(f)
@@ -214,7 +230,10 @@ def in_order(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def jit(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """``jax.jit`` for use inside of a wrapper; `options` are its own, by name."""
+    """``jax.jit`` of `f` for use inside of a wrapper; `options` are its own, by name.
+
+    Errors are those of :func:`in_order`.
+    """
     inner = jax.jit(_carrying(f), **options)
 
     @wraps(f)
@@ -225,7 +244,15 @@ def jit(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 
 def scan(f: Callable[..., Any], init: Any, xs: Any = None, length: int | None = None) -> Any:
-    """``jax.lax.scan`` for use inside of a wrapper. Every rank takes the same number of steps."""
+    """``jax.lax.scan`` for use inside of a wrapper. Every rank takes the same number of steps.
+
+    Args:
+        f: from (carry, x) to (carry, y), as there; it may call :func:`batch_norm`.
+        init, xs, length: as there.
+
+    Returns:
+        (carry, ys). Errors are those of :func:`in_order`.
+    """
 
     def body(carry: Any, x: Any) -> Any:
         token, carry = carry
@@ -242,8 +269,8 @@ def scan(f: Callable[..., Any], init: Any, xs: Any = None, length: int | None = 
 def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
     """``jax.checkpoint`` for use inside of a wrapper: the backward runs the forward again.
 
-    With its messages, in the same order on every rank. The function takes all that it
-    differentiates as arguments: it must not close over traced arrays.
+    With its messages, in the same order on every rank. `f` takes all that it differentiates as
+    arguments: it must not close over traced arrays. Errors are those of :func:`in_order`.
     """
 
     @jax.custom_vjp

@@ -70,12 +70,12 @@ ARGUMENTS = """
     sums to ``grads``. `out` takes y or dx, and may be the `residual`, the `dy`, and, in evaluation,
     the x of a forward that saves nothing. x, the mask and the parameters are kept by reference:
     change none of them between a forward and its backward. The formulas stand in
-    :mod:`cupybn.functional`.
+    :mod:`cupybn.functional`. After any exception parameters, gradients, buffers and counters are
+    what they were.
 
     Raises:
         ShapeError, DTypeError, DeviceError: bad input.
         ValueError: bad options.
-        After any exception parameters, gradients, buffers and counters are what they were.
 """
 
 

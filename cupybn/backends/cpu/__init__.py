@@ -34,6 +34,7 @@ _FORMS = {"local": 0, "pooled": 1, "recentred": 2}
 _MOMENTS, _FINALIZE, _NORMALIZE = 1, 2, 4  # stages of the forward
 _SUMS, _MERGE, _GRADIENTS, _INPUT = 1, 2, 4, 8  # and of the backward
 _WHOLE_FORWARD, _WHOLE_BACKWARD = 7, 15
+_UNMASKED: tuple[Any, Any] = None, None  # in place of a mask, and of what is counted in it
 _INT64, _UINT8 = np.dtype(np.int64), np.dtype(np.uint8)
 _NO_NUMBERS, _NO_STATE, _NO_BITS = (np.empty(0, t) for t in (np.float64, np.float32, np.uint8))
 _log = logging.getLogger("cupybn")
@@ -95,6 +96,12 @@ def _bound(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Bound:
     return _Bound(forward, backward, plan.counts, seen, no_data, no_parameter)
 
 
+def _bytes(mask: Data) -> Data:
+    """The mask as the kernels take it."""
+    flat: Data = plain(mask).reshape(-1)
+    return flat
+
+
 # ---- the primitives ------------------------------------------------------------------------------
 
 
@@ -110,11 +117,10 @@ def batch_moments(
     `payload` takes this rank's part of the first message: (2C,) for ``count * mean`` and
     ``m2 + count * mean**2``, or (C,) for the first of them alone.
     """
-    if mask is not None:
-        return reference.batch_moments(x3, payload=payload, mask=mask)
     message = _NO_NUMBERS if payload is None else payload
     if not all(map(is_plain, (x3, message))):
-        return call_plainly(batch_moments, ("payload",), x3=x3, payload=payload)
+        options = {"payload": payload, "mask": mask, "count": count}
+        return call_plainly(batch_moments, ("payload",), x3=x3, **options)
     bound = _bound(x3.shape, x3.dtype)
     n, c, length = x3.shape
     segments, none = max(1, len(bound.counts)), bound.no_parameter
@@ -123,10 +129,15 @@ def batch_moments(
     single = len(bound.counts) == 1
     numbers = mean, m2, mean, m2, message if single else _NO_NUMBERS
     arrays = x3, x3, bound.no_data, none, none, none, none, *numbers
-    bound.forward(np.zeros(2, _INT64), *arrays, _MOMENTS, 0, False, 0.0, float(n * length), 0.0)
+    counts, masked, total = bound.counts, _UNMASKED, n * length
+    if mask is not None:
+        counts, total = np.zeros(segments), count_valid(mask) if count is None else count
+        masked = _bytes(mask), counts
+    settings = _MOMENTS, 0, False, 0.0, float(total), 0.0
+    bound.forward(np.zeros(2, _INT64), *arrays, *settings, *masked)
     if not single:
-        load().merge_moments(mean, m2, c, bound.counts, message)
-    return Moments(n * length, mean[:c], m2[:c])
+        load().merge_moments(mean, m2, c, counts, message)
+    return Moments(total, mean[:c], m2[:c])
 
 
 def finalize_moments(
@@ -165,9 +176,6 @@ def normalize(
     `relu_bits`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
     """
     out3 = np.empty(x3.shape, x3.dtype) if out3 is None else out3
-    if mask is not None:
-        options: dict[str, Any] = {"residual3": residual3, "relu_bits": relu_bits, "mask": mask}
-        return reference.normalize(x3, transform, relu=relu, out3=out3, **options)
     bound = _bound(x3.shape, x3.dtype)
     none, seen = bound.no_parameter, bound.no_data.dtype
     given = out3, relu_bits
@@ -177,7 +185,9 @@ def normalize(
     weight, bias = none if weight is None else weight, none if bias is None else bias
     arrays = out.view(seen), x3.view(seen), residual, weight, bias, none, none
     numbers = mean, invstd, mean, invstd, _NO_NUMBERS
-    bound.forward(np.zeros(2, _INT64), *arrays, *numbers, _NORMALIZE, 0, relu, 0.0, 0.0, 0.0)
+    masked = _UNMASKED if mask is None else (_bytes(mask), _NO_NUMBERS)
+    settings = _NORMALIZE, 0, relu, 0.0, 0.0, 0.0
+    bound.forward(np.zeros(2, _INT64), *arrays, *numbers, *settings, *masked)
     if relu_bits is not None:
         _pack_bits(out.view(seen), relu_bits)
     copy_back(given, (out, relu_bits))
@@ -199,9 +209,6 @@ def backward_reduce(
     Where y passed a ReLU is read from `relu_bits` if given, else computed again from x. `payload`,
     (2C,), takes a copy of both for the message.
     """
-    if mask is not None:
-        options: dict[str, Any] = {"relu_bits": relu_bits, "payload": payload, "mask": mask}
-        return reference.backward_reduce(dy3, x3, transform, relu=relu, **options)
     bound = _bound(x3.shape, x3.dtype)
     none, nothing = bound.no_parameter, bound.no_data
     mean, invstd, weight, bias = transform
@@ -209,7 +216,7 @@ def backward_reduce(
     arrays = dy3, x3, _NO_BITS if relu_bits is None else relu_bits, mean, invstd, weight, bias
     if not all(map(is_plain, arrays)):
         given = {"dy3": dy3, "x3": x3, "transform": transform, "relu": relu, "relu_bits": relu_bits}
-        return call_plainly(backward_reduce, ("payload",), **given, payload=payload)
+        return call_plainly(backward_reduce, ("payload",), **given, payload=payload, mask=mask)
     if bound.seen is not None:
         arrays = dy3.view(bound.seen), x3.view(bound.seen), *arrays[2:]
     c, segments = mean.size, max(1, len(bound.counts))
@@ -217,7 +224,9 @@ def backward_reduce(
     single = len(bound.counts) == 1
     sums = none, none, sum_dy, sum_dy_xmu, sum_dy, sum_dy_xmu
     stages = _SUMS | _MERGE if single else _SUMS
-    bound.backward(np.zeros(2, _INT64), nothing, nothing, *arrays, *sums, stages, relu, 0.0)
+    masked = None if mask is None else _bytes(mask)
+    arrays = nothing, nothing, *arrays, *sums
+    bound.backward(np.zeros(2, _INT64), *arrays, stages, relu, 0.0, masked)
     if not single:
         load().merge_sums(sum_dy, sum_dy_xmu, mean, none)
     if payload is not None:
@@ -252,13 +261,12 @@ def backward_input(
     own = total if local is None else (local[0], local[1])
     into = none if dweight is None else dweight, none if dbias is None else dbias
     arrays = dx3, dresidual, dy3, x3, bits, *coefficients, *into, *own, *total
-    if mask is not None or not all(map(is_plain, arrays)):
+    if not all(map(is_plain, arrays)):
         given: dict[str, Any] = {"dy3": dy3, "x3": x3, "transform": transform, "relu": relu}
         given |= {"sums": sums, "count": count, "relu_bits": relu_bits, "local": local}
         given |= {"out3": dx3, "dresidual3": dresidual3, "dweight": dweight, "dbias": dbias}
-        if mask is not None:
-            return reference.backward_input(**given, mask=mask)
-        call_plainly(backward_input, ("dweight", "dbias", "dresidual3", "out3"), **given)
+        written = "dweight", "dbias", "dresidual3", "out3"
+        call_plainly(backward_input, written, **given, mask=mask)
         return dx3
     if (seen := bound.seen) is not None:
         data = dx3.view(seen), dresidual.view(seen), dy3.view(seen), x3.view(seen)
@@ -269,7 +277,8 @@ def backward_input(
         stages = _GRADIENTS | _INPUT
     elif local is not None:
         load().add_gradients(*into, *own, invstd)
-    bound.backward(np.zeros(2, _INT64), *arrays, stages, relu, divisor)
+    masked = None if mask is None else _bytes(mask)
+    bound.backward(np.zeros(2, _INT64), *arrays, stages, relu, divisor, masked)
     return dx3
 
 
@@ -301,13 +310,11 @@ def finish_forward(
     arrays = y3, x3, residual, weight, bias
     bits = _NO_BITS if relu_bits is None else relu_bits
     others = running_mean, running_var, moments.mean, moments.m2, bits
-    if mask is not None or not all(map(is_plain, (*arrays, *others))):
+    if not all(map(is_plain, (*arrays, *others))):
         moments = Moments(moments.count, plain(moments.mean), plain(moments.m2))
         given: dict[str, Any] = {"moments": moments, "form": form, "x3": x3, "y3": y3, "eps": eps}
         given |= {"weight": weight, "bias": bias, "running": running, "factor": factor}
-        given |= {"relu": relu, "residual3": residual3, "relu_bits": relu_bits}
-        if mask is not None:
-            return reference.finish_forward(**given, mask=mask)
+        given |= {"relu": relu, "residual3": residual3, "relu_bits": relu_bits, "mask": mask}
         return call_plainly(finish_forward, ("y3", "relu_bits", "running"), **given)
     if (seen := bound.seen) is not None:
         arrays = y3.view(seen), x3.view(seen), residual.view(seen), weight, bias
@@ -319,7 +326,9 @@ def finish_forward(
         of_all = first, second, float(moments.count), float(eps), _FORMS[form]
         load().finalize_moments(*of_all, *written, float(factor))
     states = running_mean, running_var, mean, invstd
-    bound.forward(turns, *arrays, *states, *pooled, stages, _FORMS[form], relu, *numbers)
+    masked = _UNMASKED if mask is None else (_bytes(mask), _NO_NUMBERS)
+    settings = stages, _FORMS[form], relu, *numbers
+    bound.forward(turns, *arrays, *states, *pooled, *settings, *masked)
     if relu_bits is not None:
         _pack_bits(arrays[0], relu_bits)
     return mean, invstd
@@ -344,16 +353,6 @@ def local_forward(
 
     In one go where a thread has all values of a channel: it reads them again from its cache.
     """
-    if mask is not None:
-        others: dict[str, Any] = {
-            "relu": relu,
-            "residual3": residual3,
-            "relu_bits": relu_bits,
-            "mask": mask,
-        }
-        return reference.local_forward(
-            x3, y3, weight, bias, eps, running=running, factor=factor, **others
-        )
     bound = _bound(x3.shape, x3.dtype)
     none, (n, c, length) = bound.no_parameter, x3.shape
     weight, bias = none if weight is None else weight, none if bias is None else bias
@@ -363,7 +362,7 @@ def local_forward(
     bits = _NO_BITS if relu_bits is None else relu_bits
     if len(bound.counts) != 1 or not (bits.flags.carray and all(map(is_plain, arrays))):
         return finish_forward(
-            batch_moments(x3),
+            batch_moments(x3, mask=mask, count=count),
             "local",
             x3,
             y3,
@@ -375,13 +374,19 @@ def local_forward(
             relu_bits=relu_bits,
             running=running,
             factor=factor,
+            mask=mask,
         )
     if (seen := bound.seen) is not None:
         arrays = y3.view(seen), x3.view(seen), residual.view(seen), *arrays[3:]
     mean, invstd, turns = np.empty(c), np.empty(c), np.zeros(2, _INT64)
-    numbers = float(eps), float(n * length), float(factor)
+    masked, total = _UNMASKED, n * length
+    if mask is not None:
+        total = count_valid(mask) if count is None else count
+        masked = _bytes(mask), np.zeros(1)
+    numbers = float(eps), float(total), float(factor)
     moments = mean, invstd, _NO_NUMBERS  # m2, then invstd in its place
-    bound.forward(turns, *arrays, mean, invstd, *moments, _WHOLE_FORWARD, 0, relu, *numbers)
+    settings = _WHOLE_FORWARD, 0, relu, *numbers
+    bound.forward(turns, *arrays, mean, invstd, *moments, *settings, *masked)
     if relu_bits is not None:
         _pack_bits(arrays[0], relu_bits)
     return mean, invstd
@@ -405,17 +410,6 @@ def local_backward(
 
     A count of 0: the statistics are constants.
     """
-    if mask is not None:
-        others: dict[str, Any] = {
-            "relu": relu,
-            "relu_bits": relu_bits,
-            "dresidual3": dresidual3,
-            "mask": mask,
-        }
-        reference.local_backward(
-            dy3, x3, dx3, transform, count=count, dweight=dweight, dbias=dbias, **others
-        )
-        return
     bound = _bound(x3.shape, x3.dtype)
     none, c = bound.no_parameter, x3.shape[1]
     mean, invstd, weight, bias = transform
@@ -425,7 +419,7 @@ def local_backward(
     bits = _NO_BITS if relu_bits is None else relu_bits
     arrays = dx3, dresidual, dy3, x3, bits, mean, invstd, weight, bias, *gradients
     if len(bound.counts) != 1 or not all(map(is_plain, arrays)):
-        local = backward_reduce(dy3, x3, transform, relu=relu, relu_bits=relu_bits)
+        local = backward_reduce(dy3, x3, transform, relu=relu, relu_bits=relu_bits, mask=mask)
         backward_input(
             dy3,
             x3,
@@ -439,13 +433,15 @@ def local_backward(
             local=local,
             dweight=dweight,
             dbias=dbias,
+            mask=mask,
         )
         return
     if (seen := bound.seen) is not None:
         data = dx3.view(seen), dresidual.view(seen), dy3.view(seen), x3.view(seen)
         arrays = *data, *arrays[4:]
     sums, turns = (np.empty(c), np.empty(c)), np.zeros(2, _INT64)
-    bound.backward(turns, *arrays, *sums, *sums, _WHOLE_BACKWARD, relu, float(count))
+    masked = None if mask is None else _bytes(mask)
+    bound.backward(turns, *arrays, *sums, *sums, _WHOLE_BACKWARD, relu, float(count), masked)
 
 
 def _pack_bits(y: Data, relu_bits: Data) -> None:
@@ -475,8 +471,7 @@ def prepare_forward(
 
     Once for a dtype, for rows and for columns; what happened goes to the log ``cupybn``.
     """
-    if mask is None:
-        _prepare("forward", x3, relu_bits is not None)
+    _prepare("forward", x3, relu_bits is not None, mask is not None)
 
 
 def prepare_backward(
@@ -492,13 +487,12 @@ def prepare_backward(
     mask: Data | None = None,
 ) -> None:
     """As :func:`prepare_forward`, for a backward."""
-    if mask is None:
-        _prepare("backward", x3, False)
+    _prepare("backward", x3, False, mask is not None)
 
 
-def _prepare(direction: str, x3: Data, relu_bits: bool) -> None:
+def _prepare(direction: str, x3: Data, relu_bits: bool, masked: bool) -> None:
     segments = len(_bound(x3.shape, x3.dtype).counts) > 1
-    rehearse(direction, x3.dtype, x3.shape[2] < SHORT, relu_bits, segments)
+    rehearse(direction, x3.dtype, x3.shape[2] < SHORT, relu_bits, segments, masked)
 
 
 @lru_cache(maxsize=1024)  # what is compiled stays so
@@ -508,10 +502,12 @@ def rehearse(
     columns: bool,
     relu_bits: bool = True,
     segments: bool = True,
+    masked: bool = False,
 ) -> tuple[int, float]:
     """A call on next to nothing, after which its kernels are compiled, for any number of ranks.
 
-    `relu_bits` and `segments`: those that pack a relu_bits, or merge several segments, too.
+    `relu_bits` and `segments`: those that pack a relu_bits, or merge several segments, too;
+    `masked`: those for a mask, in place of those without.
 
     Returns:
         How many were not on disk, and the seconds it took.
@@ -520,23 +516,25 @@ def rehearse(
     x3 = np.zeros((2, 1, 1 if columns else SHORT), dtype)
     y3, one, number = x3.copy(), np.ones(1, parameter_dtype(dtype)), np.zeros(1)
     bits = np.zeros((x3.size + 7) // 8, np.uint8) if relu_bits else None
+    mask = np.ones((2, x3.shape[2]), np.uint8) if masked else None
     if direction == "forward":
-        local_forward(x3, y3, one, one, 1.0, relu_bits=bits)
+        local_forward(x3, y3, one, one, 1.0, relu_bits=bits, mask=mask)
         if segments:
             kernels.merge_moments(number, number, 1, number, number)
             finalize_moments(Moments(1, number, number), 1.0, running=(one, one))
     else:
-        local_backward(x3, x3, y3, Transform(number, number, one, one), count=2)
+        local_backward(x3, x3, y3, Transform(number, number, one, one), count=2, mask=mask)
         if segments:
             kernels.merge_sums(number, number, number, one)
             kernels.add_gradients(one, one, number, number, number)
     compiled, seconds = kernels.compiled() - before, time.perf_counter() - began
     _log.log(
         logging.INFO if compiled else logging.DEBUG,
-        "%s of %s %s: %d kernels compiled, the others read from disk, in %.1f s",
+        "%s of %s %s%s: %d kernels compiled, the others read from disk, in %.1f s",
         direction,
         dtype,
         "columns" if columns else "rows",
+        " with a mask" if masked else "",
         compiled,
         seconds,
     )

@@ -9,11 +9,15 @@ from .channels import add_some, fill_affine, fill_slope, merge_segments
 from .compiler import inside, kernel, shared, summed
 from .forward import streams, whole_lines
 from .intrinsics import (
+    BUFFER,
     added,
     affine,
     buffer,
+    buffers,
+    byte_buffers,
     double_buffer,
     enter,
+    index_buffer,
     lanes,
     leave,
     line,
@@ -28,7 +32,18 @@ from .intrinsics import (
     take,
     times,
     where_positive,
+    where_valid,
     zero,
+)
+from .masked import (
+    add_products,
+    bytes_of_run,
+    fill_four,
+    masked_sums,
+    next_place,
+    place,
+    samples_in,
+    valid_rows,
 )
 from .moments import ROWS, add_columns
 from .plan import WIDE
@@ -139,6 +154,77 @@ def _column_sums(sums, dy, x, relu_bits, item, relu, coefficients, kept):
 
 
 @inside
+def _masked_row_sums(sums, dy, x, relu_bits, item, a, b, relu, coefficients, kept, mask):
+    """As ``_row_sums``, over the valid positions."""
+    sum_dy, sum_dy_xmu = sums
+    segment, _, channels, length, _, _, n0, n1, l0, l1, _, _ = item
+    for c in range(segment + a, segment + b):
+        sum_dy[c] = 0.0
+        sum_dy_xmu[c] = 0.0
+    for n in range(n0, n1):
+        for c in range(a, b):
+            of = of_channel(None, coefficients, c - a)
+            for i in range(l0, l1, WIDE):
+                begin, size = (n * channels + c) * length + i, min(WIDE, l1 - i)
+                g, v, at = moved(dy, begin), moved(x, begin), n * length + i
+                if relu == 0:
+                    total, products = masked_sums(g, v, mask, at, size, of[0])
+                else:
+                    _apply_relu_grad(kept, g, v, relu_bits, begin, size, relu, of)
+                    total, products = masked_sums(kept, v, mask, at, size, of[0])
+                sum_dy[segment + c] += total
+                sum_dy_xmu[segment + c] += products
+
+
+@inside
+def _masked_column_sums(
+    sums, dy, x, relu_bits, item, relu, coefficients, kept, channels, mask, valid
+):
+    """As ``_column_sums``, over the valid positions. `kept` and `valid` are of four rows."""
+    (sum_dy, sum_dy_xmu), high = sums, coefficients[0]
+    segment, start, _, width, c0, c1, m0, m1, j0, j1, step, _ = item
+    size = j1 - j0
+    samples, first = samples_in(item, channels)
+    totals, products, rows = double_buffer(x), double_buffer(x), index_buffer(x)
+    partial, partial_products = buffer(x), buffer(x)
+    for j in range(size):
+        totals[j] = 0.0
+        products[j] = 0.0
+    for block in range(m0, m1, ROWS):
+        last = min(block + ROWS, m1)
+        taken, _ = valid_rows(rows, mask, first, samples * step, block, last)
+        for j in range(size):
+            partial[j] = zero(x)
+            partial_products[j] = zero(x)
+        for k in range(0, taken, 4):
+            period = fill_four(valid, mask, rows, k, taken, first, step, channels, samples)
+            if relu > 0:
+                for r in range(4):
+                    begin, own = start + rows[k + r] * width + j0, moved(kept, r * BUFFER)
+                    g, v = moved(dy, begin), moved(x, begin)
+                    _apply_relu_grad(own, g, v, relu_bits, begin, size, relu, coefficients)
+            begins = (
+                start + rows[k] * width + j0,
+                start + rows[k + 1] * width + j0,
+                start + rows[k + 2] * width + j0,
+                start + rows[k + 3] * width + j0,
+            )
+            at = j0 % period
+            for j in range(0, size, lanes(x)):
+                add_products(
+                    (dy, x, kept), begins, j, at, size, relu, high, valid, partial, partial_products
+                )
+                at = next_place(at, lanes(x), period)
+        for j in range(size):
+            totals[j] += partial[j]
+            products[j] += partial_products[j]
+    add_columns(totals, products, size, (c1 - c0) * step, step)
+    for c in range(c1 - c0):
+        sum_dy[segment + c0 + c] = totals[c * step]
+        sum_dy_xmu[segment + c0 + c] = products[c * step]
+
+
+@inside
 def _input_line(dx, i, d, v, constant, coefficients):
     """The line at dx[i], from one of dy and one of x."""
     high, scale, _, slope, offset = coefficients
@@ -148,27 +234,36 @@ def _input_line(dx, i, d, v, constant, coefficients):
 
 
 @inside
-def _input_run(arrays, size, streaming, staged, fused, constant, coefficients):
+def _input_run(
+    arrays, size, streaming, staged, fused, constant, coefficients, valid, begin, period
+):
     dx, dresidual, dy, x, kept = arrays
     head, last = whole_lines(dx, size, streaming)
+    at = place(begin, head, period)
     for i in range(head, last, lanes(dx)):
         d = line(dx, kept, i) if staged else line(dx, dy, i)
+        d = where_valid(valid, at, d)
         v = line(dx, x, i)
         if fused:
             store_line(dresidual, i, d, False)
-        store_line(dx, i, _input_line(dx, i, d, v, constant, coefficients), streaming)
+        d = where_valid(valid, at, _input_line(dx, i, d, v, constant, coefficients))
+        store_line(dx, i, d, streaming)
+        at = next_place(at, lanes(dx), period)
     i = head - lanes(dx) if head > 0 else last
     while i < size:
+        at = place(begin, i, period)
         d = line(dx, kept, i) if staged else part(dx, dy, i, size)
+        d = where_valid(valid, at, d)
         v = part(dx, x, i, size)
         if fused:
             store_part(dresidual, i, d, size)
-        store_part(dx, i, _input_line(dx, i, d, v, constant, coefficients), size)
+        d = where_valid(valid, at, _input_line(dx, i, d, v, constant, coefficients))
+        store_part(dx, i, d, size)
         i = max(last, i + lanes(dx))
 
 
 @inside
-def _input(columns, arrays, relu_bits, item, a, b, relu, constant, coefficients, kept):
+def _input(columns, arrays, relu_bits, item, a, b, relu, constant, coefficients, kept, mask, valid):
     """The gradient of x, of the channels a to b of an item."""
     dx, dresidual, dy, x = arrays
     _, start, channels, length, _, _, n0, n1, l0, l1, _, _ = item
@@ -184,7 +279,9 @@ def _input(columns, arrays, relu_bits, item, a, b, relu, constant, coefficients,
                 if staged:
                     _apply_relu_grad(kept, g, v, relu_bits, begin, size, relu, of)
                 run = pointer(dx, begin), pointer(dresidual, begin), g, v, kept
-                _input_run(run, size, streaming, staged, fused, constant, of)
+                again = c > first and l1 - l0 <= WIDE
+                at, period = bytes_of_run(valid, mask, columns, item, x.shape[1], n, i, size, again)
+                _input_run(run, size, streaming, staged, fused, constant, of, valid, at, period)
 
 
 @kernel
@@ -211,15 +308,17 @@ def backward(
     stages,
     relu,
     count,
+    mask,
 ):
     """Gradients are of the sums, dx of the totals. A `count` of 0: the statistics are constants."""
     given = dx, dresidual, dy, x, relu_bits, mean, invstd, weight, bias, dweight, dbias
     own = sum_dy, sum_dy_xmu, total_dy, total_dy_xmu
-    taking, lent = enter(turns, helper, (*given, *own))
+    taking, lent = enter(turns, helper, (*given, *own, mask))
     dx, dresidual, dy, x, relu_bits, mean, invstd, weight, bias, dweight, dbias = lent[:11]
-    sum_dy, sum_dy_xmu, total_dy, total_dy_xmu = lent[11:]
+    sum_dy, sum_dy_xmu, total_dy, total_dy_xmu = lent[11], lent[12], lent[13], lent[14]
+    valid_bytes, valid = pointer(lent[15], 0), byte_buffers(x, mask)
     high, scale, shift, slope, offset = buffer(x), buffer(x), buffer(x), buffer(x), buffer(x)
-    coefficients, kept = (high, scale, shift, slope, offset), buffer(x)
+    coefficients, kept = (high, scale, shift, slope, offset), buffers(x, mask)
     sums, totals = (sum_dy, sum_dy_xmu), (total_dy, total_dy_xmu)
     dys, xs, bits = pointer(dy, 0), pointer(x, 0), pointer(relu_bits, 0)
     kind = (2 if relu_bits.size > 0 else 1) if relu else 0
@@ -231,7 +330,26 @@ def backward(
             size = b - a if columns is None else l1 - l0
             fill_affine(high, scale, shift, size, step, mean, invstd, weight, bias, a, b)
             if stages & SUMS:
-                if columns is None:
+                if mask is not None:
+                    if columns is None:
+                        _masked_row_sums(
+                            sums, dys, xs, bits, item, a, b, kind, coefficients, kept, valid_bytes
+                        )
+                    else:
+                        _masked_column_sums(
+                            sums,
+                            dys,
+                            xs,
+                            bits,
+                            item,
+                            kind,
+                            coefficients,
+                            kept,
+                            x.shape[1],
+                            valid_bytes,
+                            valid,
+                        )
+                elif columns is None:
                     _row_sums(sums, dys, xs, bits, item, a, b, kind, coefficients, kept)
                 else:
                     _column_sums(sums, dys, xs, bits, item, kind, coefficients, kept)
@@ -242,6 +360,20 @@ def backward(
             if stages & INPUT:
                 fill_slope(high, slope, offset, size, step, mean, invstd, totals, count, a, b)
                 arrays = dx, dresidual, dy, x
-                _input(columns, arrays, bits, item, a, b, kind, count == 0, coefficients, kept)
+                constant, of = count == 0, coefficients
+                _input(
+                    columns,
+                    arrays,
+                    bits,
+                    item,
+                    a,
+                    b,
+                    kind,
+                    constant,
+                    of,
+                    kept,
+                    valid_bytes,
+                    valid,
+                )
         at = take(turns)
     leave(turns, helper)

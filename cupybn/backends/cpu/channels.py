@@ -31,7 +31,7 @@ def merge_moments(mean, m2, channels, counts, payload):
     """All segments into the first, in their order; then what goes into the message."""
     count = 0.0
     for s in range(len(counts)):
-        for c in range(channels if s > 0 else 0):
+        for c in range(channels if s > 0 and counts[s] > 0 else 0):
             other = s * channels + c
             merge_one(mean, m2, c, count, counts[s], mean[other], m2[other])
         count += counts[s]

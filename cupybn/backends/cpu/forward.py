@@ -12,6 +12,7 @@ from .intrinsics import (
     added,
     affine,
     buffer,
+    byte_buffers,
     double_buffer,
     enter,
     lanes,
@@ -27,6 +28,14 @@ from .intrinsics import (
     store_part,
     take,
     unaligned,
+    where_valid,
+)
+from .masked import (
+    bytes_of_run,
+    masked_column_moments,
+    masked_row_moments,
+    next_place,
+    place,
 )
 from .moments import column_moments, row_moments
 from .plan import WIDE
@@ -50,32 +59,39 @@ def whole_lines(y, size, streaming):
 
 
 @inside
-def _normalized(y, i, z, r, fused, relu, coefficients):
-    """The line at y[i], from one of x and one of the residual."""
+def _normalized(y, i, z, r, fused, relu, coefficients, valid, at):
+    """The line at y[i], from one of x and one of the residual, and the bytes at valid[at]."""
     high, scale, shift = coefficients
     z = affine(z, line(y, high, i), line(y, scale, i), line(y, shift, i))
     if fused:
         z = added(z, r)
-    return rectified(z) if relu else z
+    return where_valid(valid, at, rectified(z) if relu else z)
 
 
 @inside
-def _normalize_run(y, x, residual, size, streaming, fused, relu, coefficients):
+def _normalize_run(
+    y, x, residual, size, streaming, fused, relu, coefficients, valid, begin, period
+):
     head, last = whole_lines(y, size, streaming)
+    at = place(begin, head, period)
     for i in range(head, last, lanes(y)):
         z = line(y, x, i)
         r = line(y, residual, i) if fused else z
-        store_line(y, i, _normalized(y, i, z, r, fused, relu, coefficients), streaming)
+        z = _normalized(y, i, z, r, fused, relu, coefficients, valid, at)
+        store_line(y, i, z, streaming)
+        at = next_place(at, lanes(y), period)
     i = head - lanes(y) if head > 0 else last
     while i < size:  # what is no whole line
         z = part(y, x, i, size)
         r = part(y, residual, i, size) if fused else z
-        store_part(y, i, _normalized(y, i, z, r, fused, relu, coefficients), size)
+        at = place(begin, i, period)
+        z = _normalized(y, i, z, r, fused, relu, coefficients, valid, at)
+        store_part(y, i, z, size)
         i = max(last, i + lanes(y))
 
 
 @inside
-def _normalize(columns, arrays, item, a, b, relu, coefficients):
+def _normalize(columns, arrays, item, a, b, relu, coefficients, mask, valid):
     """y of the channels a to b of an item."""
     y, x, residual = arrays
     _, start, channels, length, _, _, n0, n1, l0, l1, _, _ = item
@@ -87,7 +103,9 @@ def _normalize(columns, arrays, item, a, b, relu, coefficients):
             for i in range(l0, l1, WIDE):
                 begin, size = start + (n * channels + c) * length + i, min(WIDE, l1 - i)
                 there, v, r = pointer(y, begin), pointer(x, begin), pointer(residual, begin)
-                _normalize_run(there, v, r, size, streaming, fused, relu, of)
+                again = c > first and l1 - l0 <= WIDE
+                at, period = bytes_of_run(valid, mask, columns, item, x.shape[1], n, i, size, again)
+                _normalize_run(there, v, r, size, streaming, fused, relu, of, valid, at, period)
 
 
 @kernel
@@ -114,12 +132,18 @@ def forward(
     eps,
     count,
     factor,
+    mask,
+    counts,
 ):
-    """`columns` is None for items of rows. `first` and `second` are the moments, as `form` says."""
+    """`columns` is None for items of rows. `first` and `second` are the moments, as `form` says.
+
+    `mask` and `counts` are None, or bytes and the valid values of each segment, which are filled.
+    """
     given = y, x, residual, weight, bias, running_mean, running_var, mean, invstd
-    taking, lent = enter(turns, helper, (*given, first, second, payload))
+    taking, lent = enter(turns, helper, (*given, first, second, payload, mask, counts))
     y, x, residual, weight, bias, running_mean, running_var, mean, invstd = lent[:9]
-    first, second, payload = lent[9:]
+    first, second, payload = lent[9], lent[10], lent[11]
+    valid_bytes, valid_counts, valid = pointer(lent[12], 0), lent[13], byte_buffers(x, mask)
     high, scale, shift, var = buffer(x), buffer(x), buffer(x), double_buffer(x)
     at = take(turns) if taking else len(items)
     while at < len(items):
@@ -127,7 +151,18 @@ def forward(
         for a in range(c0, c1, group):
             b = min(a + group, c1)
             if stages & MOMENTS:
-                if columns is None:
+                if mask is not None:
+                    if columns is None:
+                        values = pointer(x, 0)
+                        masked_row_moments(
+                            values, first, second, item, a, b, valid_bytes, valid_counts
+                        )
+                    else:
+                        values, channels = pointer(x, start + l0), x.shape[1]
+                        masked_column_moments(
+                            values, first, second, item, channels, valid_bytes, valid_counts
+                        )
+                elif columns is None:
                     row_moments(pointer(x, 0), first, second, item, a, b)
                 else:
                     column_moments(pointer(x, start + l0), first, second, item)
@@ -139,7 +174,9 @@ def forward(
             if stages & NORMALIZE:
                 size = b - a if columns is None else l1 - l0
                 fill_affine(high, scale, shift, size, step, mean, invstd, weight, bias, a, b)
-                _normalize(columns, (y, x, residual), item, a, b, relu, (high, scale, shift))
+                of = high, scale, shift
+                arrays = y, x, residual
+                _normalize(columns, arrays, item, a, b, relu, of, valid_bytes, valid)
         at = take(turns)
     leave(turns, helper)
 

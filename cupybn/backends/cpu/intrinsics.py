@@ -21,6 +21,7 @@ from .compiler import inside
 from .plan import TURNS, WIDE
 
 LINE = 64  # bytes of a cache line
+BUFFER = WIDE + LINE  # values from a buffer to the next
 _ONE_BYTE = ir.IntType(32)(1)  # an alignment
 
 
@@ -33,7 +34,12 @@ def _arithmetic(dtype):
 
 @intrinsic
 def pointer(_, array, i):
-    """To value i. The array must be an argument of the kernel: those live long enough."""
+    """To value i. The array must be an argument of the kernel: those live long enough.
+
+    Of None, None.
+    """
+    if array is types.none:
+        return types.none(array, types.intp), lambda context, *_: context.get_dummy_value()
 
     def code(context, builder, signature, arguments):
         data = context.make_array(array)(context, builder, arguments[0]).data
@@ -69,9 +75,9 @@ def of_channel(_, columns, coefficients, c):
     return result(columns, coefficients, types.intp), code
 
 
-def _on_the_stack(dtype, x):
+def _on_the_stack(dtype, x, size=WIDE + LINE):
     def code(context, builder, signature, arguments):
-        made = cgutils.alloca_once(builder, context.get_data_type(dtype), size=WIDE + LINE)
+        made = cgutils.alloca_once(builder, context.get_data_type(dtype), size=size)
         made.align = LINE
         return builder.gep(made, [context.get_constant(types.intp, LINE // 2)])
 
@@ -88,6 +94,29 @@ def buffer(_, x):
 def double_buffer(_, x):
     """The same in float64."""
     return _on_the_stack(types.float64, x)
+
+
+@intrinsic
+def buffers(_, x, mask):
+    """As :func:`buffer`; with a mask four of them, each BUFFER values behind the one before."""
+    number = 1 if mask is types.none else 4
+    result, code = _on_the_stack(_arithmetic(x.dtype), x, number * BUFFER)
+    return result.return_type(x, mask), code
+
+
+@intrinsic
+def byte_buffers(_, x, mask):
+    """Four buffers of bytes; None where there is no mask."""
+    if mask is types.none:
+        return types.none(x, mask), lambda context, *_: context.get_dummy_value()
+    result, code = _on_the_stack(types.uint8, x, 4 * BUFFER)
+    return result.return_type(x, mask), code
+
+
+@intrinsic
+def index_buffer(_, x):
+    """To WIDE integers on the stack."""
+    return _on_the_stack(types.intp, x)
 
 
 def _add(order):
@@ -157,9 +186,12 @@ def _behind_numbers(context, builder, turns, given, arrays):
 
 
 def _unowned(context, builder, kinds, arrays):
-    """The tuple of arrays without what Numba counts references by."""
+    """The tuple of arrays, or None, without what Numba counts references by."""
     made = []
     for kind, value in zip(kinds, cgutils.unpack_tuple(builder, arrays), strict=True):
+        if kind is types.none:
+            made.append(value)
+            continue
         array = context.make_array(kind)(context, builder, value)
         array.meminfo = cgutils.get_null_value(array.meminfo.type)
         array.parent = cgutils.get_null_value(array.parent.type)
@@ -427,8 +459,38 @@ def _where_positive(builder, a, b):
     return builder.select(builder.fcmp_ordered(">", a, zeros), b, zeros)
 
 
+@intrinsic
+def where_valid(_, valid, i, z):
+    """z where the bytes from valid[i] on are not 0, else 0; z itself where `valid` is None."""
+
+    def code(context, builder, signature, arguments):
+        given, index, values = arguments
+        if signature.args[0] is types.none:
+            return values
+        kind = _like(values.type, ir.IntType(8))
+        there = builder.bitcast(builder.gep(given, [index]), kind.as_pointer())
+        found = builder.icmp_unsigned("!=", builder.load(there, align=1), _constant(kind, 0))
+        return builder.select(found, values, _constant(values.type, 0.0))
+
+    return z(valid, types.intp, z), code
+
+
+@intrinsic
+def nonzero_bytes(_, values, i):
+    """How many of LINE bytes from values[i] on are not 0."""
+
+    def code(context, builder, signature, arguments):
+        kind, word = ir.VectorType(ir.IntType(8), LINE), ir.IntType(LINE)
+        there = builder.bitcast(builder.gep(arguments[0], [arguments[1]]), kind.as_pointer())
+        found = builder.icmp_unsigned("!=", builder.load(there, align=1), _constant(kind, 0))
+        return builder.ctpop(builder.bitcast(found, word))
+
+    return types.int64(values, types.intp), code
+
+
 plus = _operation(_plus)
 """``total + value``, in any order with the other terms of the sum."""
+minus = _operation(lambda builder, a, b: builder.fsub(a, b, flags=_CONTRACT))
 added = _operation(lambda builder, a, b: builder.fadd(a, b, flags=_CONTRACT))
 times = _operation(lambda builder, a, b: builder.fmul(a, b, flags=_CONTRACT))
 affine = _operation(_affine)

@@ -18,7 +18,7 @@ import numpy as np
 
 from ...arrays import DATA_TYPES, Array
 from . import source
-from .plan import LaunchPlan, plan_launch, plan_resident
+from .plan import VECTOR_BYTES, LaunchPlan, plan_launch, plan_resident
 
 NULL = np.uint64(0)
 NO_SCRATCH = NULL, NULL
@@ -55,11 +55,13 @@ def tensor_launch(
     some: int,
     every: int,
     whole_bytes: bool = False,
+    masked: bool = False,
 ) -> Launch:
     """The launch of a kernel over tensors of a shape and dtype.
 
     `some` has the bits that are set in the address of at least one tensor, `every` those that are
-    set in all, up to 16 bytes; `whole_bytes` is for a kernel that writes ReLU bits.
+    set in all, up to 16 bytes; `whole_bytes` is for a kernel that writes ReLU bits, `masked` for
+    one that takes a mask.
     """
     alignment, congruence = some | 16, some & ~every | 16
     plan = plan_launch(
@@ -71,8 +73,9 @@ def tensor_launch(
         whole_bytes,
     )
     scalar = DATA_TYPES[dtype.name].cuda
+    mask = {"MASK": mask_loads(plan, shape, dtype.itemsize)} if masked else {}
     if plan.flat:
-        compiled = source.get_kernel(f"{kernel}_flat", SCALAR=scalar)
+        compiled = source.get_kernel(f"{kernel}_flat", SCALAR=scalar, **mask)
         return _launch_of(compiled, plan, shape)
     compiled = source.get_kernel(
         kernel,
@@ -80,6 +83,7 @@ def tensor_launch(
         ROWS=int(plan.rows),
         VECTOR=plan.vector,
         RAGGED_VECTORS=int(plan.ragged),
+        **mask,
     )
     reduces = kernel in _REDUCTIONS
     shared = plan.shared_bytes if reduces else 0
@@ -93,6 +97,19 @@ def tensor_launch(
         return launch
     partials = 2 * shape[1] * (plan.slices + plan.groups)
     return launch._replace(partials=partials, counters=plan.tiles * (plan.groups + 1))
+
+
+def mask_loads(plan: LaunchPlan, shape: tuple[int, int, int], itemsize: int) -> str:
+    """How the mask of a vector is read, as ``cuda/mask.cuh`` has it.
+
+    Its elements have one position in columns. They have as many neighbouring ones, at a multiple
+    of their number, where rows are whole vectors; of narrow vectors that is not worth a kernel.
+    """
+    length, vector = shape[2], plan.vector
+    if vector == 1 or (length == 1 and plan.line_samples == 1):
+        return "ONE_BYTE"
+    wide = vector * itemsize == VECTOR_BYTES
+    return "AT_ONCE" if wide and not plan.ragged and length % vector == 0 else "EACH_BYTE"
 
 
 def _launch_of(compiled: Any, plan: LaunchPlan, sizes: tuple[int, ...], **options: int) -> Launch:

@@ -61,6 +61,7 @@ class Direct:
     def __init__(self, bound: Bound, x: Tensor) -> None:
         layout, (dtype, shape) = bound.layout, bound.expected
         self.bound, self.usual = bound, bound.on_host and bound.ranks == 1 and bound.updates
+        self.usual &= bound.count > 1  # no batch, and one value, are cases of their own
         self.data = Dense(bound.shape, layout.strides, x.dtype, (bound.shape3, bound.dtype))
         self.channels = Dense(shape, (1,), WIDE[x.dtype], (shape, dtype))
         self.counter = Dense((), (), torch.int64, ((), np.dtype(np.int64)))

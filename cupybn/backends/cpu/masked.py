@@ -1,0 +1,363 @@
+"""The loops of moments and of sums over the valid positions alone, and what all masked loops need.
+
+A mask has a byte for each position, nonzero where it is valid. Columns are read a line at a time
+beside a pattern of such bytes: those of one sample repeat with each channel. A row of columns that
+is masked altogether is not read.
+"""
+
+from __future__ import annotations
+
+from .channels import merge_one
+from .compiler import inside, shared, summed
+from .intrinsics import (
+    BUFFER,
+    LINE,
+    added,
+    buffer,
+    byte_buffers,
+    double_buffer,
+    index_buffer,
+    lanes,
+    line,
+    load,
+    minus,
+    moved,
+    nonzero_bytes,
+    part,
+    plus,
+    store_line,
+    times,
+    where_valid,
+    zero,
+)
+from .moments import ROWS, RUN, SAMPLE, add_columns
+from .plan import WIDE
+
+
+@shared
+def valid_in(mask, begin, end):
+    """How many positions from `begin` to `end` are valid."""
+    count = 0
+    whole = begin + (end - begin) // LINE * LINE
+    for i in range(begin, whole, LINE):
+        count += nonzero_bytes(mask, i)
+    for i in range(whole, end):
+        count += mask[i] != 0
+    return count
+
+
+@shared
+def _sample(places, taken, mask, begin, end, number):
+    """Adds up to `number` valid positions to `places`, spread out; all there are if few."""
+    for k in range(number):
+        for i in range(
+            begin + (end - begin) * k // number, begin + (end - begin) * (k + 1) // number
+        ):
+            if mask[i] != 0:
+                places[taken] = i
+                taken += 1
+                break
+    return taken
+
+
+@shared
+def _near_mean(x, places, taken):
+    """The mean of the values at some places, in low precision."""
+    first = load(x, places[0])
+    total = zero(x)
+    for k in range(1, taken):
+        total += load(x, places[k]) - first
+    return first + total / taken
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+@summed
+def _deviations(x, begin, mask, at, size, pivot):
+    total = zero(x)
+    squares = zero(x)
+    for i in range(size):
+        d = where_valid(mask, at + i, load(x, begin + i) - pivot)
+        total = plus(total, d)
+        squares = plus(squares, d * d)
+    return total, squares
+
+
+@inside
+def masked_row_moments(x, mean, m2, item, c0, c1, mask, counts):
+    """As ``row_moments``; also how many values of a channel the segment has, into counts."""
+    segment, _, channels, length, _, _, n0, n1, l0, l1, _, _ = item
+    pivot, sums, squares = buffer(x), double_buffer(x), double_buffer(x)
+    places = index_buffer(x)
+    for c in range(segment + c0, segment + c1):
+        mean[c] = 0.0
+        m2[c] = 0.0
+    count = 0.0
+    rows = max(1, RUN // max(1, l1 - l0))
+    for n in range(n0, n1, rows):
+        last = min(n + rows, n1)
+        for j in range(l0, l1, RUN):
+            run = min(RUN, l1 - j)
+            taken = 0
+            valid = 0
+            for k in range(n, last):
+                at, before = k * length + j, taken
+                valid += valid_in(mask, at, at + run)
+                if taken < SAMPLE:
+                    taken = _sample(places, taken, mask, at, at + run, SAMPLE)
+                for p in range(before, taken):
+                    places[p] += k * (channels - 1) * length
+            if valid > 0:
+                size = float(valid)
+                for c in range(c1 - c0):
+                    pivot[c] = _near_mean(moved(x, (c0 + c) * length), places, taken)
+                    sums[c] = 0.0
+                    squares[c] = 0.0
+                for k in range(n, last):
+                    for c in range(c1 - c0):
+                        begin, at = (k * channels + c0 + c) * length + j, k * length + j
+                        total, square = _deviations(x, begin, mask, at, run, pivot[c])
+                        sums[c] += total
+                        squares[c] += square
+                for c in range(c1 - c0):
+                    shift = sums[c] / size
+                    m = squares[c] - sums[c] * shift
+                    merge_one(mean, m2, segment + c0 + c, count, size, pivot[c] + shift, m)
+                count += size
+    counts[segment // channels] = count
+
+
+@summed
+def masked_sums(dy, x, mask, at, size, high):
+    """The sums of dy and of dy * (x - high) of one run."""
+    total = zero(x)
+    products = zero(x)
+    for i in range(size):
+        g = where_valid(mask, at + i, load(dy, i))
+        d = where_valid(mask, at + i, load(x, i) - high)
+        total = plus(total, g)
+        products = plus(products, g * d)
+    return total, products
+
+
+# ---- columns -------------------------------------------------------------------------------------
+
+
+@shared
+def fill_valid(valid, mask, at, length, channels, samples):
+    """The bytes of a row of columns that begins at position `at`; returns after how many they
+    repeat.
+
+    Of one sample its `length` bytes for each channel, a line of them or more; of several samples,
+    all columns of theirs.
+    """
+    if samples == 1:
+        period = length * (1 + (LINE - 1) // length)
+        if length == 1:
+            for k in range(2 * LINE):
+                valid[k] = mask[at]
+        else:
+            for k in range(length):
+                valid[k] = mask[at + k]
+            for k in range(length, period + LINE):
+                valid[k] = valid[k - length]
+        return period
+    k = 0
+    for n in range(at, at + samples * length, length):
+        for _ in range(channels):
+            for i in range(n, n + length):
+                valid[k] = mask[i]
+                k += 1
+    return 2 * WIDE
+
+
+@inside
+def next_place(at, step, period):
+    """Where the bytes of the next `step` columns begin."""
+    at += step
+    return at - period if at >= period else at
+
+
+@inside
+def place(at, i, period):
+    """Where those of column i of a run begin; i may be up to a line below 0."""
+    return (at + i) % period if i > 0 else at + i
+
+
+@inside
+def samples_in(item, channels):
+    """(samples in a row of columns, the first position of the first row)."""
+    _, start, _, width, _, _, _, _, _, _, length, _ = item
+    return width // (channels * length), start // channels
+
+
+@summed
+def bytes_of_run(valid, mask, columns, item, channels, n, i, size, again):
+    """(where those of a run of columns from i on begin, after how many they repeat): into valid.
+
+    `again`: they are there already. Nothing where there is no mask.
+    """
+    at, period = 0, 2 * WIDE
+    if mask is not None:
+        if columns is None:
+            _, _, _, length, _, _, _, _, _, _, _, _ = item
+            for k in range(0 if again else size):
+                valid[k] = mask[n * length + i + k]
+        else:
+            _, _, _, _, _, _, _, _, _, _, length, _ = item
+            samples, first = samples_in(item, channels)
+            first += n * samples * length
+            period = fill_valid(valid, mask, first, length, channels, samples)
+            at = i % period
+    return at, period
+
+
+@shared
+def valid_rows(rows, mask, first, size, begin, end):
+    """(how many rows from `begin` to `end` have valid positions, how many positions): into rows.
+
+    Three more at the end are the first one again, so that they can be taken four at a time.
+    """
+    taken = 0
+    count = 0
+    for m in range(begin, end):
+        found = valid_in(mask, first + m * size, first + (m + 1) * size)
+        rows[taken] = m
+        count += found
+        taken += found > 0
+    for k in range(taken, taken + 3):
+        rows[k] = rows[0]
+    return taken, count
+
+
+@shared
+def fill_four(valid, mask, rows, k, taken, first, length, channels, samples):
+    """The bytes of rows[k] to rows[k + 3], and none of those that there are not."""
+    period = 0
+    for r in range(4):
+        at = first + rows[k + r] * samples * length
+        period = fill_valid(moved(valid, r * BUFFER), mask, at, length, channels, samples)
+        if k + r >= taken:
+            for i in range(BUFFER):
+                valid[r * BUFFER + i] = 0
+    return period
+
+
+@shared
+def _fill_pivot(x, pivot, width, item, channels, mask):
+    """A value near the mean of each channel, from some of the valid positions."""
+    _, _, _, _, c0, c1, m0, m1, j0, j1, step, _ = item
+    samples, first = samples_in(item, channels)
+    size, places = samples * step, index_buffer(x)
+    taken = _sample(places, 0, mask, first + m0 * size, first + m1 * size, SAMPLE)
+    for k in range(taken):
+        at = places[k] - first
+        row, rest = at // size, at % size
+        places[k] = row * width + rest // step * channels * step + rest % step
+    repeat = (c1 - c0) * step
+    for j in range(0, repeat, step):
+        near = _near_mean(moved(x, j), places, taken) if taken > 0 else zero(x)
+        for k in range(j, j1 - j0, repeat):
+            for i in range(k, k + step):
+                pivot[i] = near
+
+
+@inside
+def _four(y, values, begins, i, size):
+    """The lines at column i of four rows, of which only what is below `size` is read."""
+    if i + lanes(y) <= size:
+        a, b = line(y, values, begins[0] + i), line(y, values, begins[1] + i)
+        c, d = line(y, values, begins[2] + i), line(y, values, begins[3] + i)
+    else:
+        a = part(y, moved(values, begins[0]), i, size)
+        b = part(y, moved(values, begins[1]), i, size)
+        c = part(y, moved(values, begins[2]), i, size)
+        d = part(y, moved(values, begins[3]), i, size)
+    return a, b, c, d
+
+
+@inside
+def _add_deviations(x, j, at, lines, pivot, valid, partial, squares):
+    x0, x1, x2, x3 = lines
+    p = line(x, pivot, j)
+    d0 = where_valid(valid, at, minus(x0, p))
+    d1 = where_valid(valid, at + BUFFER, minus(x1, p))
+    d2 = where_valid(valid, at + 2 * BUFFER, minus(x2, p))
+    d3 = where_valid(valid, at + 3 * BUFFER, minus(x3, p))
+    total = added(line(x, partial, j), added(added(d0, d1), added(d2, d3)))
+    store_line(partial, j, total, False)
+    square = added(added(times(d0, d0), times(d1, d1)), added(times(d2, d2), times(d3, d3)))
+    store_line(squares, j, added(line(x, squares, j), square), False)
+
+
+@inside
+def masked_column_moments(x, mean, m2, item, channels, mask, counts):
+    """As ``column_moments``; also how many values of a channel the segment has, into counts."""
+    segment, _, _, width, c0, c1, m0, m1, j0, j1, step, _ = item
+    columns, repeat = j1 - j0, (c1 - c0) * step
+    samples, first = samples_in(item, channels)
+    pivot, sums, squares = buffer(x), double_buffer(x), double_buffer(x)
+    partial, partial_squares = buffer(x), buffer(x)
+    rows, valid = index_buffer(x), byte_buffers(x, mask)
+    _fill_pivot(x, pivot, width, item, channels, mask)
+    for j in range(columns):
+        sums[j] = 0.0
+        squares[j] = 0.0
+    count = 0
+    for block in range(m0, m1, ROWS):
+        last = min(block + ROWS, m1)
+        taken, found = valid_rows(rows, mask, first, samples * step, block, last)
+        count += found
+        for j in range(columns):
+            partial[j] = zero(x)
+            partial_squares[j] = zero(x)
+        for k in range(0, taken, 4):
+            period = fill_four(valid, mask, rows, k, taken, first, step, channels, samples)
+            begins = (
+                rows[k] * width,
+                rows[k + 1] * width,
+                rows[k + 2] * width,
+                rows[k + 3] * width,
+            )
+            at = j0 % period
+            for j in range(0, columns, lanes(x)):
+                lines = _four(x, x, begins, j, columns)
+                _add_deviations(x, j, at, lines, pivot, valid, partial, partial_squares)
+                at = next_place(at, lanes(x), period)
+        for j in range(columns):
+            sums[j] += partial[j]
+            squares[j] += partial_squares[j]
+    add_columns(sums, squares, columns, repeat, step)
+    size = max(float(count), 1.0)
+    j = 0
+    for c in range(segment + c0, segment + c1):
+        shift = sums[j] / size
+        mean[c] = pivot[j] + shift
+        m2[c] = squares[j] - sums[j] * shift
+        j += step
+    counts[segment // channels] = float(count)
+
+
+@inside
+def add_products(arrays, begins, j, at, size, relu, high, valid, partial, products):
+    """Adds dy, or what of it a ReLU kept, and dy * (x - high), of four rows' lines at column j."""
+    dy, x, kept = arrays
+    x0, x1, x2, x3 = _four(x, x, begins, j, size)
+    if relu > 0:
+        g0, g1 = line(x, kept, j), line(x, kept, j + BUFFER)
+        g2, g3 = line(x, kept, j + 2 * BUFFER), line(x, kept, j + 3 * BUFFER)
+    else:
+        g0, g1, g2, g3 = _four(x, dy, begins, j, size)
+    h = line(x, high, j)
+    g0, d0 = where_valid(valid, at, g0), where_valid(valid, at, minus(x0, h))
+    at += BUFFER
+    g1, d1 = where_valid(valid, at, g1), where_valid(valid, at, minus(x1, h))
+    at += BUFFER
+    g2, d2 = where_valid(valid, at, g2), where_valid(valid, at, minus(x2, h))
+    at += BUFFER
+    g3, d3 = where_valid(valid, at, g3), where_valid(valid, at, minus(x3, h))
+    total = added(line(x, partial, j), added(added(g0, g1), added(g2, g3)))
+    store_line(partial, j, total, False)
+    product = added(added(times(g0, d0), times(g1, d1)), added(times(g2, d2), times(g3, d3)))
+    store_line(products, j, added(line(x, products, j), product), False)
