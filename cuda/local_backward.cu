@@ -14,7 +14,8 @@ local_backward(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
                const double* mean, const double* invstd, const param_t* weight, const param_t* bias,
                double share, i64 relu, i64 n, i64 c, i64 l, i64 slice_length, i64 tile_channels,
                i64 line_samples, i64 kept_begin, i64 kept_vectors) {
-  constexpr int UNROLL = 2, DEPTH = 4;
+  constexpr int UNROLL = 2;
+  constexpr int DEPTH = 4;
   constexpr bool rows = Walk::CHANNELS == 1;
   const Shape shape{n, c, l, slice_length, tile_channels, line_samples};
   const ChannelArrays arrays{mean, invstd, {weight, bias}};
