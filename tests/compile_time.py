@@ -13,17 +13,19 @@ import subprocess
 import sys
 import time
 
-from kernel_cases import host_kernels
+from kernel_cases import host_kernels, resident
 from test_compile import compile_text
 
 from cupybn import BatchNorm1d, BatchNorm2d
 from cupybn.arrays import DATA_TYPES
 
-SHAPES = {
-    "rows": (4, 64, 28, 28),
-    "ragged rows": (4, 3, 101, 101),
-    "columns": (512, 64),
-    "ragged runs": (5, 3, 7, 7),
+KINDS = {  # a shape, and whether one rank's passes are resident where they can
+    "rows": ((4, 64, 28, 28), "0"),
+    "ragged rows": ((4, 3, 101, 101), "0"),
+    "columns": ((512, 64), "0"),
+    "ragged runs": ((5, 3, 7, 7), "0"),
+    "resident rows": ((4, 64, 28, 28), "1"),
+    "resident columns": ((512, 64), "1"),
 }
 
 
@@ -32,20 +34,21 @@ class _Nothing:
         return lambda *launch, **options: None
 
 
-def texts(dtype: str, shape: tuple[int, ...]) -> list[str]:
+def texts(dtype: str, shape: tuple[int, ...], setting: str) -> list[str]:
     """What a layer's first forward and backward compile."""
     found: list[str] = []
     if dtype == "bfloat16":
         from ml_dtypes import bfloat16 as dtype
     cls = BatchNorm2d if len(shape) == 4 else BatchNorm1d
-    with host_kernels(lambda text, kernels: found.append(text) or _Nothing()) as cupy:
+    build = lambda text, kernels: found.append(text) or _Nothing()  # noqa: E731
+    with host_kernels(build) as cupy, resident(setting):
         layer = cls(shape[1], dtype="float64" if dtype == "float64" else None, device="cuda")
         layer.backward(layer(cupy.ones(shape, dtype)))
     return found
 
 
 def measure(dtype: str, kind: str, arch: str) -> tuple[float, float, int]:
-    modules = texts(dtype, SHAPES[kind])
+    modules = texts(dtype, *KINDS[kind])
     began, clock = time.process_time(), time.perf_counter()
     for text in modules:
         compile_text(text, arch)
@@ -61,10 +64,10 @@ def main() -> None:
     if args.one:
         print(*measure(*args.one, args.arch))
         return
-    print(f"| type | {' | '.join(SHAPES)} |\n|---|{'---|' * len(SHAPES)}")
+    print(f"| type | {' | '.join(KINDS)} |\n|---|{'---|' * len(KINDS)}")
     for dtype in DATA_TYPES:
         cells = []
-        for kind in SHAPES:
+        for kind in KINDS:
             command = [sys.executable, __file__, "--arch", args.arch, "--one", dtype, kind]
             runs = [
                 subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()

@@ -37,6 +37,7 @@ from .tensors import (
     WIDE,
     Tensor,
     array_of,
+    check_mask,
     is_recorded,
     is_transformed,
     is_without_values,
@@ -86,8 +87,13 @@ class BatchNorm(TorchBatchNorm):
         """Who takes part in the next forward."""
         return ALONE
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Normalises (N, C, ...) `input`; y has its shape, dtype and memory format.
+
+        Args:
+            mask: bool or uint8, (N, ...), the input's shape without its channels; nonzero where it
+                is valid (the opposite of ``key_padding_mask``). Everything is that of the valid
+                values alone; y and the gradient are 0 elsewhere. None: all are valid.
 
         Raises:
             ShapeError, DTypeError, DeviceError: bad input; PeerError, CollectiveMismatchError: on
@@ -95,12 +101,14 @@ class BatchNorm(TorchBatchNorm):
         """
         if not torch.jit.is_scripting():  # what is in here TorchScript does not compile
             if torch.compiler.is_compiling() or stands_for_another(input):
-                return self._traced(input)
-            if self.training:
-                return self._train(input)
-            return super().forward(input)
+                return self._traced(input, mask)
+            if self.training or (mask is not None and self.running_mean is None):
+                return self._train(input, mask)
+            return self._evaluate(input, mask)
         if self.training:
             raise RuntimeError("this batch norm was scripted, and cannot train: call .eval()")
+        if mask is not None:
+            raise RuntimeError("this batch norm was scripted, and takes no mask")
         if input.dim() < 2:
             raise ValueError("expected at least 2D input")
         mean, var = self.running_mean, self.running_var
@@ -109,7 +117,8 @@ class BatchNorm(TorchBatchNorm):
             input, mean, var, weight, bias, mean is None, 0.0, self.eps
         )
 
-    def _train(self, x: Tensor) -> Tensor:
+    def _train(self, x: Tensor, mask: Tensor = None) -> Tensor:
+        """A forward with the statistics of the batch."""
         try:
             weight, bias = _affine(self.__dict__["_parameters"])
         except KeyError:  # attributes, which take longer: parametrised, or deleted
@@ -118,37 +127,47 @@ class BatchNorm(TorchBatchNorm):
         if torch.is_grad_enabled():
             for tensor in (x, weight, bias):
                 backward = backward or getattr(tensor, "requires_grad", False)
-        return apply(x, weight, bias, self, backward)
+        return apply(x, weight, bias, self, backward, mask)
 
-    def _traced(self, x: Tensor) -> Tensor:
+    def _evaluate(self, x: Tensor, mask: Tensor = None) -> Tensor:
+        """A forward of PyTorch's own; what is masked is in no gradient, whatever stands there."""
+        if mask is None:
+            return super().forward(x)
+        self._check_input_dim(x)
+        check_mask(mask, x)
+        masked = (mask == 0).unsqueeze(1)
+        return super().forward(x.masked_fill(masked, 0)).masked_fill(masked, 0)
+
+    def _traced(self, x: Tensor, mask: Tensor = None) -> Tensor:
         """A forward of what stands for a tensor in memory, or that something looks on."""
+        of_batch = self.training or (mask is not None and self.running_mean is None)
         if torch.compiler.is_dynamo_compiling():
-            if not self.training:
-                return super().forward(x)
+            if not of_batch:
+                return self._evaluate(x, mask)
             if self._communicates:
                 torch._dynamo.graph_break(msg=_GRAPH_BREAK)
-                return torch.compiler.disable(self._train)(x)
-            return self._operator(x)
+                return torch.compiler.disable(self._train)(x, mask)
+            return self._operator(x, mask)
         if isinstance(x, torch.fx.Proxy):  # symbolic_trace takes PyTorch's own for leaves too
-            path = x.tracer.path_of_module(self)
-            return x.tracer.create_proxy("call_module", path, (x,), {})
-        if not self.training:
-            return super().forward(x)
+            path, given = x.tracer.path_of_module(self), {} if mask is None else {"mask": mask}
+            return x.tracer.create_proxy("call_module", path, (x,), given)
+        if not of_batch:
+            return self._evaluate(x, mask)
         if not isinstance(x, torch.Tensor):
-            return self._train(x)
+            return self._train(x, mask)
         if is_transformed(x, self):
             self._refuse(_TRANSFORMS)
         if is_watching():
-            return self._train(x)
+            return self._train(x, mask)
         shapes_alone = is_without_values(x) and not is_recorded()
         if not shapes_alone and self.communicator().size > 1:
             if is_recorded() or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
                 self._refuse(f"a {type(x).__name__} {_OVER_RANKS}")
             if type(x) in PLAIN:
-                return self._train(x)
-            return self._train(x.as_subclass(torch.Tensor)).as_subclass(type(x))
+                return self._train(x, mask)
+            return self._train(x.as_subclass(torch.Tensor), mask).as_subclass(type(x))
         remembered(self.label, tuple(x.shape))  # raises in a recomputation
-        return self._operator(x)
+        return self._operator(x, mask)
 
     def _refuse(self, why: str) -> NoReturn:
         """Raises RuntimeError; the other ranks, which may be in the same forward, hear of it."""
@@ -156,21 +175,23 @@ class BatchNorm(TorchBatchNorm):
         with CollectiveCall(self.communicator(), what, length):
             raise RuntimeError(f"{self.label}: {why}")
 
-    def _operator(self, x: Tensor) -> Tensor:
+    def _operator(self, x: Tensor, mask: Tensor = None) -> Tensor:
         """A forward of this rank alone, as an operator that PyTorch can record."""
         weight, bias = self.weight, self.bias
         buffers = self.running_mean, self.running_var, self.num_batches_tracked
         self._check_input(x, weight, bias, *buffers)
+        if mask is not None:
+            check_mask(mask, x)
         if not self.track_running_stats or buffers[0] is None:
             buffers = None, None, None
-        y, _, *new = forward_operator(x, weight, bias, *buffers, self._momentum(), self.eps)
+        y, _, *new = forward_operator(x, weight, bias, *buffers, self._momentum(), self.eps, mask)
         for buffer, values in zip(buffers, new, strict=True):
             if buffer is not None:
                 buffer.copy_(values)  # not under no_grad: torch.export could not save that
         return y
 
     def normalise(
-        self, x: Tensor, weight: Tensor, bias: Tensor, backward: bool
+        self, x: Tensor, weight: Tensor, bias: Tensor, backward: bool, mask: Tensor
     ) -> tuple[Tensor, Saved, Direct | None]:
         """What :class:`Normalise` does in a forward.
 
@@ -185,7 +206,7 @@ class BatchNorm(TorchBatchNorm):
         key: Any = None
         direct: Direct | None = None
         strided = type(x) in PLAIN and x.layout is torch.strided and not x.is_nested
-        if strided and type(momentum) is float and self._binds:
+        if strided and type(momentum) is float and self._binds and self.training:
             key = (
                 *(x.shape, x.stride(), x.dtype, x.device, backward, self.name, own.get("_comm")),
                 *(self.eps, momentum, self.track_running_stats, self.num_features),
@@ -200,20 +221,20 @@ class BatchNorm(TorchBatchNorm):
                 direct = own["_bindings"].get(key)
         tensors = weight, bias, mean, var, batches
         if direct is None:
-            return self._bind_and_run(key, x, tensors, backward)
+            return self._bind_and_run(key, x, tensors, backward, mask)
         bound = direct.bound
         call = CollectiveCall(bound.comm, *bound.forward_call) if bound.ranks > 1 else None
         try:
-            if (found := direct.forward(x, tensors)) is not None:
+            if mask is None and (found := direct.forward(x, tensors)) is not None:
                 return *found, direct
             with on_stream_of(x) if x.is_cuda else HOST:
-                return *run_forward(call, bound, x, array_of_tensor(x), tensors), None
+                return *run_forward(call, bound, x, array_of_tensor(x), tensors, mask), None
         except Exception as error:
             bound.leave(call, "forward", error)
             raise
 
     def _bind_and_run(
-        self, key: Any, x: Tensor, tensors: tuple[Tensor, ...], backward: bool
+        self, key: Any, x: Tensor, tensors: tuple[Tensor, ...], backward: bool, mask: Tensor
     ) -> tuple[Tensor, Saved, None]:
         """A forward of a signature that was not met twice before; `key` None: not to be kept."""
         comm, label = self.communicator(), self.label
@@ -240,7 +261,7 @@ class BatchNorm(TorchBatchNorm):
                 self.__dict__.setdefault("_bindings", Bindings()).keep(key, Direct(bound, x))
             if call.ranks > 1:
                 *_, call.fingerprint, call.messages = bound.forward_call
-            return *run_forward(call, bound, x, array, tensors), None
+            return *run_forward(call, bound, x, array, tensors, mask), None
 
     def _momentum(self) -> float | None:
         """A momentum that may be a tensor, as PyTorch takes it.

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ...arrays import DATA_TYPES, Array, array_of_tensor, cupy_for, memory_of
-from ...errors import DTypeError
+from ...errors import DeviceError, DTypeError, ShapeError
 from ...forward_backward import Bound
 
 Tensor = Any
@@ -33,6 +33,20 @@ def array_of(tensor: Tensor, what: str = "input") -> Array:
     if not isinstance(tensor, torch.Tensor):
         raise DTypeError(f"{what} must be a torch.Tensor, got {type(tensor).__name__}")
     return array_of_tensor(tensor, what)
+
+
+def check_mask(mask: Tensor, x: Tensor) -> None:
+    """Raises unless the mask says of each position of x whether it is valid; asks for no values."""
+    if not isinstance(mask, torch.Tensor):
+        raise DTypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.dtype not in (torch.bool, torch.uint8):
+        raise DTypeError(
+            f"mask is {mask.dtype}, expected torch.bool or torch.uint8, nonzero where x is valid"
+        )
+    if mask.shape != (expected := (x.shape[0], *x.shape[2:])):
+        raise ShapeError(f"mask has shape {tuple(mask.shape)}, expected {tuple(expected)}")
+    if mask.device != x.device:
+        raise DeviceError(f"mask is on {mask.device}, but the input is on {x.device}")
 
 
 def arrays_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Array]:
