@@ -34,7 +34,7 @@ class _Nothing:
         return lambda *launch, **options: None
 
 
-def texts(dtype: str, shape: tuple[int, ...], setting: str, masked: bool = False) -> list[str]:
+def texts(dtype: str, shape: tuple[int, ...], setting: str, masked: bool) -> list[str]:
     """What a layer's first forward and backward compile, `masked` with a mask."""
     found: list[str] = []
     if dtype == "bfloat16":

@@ -194,6 +194,17 @@ def test_the_device_is_asked_how_much_a_block_can_have(monkeypatch, kilobytes, e
     assert sum(name in KERNELS for name in found) == expected
 
 
+def test_a_mask_of_valid_values_streams():
+    fake_cupy.do_nothing()
+    x, weight = fake_cupy.zeros((8, 16, 64), np.float16), fake_cupy.ones(16, np.float32)
+    masked = {"mask": fake_cupy.ones((8, 64), np.uint8)}
+    with resident("1"):
+        mean, invstd = cuda.local_forward(x, x, weight, weight, 1e-5, **masked, count=512)
+        transform = Transform(mean, invstd, weight, weight)
+        cuda.local_backward(x, x, x, transform, count=512, **masked)
+    assert launched() == STREAMING
+
+
 def test_several_ranks_stream():
     from cupybn import SyncBatchNorm
     from cupybn.testing import run_ranks
