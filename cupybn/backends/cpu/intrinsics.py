@@ -34,18 +34,34 @@ def _arithmetic(dtype):
 
 @intrinsic
 def pointer(_, array, i):
-    """To value i. The array must be an argument of the kernel: those live long enough.
-
-    Of None, None.
-    """
-    if array is types.none:
-        return types.none(array, types.intp), lambda context, *_: context.get_dummy_value()
+    """To value i. The array must be an argument of the kernel: those live long enough."""
 
     def code(context, builder, signature, arguments):
         data = context.make_array(array)(context, builder, arguments[0]).data
         return builder.gep(data, [arguments[1]])
 
     return types.CPointer(array.dtype)(array, types.intp), code
+
+
+@intrinsic
+def strided(_, mask, x):
+    """The pointer to a mask's bytes, and how many there are for each sample of x; of None, None."""
+    if mask is types.none:
+        return types.none(mask, x), lambda context, *_: context.get_dummy_value()
+    kinds = types.Tuple((types.CPointer(mask.dtype), types.intp))
+
+    def code(context, builder, signature, arguments):
+        given, data = (
+            context.make_array(kind)(context, builder, value)
+            for kind, value in zip(signature.args, arguments, strict=True)
+        )
+        samples = builder.extract_value(data.shape, 0)
+        one = context.get_constant(types.intp, 1)
+        samples = builder.select(builder.icmp_signed("<", samples, one), one, samples)
+        each = builder.sdiv(given.nitems, samples)
+        return context.make_tuple(builder, kinds, (given.data, each))
+
+    return kinds(mask, x), code
 
 
 @intrinsic

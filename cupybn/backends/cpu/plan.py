@@ -20,6 +20,7 @@ _ITEM = 1 << 18  # values of a work item, about
 _LEAST = 1 << 16  # values per channel that are worth a segment
 _SHARE = 1 << 17  # values that are worth waking a thread: about 100 us of forward
 _UNITS = 256  # channels times segments that keep any number of threads busy
+_LINE = 64  # bytes of a cache line: the most values of a line there are, and twice as many
 _BITS = 1 << 15  # bytes of ReLU bits in an item
 TURNS = 130  # numbers with which threads take turns and lend arrays; two where one works alone
 
@@ -77,6 +78,19 @@ def plan_for(n: int, channels: int, length: int) -> Plan:
     threads = max(1, min(len(items), n * channels * length // _SHARE))
     table = np.array(items, np.int64).reshape(-1, len(WorkItem._fields))
     return Plan(columns, table, np.array(counts), threads)
+
+
+@lru_cache(maxsize=1024)
+def repeated(n: int, channels: int, length: int) -> int:
+    """How many bytes of a mask the loops want of each sample: its own, or those repeated.
+
+    Repeated where a row of columns is one sample: so often that a line can begin anywhere in the
+    first half of them.
+    """
+    plan = plan_for(n, channels, length)
+    if not plan.columns or not len(plan.items) or plan.items[0, 3] > channels * length:
+        return length
+    return 2 * length * (1 + (_LINE - 1) // length)
 
 
 @lru_cache(maxsize=1024)
