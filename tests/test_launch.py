@@ -201,7 +201,7 @@ def test_a_tensor_beyond_the_grid_is_refused():
 @pytest.mark.parametrize("shared", [48, 99, 227])
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 def test_every_element_of_a_resident_launch_has_one_owner_and_one_place(itemsize, shared):
-    """In blocks whose tiles fit. A vector's place is its number in the tile: `cuda/resident.cuh`."""
+    """In blocks whose tiles fit. A vector's place is its number in the tile: cuda/resident.cuh."""
     found = 0
     for shape, whole_bytes, tensors in product(ISSUE_SHAPES, (False, True), (1, 2)):
         if shape[0] * shape[1] * shape[2] > 300_000:
