@@ -21,10 +21,11 @@ from itertools import product
 from math import prod
 from types import SimpleNamespace
 
+import kernel_cases
 import numpy as np
 import pytest
 from conftest import DTYPES, ROOT, TOLERANCE
-from cuda_variants import variants
+from cuda_variants import masked_variants, variants
 from kernel_cases import (
     CS,
     LARGE,
@@ -417,7 +418,8 @@ def free_blocks():
 @pytest.fixture(scope="module")
 def compiled():
     """Every module there is, compiled into CuPy's cache on disk by several threads."""
-    every = [variant for dtype in DTYPES for variant in variants(dtype.name)]
+    kinds = variants, masked_variants
+    every = [v for dtype in DTYPES for variants_of in kinds for v in variants_of(dtype.name)]
     began = time.perf_counter()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(lambda v: source.compile_module(v.source, v.kernels), every))
@@ -505,6 +507,54 @@ def to_host(value):
     if isinstance(value, BackwardSums):
         return BackwardSums(*map(copy_to_host, value))
     return copy_to_host(value) if hasattr(value, "shape") else value
+
+
+# ---- masks ---------------------------------------------------------------------------------------
+
+
+def masked_failures(case):
+    """What of a case of kernel_cases.py is off on the device."""
+    f, n = case.forward, max(case.count, 1)  # which leaves the kink
+    found = kernel_cases._run(cuda, case, cp.asarray, cp)
+    got = {name: to_host(value) for name, value in found.items()}
+    got["running"] = [copy_to_host(state) for state in found["running"]]
+    kept = got["y"].astype(np.float64) > 0 if case.activation else None
+    b, relative = case.backward(kept), PER_CHANNEL[case.x.dtype.name]
+    state = (f.mean / 2, (1 + f.var * n / max(n - 1, 1)) / 2) if case.count else (0, 1)
+    wanted = {
+        "mean": (got["mean"], f.mean, relative),
+        "var": (got["var"], f.var, relative),
+        "running mean": (got["running"][0], state[0], relative),
+        "running var": (got["running"][1], state[1], relative),
+        "y": (got["y"], f.y, TOLERANCE[case.x.dtype.name]),
+        "dx": (got["dx"], b.dx, TOLERANCE[case.x.dtype.name]),
+    }
+    bad = [name for name, (a, e, limit) in wanted.items() if not off(a, e) <= limit]
+    if got["relu_bits"] is not None and (got["relu_bits"] != np.packbits(kept)).any():
+        bad.append("relu_bits")
+    nothing = np.broadcast_to(~case.valid, case.x.shape)
+    tensors = ("y", "dx", "dresidual") if case.needs_dresidual else ("y", "dx")
+    for name in tensors:
+        memory = got[name].view(f"u{case.x.itemsize}")
+        bad += [f"{name} where masked"] if memory[nothing].any() else []
+    return [f"{case.x.dtype} {case.x.shape}, {case.count} valid: {', '.join(bad)}"] if bad else []
+
+
+def off(got, expected):
+    got, expected = got.astype(np.float64), np.asarray(expected, np.float64)
+    return (np.abs(got - expected) / np.maximum(1, np.abs(expected))).max()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_shapes_in_every_mask(dtype):
+    """NaN and Inf where masked; for compute-sanitizer, too."""
+    shapes = [*LAYOUTS, (5, 6, 24), (7, 258, 2), (3000, 64, 1), (700, 8, 49)]
+    failures, cases = [], list(product(shapes[:2] if TINY else shapes, kernel_cases.MASKS))
+    for i, (shape, kind) in enumerate(cases):
+        mask = kernel_cases.mask_of(kind, shape, i)
+        failures += masked_failures(kernel_cases.Case(shape, dtype, MODES[i % 4], i, mask=mask))
+    fail_with(failures, len(cases))
 
 
 # ---- values --------------------------------------------------------------------------------------

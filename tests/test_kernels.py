@@ -262,6 +262,16 @@ def test_a_mean_far_from_zero(shape, dtype, ratio):
     check(Case(shape, dtype, "plain", x=x))
 
 
+@pytest.mark.parametrize("shape", [(6, 32, 49), (65, 24, 1), (4, 3, 784)], ids=name_of)
+@pytest.mark.parametrize("first", [1, 40, 10**6])
+def test_deviations_are_taken_from_a_valid_value(shape, first):
+    """Wherever the first one is; from 0 the variance would have lost all its digits."""
+    mask = mask_of("all valid", shape)
+    mask.flat[: min(first, mask.size - 5)] = 0
+    values = np.random.default_rng(3).standard_normal(shape) + 1e8
+    check(Case(shape, np.dtype(np.float64), "plain", x=values, mask=mask), against_numpy=False)
+
+
 @pytest.mark.ptx
 @pytest.mark.parametrize("shape", [*LAYOUTS, *SPLIT], ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
