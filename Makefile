@@ -85,8 +85,8 @@ rehearse-gpu: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m rehearsal tests/test_on_gpu.py
 
 # On a cluster of hosts with sshd and Slurm that it makes of namespaces, as root: the recipes of
-# docs/clusters.md, and faults. Each has a second try: of the starts by srun and PMI2 alone about one
-# in a hundred failed. A quick choice of them: make CLUSTER='-m "not slow"' test-cluster
+# docs/clusters.md, and faults. Each has a second try, for limits of seconds on a busy machine. A
+# quick choice of them: make CLUSTER='-m "not slow"' test-cluster
 CLUSTER ?= -m ''
 CLUSTER_MPIS ?= mpich openmpi impi
 CLUSTER_PYTHON = .venv-cluster-$(firstword $(CLUSTER_MPIS))/bin/python

@@ -75,6 +75,7 @@ nitpick_ignore_regex = [
     ("py:(class|exc)", r"(?!cupybn).*"),
     ("py:class", r".*\._\w+"),
     ("py:class", r"cupybn\..*\.(BatchNorm|Bound|Layout|Transform)"),
+    ("py:class", r"cupybn\.typing\.ArrayLike"),  # a union, which Sphinx before 9 does not find
 ]
 
 

@@ -1,4 +1,4 @@
-"""The script for ChainerMN in docs/migration.md, with cupybn.
+"""``chainermn_before.py`` with cupybn.
 
 mpiexec -n 4 python -m mpi4py examples/chainermn_after.py
 """

@@ -100,6 +100,6 @@ def test_the_pages_show_these_scripts():
     pages = ("architecture.md", "migration.md", "tutorial.md")
     shown = "".join((ROOT / "docs" / page).read_text() for page in pages)
     included = re.findall(r"\{literalinclude\} (\S+)", shown)
-    assert len(included) == 7
+    assert len(included) == 8
     for name in included:
         assert os.path.exists(ROOT / "docs" / name), name

@@ -18,6 +18,7 @@ from kernel_cases import (
     Case,
     back,
     error,
+    gaussian,
     host_kernels,
     placed,
     resident,
@@ -33,8 +34,9 @@ from cupybn.statistics import Transform
 
 if missing() is None:
     from ptx import nvrtc
-    from ptx.launch import Module, PtxError, compile_module
+    from ptx.launch import Module, PtxError, compile_module, counting
     from test_ptx_kernels import without
+    from traffic import _split, aligned, counted_kernels
 
 pytestmark = pytest.mark.timeout(600)
 KERNELS = sorted(RESIDENT)
@@ -190,6 +192,17 @@ def test_the_device_is_asked_how_much_a_block_can_have(monkeypatch, kilobytes, e
     found = passes((9, 24, 3136))
     launch._shared_memory.cache_clear()
     assert sum(name in KERNELS for name in found) == expected
+
+
+def test_a_mask_of_valid_values_streams():
+    fake_cupy.do_nothing()
+    x, weight = fake_cupy.zeros((8, 16, 64), np.float16), fake_cupy.ones(16, np.float32)
+    masked = {"mask": fake_cupy.ones((8, 64), np.uint8)}
+    with resident("1"):
+        mean, invstd = cuda.local_forward(x, x, weight, weight, 1e-5, **masked, count=512)
+        transform = Transform(mean, invstd, weight, weight)
+        cuda.local_backward(x, x, x, transform, count=512, **masked)
+    assert launched() == STREAMING
 
 
 def test_several_ranks_stream():
@@ -391,3 +404,58 @@ def test_architectures_give_the_same_bits(architecture):
             with host_kernels(build), resident("1"):
                 found.append([x.tobytes() for x in run_alone(Case(shape, dtype, "residual relu"))])
         assert found[0] == found[1]
+
+
+# ---- traffic -------------------------------------------------------------------------------------
+
+
+def traffic_of(shape, dtype, relu_bits=False):
+    """By kernel: bytes of whole tensors over those of x, sector use, bytes an access."""
+    tensors = [aligned(shape, dtype) for _ in range(6 if relu_bits else 4)]
+    for i, tensor in enumerate(tensors):
+        tensor[...] = gaussian(shape, dtype, i)
+    x, dy, y, dx, *more = map(there, tensors)
+    residual, dresidual = more or (None, None)
+    bits = there(np.empty(x.size // 8, np.uint8)) if relu_bits else None
+    weight, bias, dweight, dbias = map(there, np.ones((4, shape[1]), np.float32))
+    options = {"relu": relu_bits, "relu_bits": bits}
+    with resident("1"), counting() as launches:
+        mean, invstd = cuda.local_forward(x, y, weight, bias, 1e-5, residual3=residual, **options)
+        gradients = {"dresidual3": dresidual, "dweight": dweight, "dbias": dbias}
+        transform, count = Transform(mean, invstd, weight, bias), shape[0] * shape[2]
+        cuda.local_backward(dy, x, dx, transform, count=count, **options, **gradients)
+    found = {}
+    for counted in launches:
+        whole, _ = _split([counted], tensors)
+        moved = sum(access.bytes for access in whole)
+        sectors, lanes = sum(a.sectors for a in whole), sum(a.lanes for a in whole)
+        found[counted.kernel] = moved / tensors[0].nbytes, moved / (32 * sectors), moved / lanes
+    return found
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((8, 64, 3136), "float16"),
+        ((8, 128, 784), "float32"),
+        ((8, 256, 196), "float16"),
+        ((8, 512, 49), "float16"),
+        ((1568, 256, 1), "float16"),
+        ((392, 512, 1), "float32"),
+    ],
+)
+def test_traffic_is_two_and_three_times_x(shape, dtype):
+    """To 1 %: x read and y written; x and dy read, dx written. In vectors, and whole sectors."""
+    short = 100 < shape[2] < 200 or shape[2] == 49
+    with counted_kernels():
+        found = traffic_of(shape, dtype)
+        with_residual = traffic_of(shape, dtype, relu_bits=True)
+    assert set(found) == set(with_residual) == set(KERNELS)
+    floors = {"local_forward": 2, "local_backward": 3}
+    for kernel, floor in floors.items():
+        for figures, tensors in ((found, floor), (with_residual, floor + 1)):
+            moved, sectors, width = figures[kernel]
+            assert moved == pytest.approx(tensors, rel=0.01)
+            assert sectors > (0.90 if short else 0.95)
+            assert width > 15.5
