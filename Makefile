@@ -10,7 +10,7 @@ export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: demo test check lint types test-openmpi test-frameworks test-pythons test-nvrtc
 .PHONY: test-cluster test-on-cluster test-ptx rehearse-gpu environments traffic bench bench-quick
-.PHONY: clean
+.PHONY: clean docs test-packages
 
 # As many ranks as cores, but at least 2 and at most 4.
 CORES ?= $(shell unset OMP_NUM_THREADS; nproc || getconf _NPROCESSORS_ONLN)
@@ -41,9 +41,9 @@ test-openmpi:
 
 # What needs PyTorch or JAX (Numba is in the other environments too); then what looks different with
 # Numba computing.
-FRAMEWORKS = any_array bench binding docs double_backward jax names primitives pytorch torch \
-	torch_graphs torch_groups torch_models torch_ranks torch_table torch_tensors torch_tools \
-	torch_transforms
+FRAMEWORKS = any_array bench binding docs double_backward jax migration names primitives pytorch \
+	reference torch torch_direct torch_graphs torch_groups torch_models torch_ranks torch_table torch_tensors \
+	torch_tools torch_transforms
 NUMBA = binding check_finite collective double_backward functional layers sync
 test-frameworks:
 	$(MAKE) VENV=.venv-frameworks .venv-frameworks/frameworks.stamp
@@ -51,12 +51,23 @@ test-frameworks:
 	CUPYBN_CPU_BACKEND=numba .venv-frameworks/bin/python -m pytest -m 'not mpi and not gpu' \
 		$(NUMBA:%=tests/test_%.py)
 
+# The site, build/docs/index.html: a warning is an error. With PyTorch and JAX, which the modules in
+# its reference import.
+docs:
+	$(MAKE) VENV=.venv-frameworks .venv-frameworks/docs.stamp
+	.venv-frameworks/bin/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
+
 # A quick choice of tests with the oldest supported Python and NumPy, and with the newest Python.
 QUICK = any_array architecture binding check_finite checkpoint cli collective distributed \
 	double_backward failures functional layers names primitives pure recalibrate state \
 	statistics
 test-pythons:
 	.ci/pythons $(QUICK:%=tests/test_%.py)
+
+# The wheel and the sdist, in empty environments of every supported Python that this machine has.
+test-packages: $(VENV)/release.stamp
+	.ci/packages $(BIN)
 
 # The kernels, compiled by NVRTC for every architecture; no GPU needed, about 450 MB of wheels.
 test-nvrtc:
@@ -74,8 +85,8 @@ rehearse-gpu: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m rehearsal tests/test_on_gpu.py
 
 # On a cluster of hosts with sshd and Slurm that it makes of namespaces, as root: the recipes of
-# docs/clusters.md, and faults. Each has a second try: of the starts by srun and PMI2 alone about one
-# in a hundred failed. A quick choice of them: make CLUSTER='-m "not slow"' test-cluster
+# docs/clusters.md, and faults. Each has a second try, for limits of seconds on a busy machine. A
+# quick choice of them: make CLUSTER='-m "not slow"' test-cluster
 CLUSTER ?= -m ''
 CLUSTER_MPIS ?= mpich openmpi impi
 CLUSTER_PYTHON = .venv-cluster-$(firstword $(CLUSTER_MPIS))/bin/python
@@ -90,9 +101,9 @@ test-on-cluster: $(CLUSTER_MPIS:%=.venv-cluster-%/cluster.stamp)
 
 # All that the tests need. Builds of one checkout must not run at once, tests may: make -j2.
 environments:
-	$(MAKE) $(VENV)/test.stamp
+	$(MAKE) $(VENV)/test.stamp $(VENV)/release.stamp
 	$(MAKE) MPI=openmpi VENV=.venv-openmpi .venv-openmpi/test.stamp
-	$(MAKE) VENV=.venv-frameworks .venv-frameworks/frameworks.stamp
+	$(MAKE) VENV=.venv-frameworks .venv-frameworks/docs.stamp
 	$(MAKE) VENV=.venv-nvrtc .venv-nvrtc/nvrtc.stamp
 
 # Global memory traffic of the kernels, counted in the machine for PTX.
@@ -142,6 +153,14 @@ $(VENV)/nvrtc.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 $(VENV)/frameworks.stamp: pyproject.toml setup.cfg | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[$(MPI),cpu,test]' jax flax
+	touch $@
+
+$(VENV)/release.stamp: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet build twine check-wheel-contents
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/frameworks.stamp
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 clean:

@@ -4,6 +4,7 @@ nothing.
     python -m benchmarks                            what this machine can do, some minutes
     python -m benchmarks --quick                    well under a minute
     python -m benchmarks cpu --threads 2 --plot cpu.png
+    python -m benchmarks --of bench.json --plot cpu.png
     python -m benchmarks cpu --against ../before    beside another checkout of cupybn
     python -m benchmarks gpu overhead memory --json gpu.json
     python -m benchmarks kernels                    each kernel by itself, and variants
@@ -17,6 +18,7 @@ repetition, and figures are medians. The JSON file is written again after every 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 from importlib import import_module
@@ -35,8 +37,11 @@ def main() -> None:
     os.environ["NPROC"] = str(args.threads)
     if problem := problem_with(args):
         parser.error(problem)
-    from .report import Report
+    from .report import Report, draw
 
+    if args.of is not None:
+        draw(json.loads(args.of.read_text(encoding="utf-8")), args.plot)
+        return
     try:
         modules = [import_module(f".{SECTIONS[name]}", __package__) for name in args.sections]
     except (ImportError, RuntimeError) as error:  # of mpi4py, without an MPI library
@@ -56,7 +61,10 @@ def argument_parser() -> argparse.ArgumentParser:
     add("sections", nargs="*", metavar="SECTION", help=here)
     add("--quick", action="store_true", help="few cases, few repetitions")
     add("--json", type=Path, metavar="FILE", help="all figures")
-    add("--plot", type=Path, metavar="FILE.png", help="bars of the ratios to PyTorch")
+    add(
+        "--plot", type=Path, metavar="FILE.png", help="bars of the ratios to the best of the others"
+    )
+    add("--of", type=Path, metavar="FILE", help="draw what an earlier run wrote; measures nothing")
     add("--repeat", type=int, default=20, help="repetitions, 20")
     add("--threads", type=int, default=1, help="of everything on the CPU, 1")
     add("--paths", nargs="+", help="cpu, gpu: what to measure of the columns of the table")
@@ -90,6 +98,8 @@ def problem_with(args: argparse.Namespace) -> str | None:
     for file in (args.json, args.plot):
         if file is not None and not file.parent.is_dir():
             return f"{file} cannot be written: {file.parent} is no folder"
+    if args.of is not None and (args.plot is None or not args.of.is_file()):
+        return f"--of {args.of}: a file of --json, and --plot says where the picture goes"
     if args.plot is not None and find_spec("matplotlib") is None:
         return "--plot needs matplotlib: pip install matplotlib"
     if args.against is not None and not (args.against / "cupybn" / "__init__.py").is_file():

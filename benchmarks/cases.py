@@ -33,6 +33,13 @@ class Case(NamedTuple):
         return math.prod(self.shape) * {"float64": 8, "float32": 4}.get(self.dtype, 2)
 
     @property
+    def shape3(self) -> tuple[int, int, int]:
+        """As the kernels see it."""
+        n, c, *rest = self.shape
+        size = math.prod(rest)
+        return (n, c, size) if self.layout == "rows" else (n * size, c, 1)
+
+    @property
     def parameters(self) -> str:
         """The dtype of weight, bias and running statistics."""
         return "float64" if self.dtype == "float64" else "float32"

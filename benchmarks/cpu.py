@@ -1,17 +1,19 @@
 """The CPU backends beside PyTorch and JAX on the CPU: forward + backward in training mode, us.
 
 `numba` and `numpy` are layers; `torch` is PyTorch's module with autograd, `compiled` the same under
-``torch.compile`` (inductor), on the same memory; `jax` is one jitted function that returns y, the
-gradients and the running statistics. All have the same number of threads, ``--threads``, and take
-turns. `masked`, only where ``--paths`` names it, is `numba` with a mask of half of the positions.
-A turn begins with 20 ms of calls that are not timed, as in a loop of training; with several
-threads after a pause, in which the other's threads stop to spin.
+``torch.compile`` (inductor), on the same memory; `interop` and `interop-compiled` are cupybn's
+module for PyTorch in the same two ways, with the backend that is taken where none is named; `jax`
+is one jitted function that returns y, the gradients and the running statistics. `masked`, only where
+``--paths`` names it, is `numba` with a mask of half of the positions. All have the same number of
+threads, ``--threads``, and take turns. A turn begins with 20 ms of calls that are not timed, as in a
+loop of training; with several threads after a pause, in which the other's threads stop to spin.
 
 A ratio is the median, over the repetitions, of one path's time over that of another in its turn:
-below 1 the first is faster. With ``--against CHECKOUT`` there is a path `... before` for each
-backend, the layers of that checkout, and both versions run in processes of their own, which have
-no PyTorch in them. `err` is the larger of the relative L2 errors of y and of dx against float64, or
-NumPy's long double for float64 data, over as many channels as make 4 Mi values.
+below 1 the first is faster; the last line has the geometric means over the cases. With ``--against
+CHECKOUT`` there is a path `... before` for each backend, the layers of that checkout, and both
+versions run in processes of their own, which have no PyTorch in them. `err` is the larger of the
+relative L2 errors of y and of dx against float64, or NumPy's long double for float64 data, over as
+many channels as make 4 Mi values.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from math import prod
+from statistics import geometric_mean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,7 +76,7 @@ def default_cases(quick: bool) -> list[Case]:
 def measure_cpu(args: argparse.Namespace, report: Report) -> None:
     section = report.begin("cpu", f"CPU: forward + backward, us, {args.threads} thread(s)")
     here = [name for name, (module, _) in MAKERS.items() if module == "numpy" or find_spec(module)]
-    slow = {"compiled", "jax"} if args.quick else set()  # to compile
+    slow = {"compiled", "interop-compiled", "jax"} if args.quick else set()  # to compile
     names = args.paths or [name for name in here if name not in {*slow, MASKED}]
     if unknown := sorted({*names} - {*MAKERS}):
         raise SystemExit(f"--paths: must be of {', '.join(MAKERS)}, got {', '.join(unknown)}")
@@ -82,6 +85,7 @@ def measure_cpu(args: argparse.Namespace, report: Report) -> None:
         workers = {"": Worker(ROOT), " before": Worker(args.against)}
     befores = [f"{name} before" for name in names if name in BACKENDS and workers]
     pairs = [(name, "torch") for name in names if name != "torch"]
+    pairs += [(name, "compiled") for name in names if name.startswith("interop")]
     pairs += [(name.removesuffix(" before"), name) for name in befores]
     pairs += [(MASKED, "numba")] if {MASKED, "numba"} <= {*names} else []
     repeat, seconds = (min(5, args.repeat), 0.3) if args.quick else (args.repeat, _SECONDS)
@@ -99,9 +103,26 @@ def measure_cpu(args: argparse.Namespace, report: Report) -> None:
         both = {name: found["us"].get(name, {}).get("both") for name in [*names, *befores]}
         errors = {f"err {name}": found["error"].get(name) for name in names}
         report.row(str(case), both | found["ratio"] | errors, failed)
+    if len(records) > 1 and pairs:
+        report.row("geometric mean", dict.fromkeys(both) | means(records) | dict.fromkeys(errors))
     for worker in workers.values():
         worker.pool.shutdown()
-    use_cpu_backend(os.environ.get("CUPYBN_CPU_BACKEND") or "auto")  # for other sections
+    use_cpu_backend(_asked_for())  # for other sections
+
+
+def _asked_for() -> str:
+    """The backend of who is not told which."""
+    return os.environ.get("CUPYBN_CPU_BACKEND") or "auto"
+
+
+def means(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The geometric mean of each ratio that every case has."""
+    ratios = [record["ratio"] for record in records]
+    return {
+        name: geometric_mean(ratio[name] for ratio in ratios)
+        for name in ratios[0]
+        if all(name in ratio for ratio in ratios)
+    }
 
 
 def paths_of(case: Case, names: list[str], workers: dict[str, Worker]) -> dict[str, Path]:
@@ -118,7 +139,7 @@ def paths_of(case: Case, names: list[str], workers: dict[str, Worker]) -> dict[s
 @lru_cache(1)
 def paths_here(names: tuple[str, ...], case: Case, made: int = 0) -> dict[str, Path]:
     """The paths in this process, made so many times before."""
-    torch = import_module("torch") if {"torch", "compiled"} & {*names} else None
+    torch = import_module("torch") if {*names} & OF_TORCH else None
     tensors = Tensors(np, torch, case)
     return {name: path(name, tensors, case) for name in names}
 
@@ -128,8 +149,8 @@ def path(name: str, tensors: Tensors, case: Case) -> Path:
     timed = turn_of(parts, warm=_WARM)
 
     def turn(calls: int) -> dict[str, float]:
-        if name in (*BACKENDS, MASKED):
-            use_cpu_backend("numba" if name == MASKED else name)
+        backend = "numba" if name == MASKED else name
+        use_cpu_backend(backend if backend in BACKENDS else _asked_for())
         return timed(calls)
 
     found = partial(error, tensors, mask=half_of(case) if name == MASKED else None)
@@ -171,9 +192,10 @@ def of_torch(name: str, t: Tensors, case: Case) -> Made:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no processes beside this one
     torch = import_module("torch")
     x = t.tx.detach().requires_grad_()
-    kind = getattr(torch.nn, f"BatchNorm{max(1, len(case.shape) - 2)}d")
+    of = import_module("cupybn.interop.torch") if name.startswith("interop") else torch.nn
+    kind = getattr(of, f"BatchNorm{max(1, len(case.shape) - 2)}d")
     module = kind(case.shape[1], EPS, MOMENTUM, dtype=getattr(torch, case.parameters))
-    if name == "compiled":
+    if name.endswith("compiled"):
         torch._dynamo.reset()  # else it compiles for shapes of any size after the first few
         module = torch.compile(module, dynamic=False)
     results = {}
@@ -224,8 +246,11 @@ MAKERS: dict[str, tuple[str, Callable[[str, Tensors, Case], Made]]] = {
     MASKED: ("numba", of_layer),
     "torch": ("torch", of_torch),
     "compiled": ("torch", of_torch),
+    "interop": ("torch", of_torch),
+    "interop-compiled": ("torch", of_torch),
     "jax": ("jax", of_jax),
 }
+OF_TORCH = {name for name, (module, _) in MAKERS.items() if module == "torch"}
 
 
 def error(t: Tensors, y: Any, dx: Any, mask: Any = None) -> float:

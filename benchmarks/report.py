@@ -22,6 +22,8 @@ from .cases import Case
 ROOT = Path(__file__).resolve().parent.parent
 _LONGEST = 3.0  # a bar that would be longer is cut there and has its number beside it
 _WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # behind numbers, over the line
+_OURS = ("numba", "numpy", "cupybn")
+_OTHERS = ("torch", "compiled", "jax", "native", "cudnn")
 _SHOWN = ("processor", "device", "threads", "cupybn", "torch", "numba", "jax")
 
 
@@ -113,44 +115,52 @@ class Report:
         os.replace(partial, self.path)
 
     def draw(self, path: Path | None) -> None:
-        """Writes the picture, in the format of the file's name: bars of the ratios to PyTorch."""
-        if path is None or not self.speaks:
-            return
-        bars = bars_of(self.sections)
-        self.say(f"\nwrote {path}" if bars else "\nno picture: nothing beside PyTorch")
-        if not bars:
-            return
-        import_module("matplotlib").use("Agg")
-        pyplot = import_module("matplotlib.pyplot")
-        figure, axes = pyplot.subplots(figsize=(7.5, 1.5 + 0.15 * len(bars)), layout="constrained")
-        cases, names = ([*dict.fromkeys(column)] for column in list(zip(*bars, strict=True))[:2])
-        places = [i + 0.7 * cases.index(case) for i, (case, _, _) in enumerate(bars)]
-        for name in names:
-            own = [(place, x) for place, (_, n, x) in zip(places, bars, strict=True) if n == name]
-            lengths = [min(x, _LONGEST) for _, x in own]
-            drawn = axes.barh([place for place, _ in own], lengths, 0.9, label=name)
-            texts = [f"{x:.2f}" for _, x in own]
-            axes.bar_label(drawn, texts, padding=2, fontsize=6, bbox=_WHITE, zorder=4)
-        axes.axvline(1, color="black", linewidth=1, zorder=3)
-        first = [places[[case for case, _, _ in bars].index(case)] for case in cases]
-        axes.set_yticks(first, cases, fontsize=8)
-        axes.set(xlim=(0, _LONGEST + 0.25), ylim=(places[-1] + 0.8, -0.8))
-        axes.set_xlabel("time as a multiple of PyTorch's: left of the line is faster", fontsize=9)
-        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
-        shown = [f"{name} {x}" for name, x in self.environment.items() if name in _SHOWN and x]
-        figure.suptitle(f"forward + backward; {'; '.join(shown)}", fontsize=8)
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        """Writes the picture, in the format of the file's name."""
+        if path is not None and self.speaks:
+            drawn = draw({"environment": self.environment, **self.sections}, path)
+            self.say(f"\nwrote {path}" if drawn else "\nno picture: nothing beside PyTorch or JAX")
 
 
-def bars_of(sections: dict[str, Any]) -> list[tuple[str, str, float]]:
-    """(case, what was compared with PyTorch, the ratio), case by case."""
+def draw(run: dict[str, Any], path: Path) -> bool:
+    """Bars of the ratios to the best of the others, of what a run wrote; False without any."""
+    bars = bars_of(run)
+    if not bars:
+        return False
+    import_module("matplotlib").use("Agg")
+    pyplot = import_module("matplotlib.pyplot")
+    figure, axes = pyplot.subplots(figsize=(7.5, 1.7 + 0.17 * len(bars)), layout="constrained")
+    cases, names = ([*dict.fromkeys(column)] for column in list(zip(*bars, strict=True))[:2])
+    places = [i + 0.7 * cases.index(case) for i, (case, _, _) in enumerate(bars)]
+    for name in names:
+        own = [(place, x) for place, (_, n, x) in zip(places, bars, strict=True) if n == name]
+        lengths = [min(x, _LONGEST) for _, x in own]
+        drawn = axes.barh([place for place, _ in own], lengths, 0.9, label=f"cupybn, {name}")
+        texts = [f"{x:.2f}" for _, x in own]
+        axes.bar_label(drawn, texts, padding=2, fontsize=6, bbox=_WHITE, zorder=4)
+    axes.axvline(1, color="black", linewidth=1, zorder=3)
+    first = [places[[case for case, _, _ in bars].index(case)] for case in cases]
+    axes.set_yticks(first, cases, fontsize=8)
+    axes.set(xlim=(0, _LONGEST + 0.25), ylim=(places[-1] + 0.8, -0.8))
+    axes.set_xlabel(
+        "time as a multiple of the best of the others, PyTorch eager and compiled, and JAX:\n"
+        "left of the line is faster", fontsize=9,
+    )  # fmt: skip
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
+    shown = [f"{name} {x}" for name, x in run["environment"].items() if name in _SHOWN and x]
+    figure.suptitle(f"forward + backward; {'; '.join(shown)}", fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return True
+
+
+def bars_of(run: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """(case, a path of cupybn's, its time over that of the best of the others), case by case."""
     found = []
-    for record in [r for name in ("cpu", "gpu") for r in sections.get(name, {}).get("cases", [])]:
+    for record in [r for name in ("cpu", "gpu") for r in run.get(name, {}).get("cases", [])]:
         case = str(Case(*(record[field] for field in Case._fields)))
-        for pair, ratio in record["ratio"].items():
-            if "before" not in pair:
-                found.append((case, pair.removesuffix(" / torch"), ratio))
+        us = {name: times["both"] for name, times in record["us"].items()}
+        others = [us[name] for name in _OTHERS if name in us]
+        found += [(case, name, us[name] / min(others)) for name in _OURS if name in us and others]
     return found
 
 

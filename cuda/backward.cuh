@@ -1,5 +1,6 @@
-// What both backward kernels do with dy: the part which the activation let through. Behind a ReLU
-// that is read from the bits which forward wrote, or, without them, computed again from x.
+// What backward kernels do with dy: the part which the activation let through. Behind a ReLU that is
+// read from the bits which forward wrote, or, without them, computed again from x. And what dx is made
+// of, and the gradients of the parameters.
 #pragma once
 #include "numeric.cuh"
 #include "geometry.cuh"
@@ -24,8 +25,35 @@ __device__ __forceinline__ unsigned load_bit(const unsigned char* relu_bits, con
 }
 
 // `bits` counts, all ones where there was no ReLU, unless y is computed again.
+__device__ __forceinline__ bool passes(acc_t x, const Affine& affine, bool again, unsigned bits, int j) {
+  return again ? affine.apply(x) > 0 : (bits >> (V - 1 - j) & 1u) != 0;
+}
+
 __device__ __forceinline__ acc_t passing(acc_t dy, acc_t x, const Affine& affine, bool again,
                                          unsigned bits, int j) {
-  bool kept = again ? affine.apply(x) > 0 : (bits >> (V - 1 - j) & 1u) != 0;
-  return kept ? dy : acc_t(0);
+  return passes(x, affine, again, bits, j) ? dy : acc_t(0);
+}
+
+// dx = (dy - sum_dy * share - (x - mean) * invstd^2 * sum_dy_xmu * share) * invstd * weight, as
+// (d + (x - high) * slope + offset) * scale.
+struct Gradient {
+  Affine affine;
+  acc_t slope, offset;
+
+  // The sums are functions: loads that go out together here cost registers.
+  template <typename Dy, typename DyXmu>
+  static __device__ __forceinline__ Gradient of(const Channel& channel, Dy sum_dy, DyXmu sum_dy_xmu,
+                                                double share) {
+    Gradient gradient{Affine::of(channel), 0, 0};
+    double slope = sum_dy_xmu() * channel.invstd * channel.invstd * share;
+    double offset = Affine::low(channel.mean) * slope - sum_dy() * share;
+    gradient.slope = static_cast<acc_t>(-slope);
+    gradient.offset = static_cast<acc_t>(offset);
+    return gradient;
+  }
+};
+
+// Adds to an array of the parameters' gradients, which may be null.
+__device__ __forceinline__ void add_at(bool active, param_t* array, i64 c, double value) {
+  store_at(active, array, c, load_or(active, array, c, param_t(0)) + static_cast<param_t>(value));
 }

@@ -6,26 +6,10 @@
 #include "geometry.cuh"
 #include "backward.cuh"
 
-struct Gradient {
-  Affine affine;
-  acc_t slope, offset;
-};
-
 struct Sums {
   const double* dy;  // or both null
   const double* dy_xmu;
 };
-
-__device__ __forceinline__ Gradient gradient_of(const Channel& channel, bool active, i64 c,
-                                                const Sums& sums, double share) {
-  Gradient gradient{Affine::of(channel), 0, 0};
-  double sum_dy_xmu = load_or(active, sums.dy_xmu, c, 0.0);
-  double slope = sum_dy_xmu * channel.invstd * channel.invstd * share;
-  double offset = Affine::low(channel.mean) * slope - load_or(active, sums.dy, c, 0.0) * share;
-  gradient.slope = static_cast<acc_t>(-slope);
-  gradient.offset = static_cast<acc_t>(offset);
-  return gradient;
-}
 
 // By one slice of every channel.
 __device__ __forceinline__ void add_parameter_gradients(const Walk& walk, i64 channels,
@@ -35,9 +19,8 @@ __device__ __forceinline__ void add_parameter_gradients(const Walk& walk, i64 ch
     bool active = own && walk.slice == 0;
     double of_weight = load_or(active, local.dy_xmu, c, 0.0) * load_if(active, invstd + c);
     double of_bias = load_or(active, local.dy, c, 0.0);
-    store_at(active, dweight, c,
-             load_or(active, dweight, c, param_t(0)) + static_cast<param_t>(of_weight));
-    store_at(active, dbias, c, load_or(active, dbias, c, param_t(0)) + static_cast<param_t>(of_bias));
+    add_at(active, dweight, c, of_weight);
+    add_at(active, dbias, c, of_bias);
   });
 }
 
@@ -46,7 +29,7 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
                const scalar_t* dy, const scalar_t* x, const unsigned char* relu_bits,
                const double* mean, const double* invstd, const param_t* weight, const param_t* bias,
                const double* sum_dy, const double* sum_dy_xmu, const double* local_dy,
-               const double* local_dy_xmu, double share, i64 relu, i64 n, i64 c, i64 l,
+               const double* local_dy_xmu, MASKED(const unsigned char* mask,) double share, i64 relu, i64 n, i64 c, i64 l,
                i64 slice_length, i64 tile_channels, i64 line_samples) {
   constexpr int UNROLL = 2;
   const Shape shape{n, c, l, slice_length, tile_channels, line_samples};
@@ -63,15 +46,19 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
     Slot slot[UNROLL];
     Pack<scalar_t, V> pack_x[UNROLL] = {}, pack_dy[UNROLL];
     unsigned bits[UNROLL];
+    Valid valid[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
     load_slots(pack_dy, dy, slot);
     if (needs_x) load_slots(pack_x, x, slot);
+    load_valid(valid, mask, slot, walk);
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) bits[u] = stored ? load_bits(relu_bits, slot[u]) : ~0u;
     if (first) {  // the first vectors are on their way
       fill_table(table, walk, c, [&](bool active, i64 channel) {
-        return gradient_of(arrays.load(active, channel), active, channel, sums, share);
+        return Gradient::of(
+            arrays.load(active, channel), [&] { return load_or(active, sums.dy, channel, 0.0); },
+            [&] { return load_or(active, sums.dy_xmu, channel, 0.0); }, share);
       });
       pick(gradient, table, walk);
       add_parameter_gradients(walk, c, dweight, dbias, local, invstd);
@@ -85,9 +72,9 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
         const Gradient& own = gradient[Walk::CHANNELS == 1 ? 0 : j];
         acc_t value = widen(pack_x[u].v[j]);
         acc_t d = passing(widen(pack_dy[u].v[j]), value, own.affine, again, bits[u], j);
-        passed[j] = d;
+        passed[j] = valid[u][j] ? d : acc_t(0);
         if (sum_dy) d = fused(value - own.affine.high, own.slope, d) + own.offset;
-        inputs[j] = d * own.affine.scale;
+        inputs[j] = valid[u][j] ? d * own.affine.scale : acc_t(0);
       }
       i64 offset = slot[u].offset;
       store_pack_if<V>(slot[u].active, dx + offset, narrowed(inputs));
@@ -102,10 +89,11 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
     unsigned bits = load_bit(stored ? relu_bits : nullptr, slot);
     acc_t d = passing(widen(load_if(slot.active, dy + slot.offset)), value, own.affine, again, bits,
                       V - 1);
+    bool counts = is_valid(slot.active, mask, slot.position);
     scalar_t passed, input;
-    narrow(d, passed);
+    narrow(counts ? d : acc_t(0), passed);
     if (sum_dy) d = fused(value - own.affine.high, own.slope, d) + own.offset;
-    narrow(d * own.affine.scale, input);
+    narrow(counts ? d * own.affine.scale : acc_t(0), input);
     store_if(slot.active, dx + slot.offset, input);
     store_at(slot.active, dresidual, slot.offset, passed);
   });

@@ -10,7 +10,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, SUMMING_BLOCKS)
 backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* message_dy_xmu,
                 double* partials, unsigned* counters, const scalar_t* dy, const scalar_t* x,
                 const unsigned char* relu_bits, const double* mean, const double* invstd,
-                const param_t* weight, const param_t* bias, i64 relu, i64 n, i64 c, i64 l,
+                const param_t* weight, const param_t* bias,
+                MASKED(const unsigned char* mask,) i64 relu, i64 n, i64 c, i64 l,
                 i64 slice_length, i64 tile_channels, i64 line_samples, i64 group_slices) {
   constexpr int UNROLL = 2;
   const Shape shape{n, c, l, slice_length, tile_channels, line_samples};
@@ -26,10 +27,12 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
     Slot slot[UNROLL];
     Pack<scalar_t, V> pack_x[UNROLL], pack_dy[UNROLL];
     unsigned bits[UNROLL];
+    Valid valid[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
     load_slots(pack_x, x, slot);
     load_slots(pack_dy, dy, slot);
+    load_valid(valid, mask, slot, walk);
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) bits[u] = stored ? load_bits(relu_bits, slot[u]) : ~0u;
     if (first) {  // the first vectors are on their way
@@ -48,8 +51,10 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const Affine& own = affine[Walk::CHANNELS == 1 ? 0 : j];
-        acc_t value = widen(pack_x[u].v[j]);
-        acc_t d = passing(widen(pack_dy[u].v[j]), value, own, again, bits[u], j);
+        bool counts = valid[u][j];
+        acc_t value = counts ? widen(pack_x[u].v[j]) : acc_t(0);
+        acc_t d = counts ? widen(pack_dy[u].v[j]) : acc_t(0);
+        d = passing(d, value, own, again, bits[u], j);
         of_dy[j] += d;
         of_dy_xmu[j] = fused(d, value - own.high, of_dy_xmu[j]);
       }
@@ -65,9 +70,11 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
   auto pair_of = [&](const Single& single) {
     const Slot& slot = single.slot;
     const Affine& own = table[single.channel];
+    bool counts = is_valid(slot.active, mask, slot.position);
     acc_t value = widen(load_if(slot.active, x + slot.offset));
     unsigned bits = load_bit(stored ? relu_bits : nullptr, slot);
     acc_t d = passing(widen(load_if(slot.active, dy + slot.offset)), value, own, again, bits, V - 1);
+    if (!counts) return Pair{0, 0};
     return Pair{d, static_cast<double>(d) * (value - own.high)};
   };
   reduce_tile(pairs, walk, shape, Scratch{partials, counters, group_slices}, pair_of,

@@ -5,6 +5,7 @@
 #include "geometry.cuh"
 #include "reduce.cuh"
 #include "moments.cuh"
+#include "masked_moments.cuh"
 #include "finalize.cuh"
 
 // A message carries count * mean and m2 + count * mean^2, of float64 data the first alone: `weighted`
@@ -12,30 +13,35 @@
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, SUMMING_BLOCKS)
 batch_moments(double* mean, double* m2, double* weighted, double* about_zero, double* invstd,
               param_t* running_mean, param_t* running_var, double* partials, unsigned* counters,
-              const scalar_t* x, double eps, double factor, i64 n, i64 c, i64 l, i64 slice_length,
+              const scalar_t* x, MASKED(const unsigned char* mask, double count,) double eps, double factor, i64 n, i64 c, i64 l, i64 slice_length,
               i64 tile_channels, i64 line_samples, i64 group_slices) {
-  constexpr int UNROLL = 4;
+  constexpr int UNROLL = MASK_LOADS != UNMASKED && V == 8 ? 2 : 4;
   const Shape shape{n, c, l, slice_length, tile_channels, line_samples};
   Walk walk(shape, blockIdx.x, blockIdx.y, misalignment_of(x));
   __shared__ double pivots[MAX_TILE_CHANNELS];
+  MASKED(MaskedMoments<UNROLL> moments);
+#ifndef MASK
   ThreadMoments<UNROLL> moments;
+#endif
   bool first = true;
 #pragma unroll 1
   do {
     Slot slot[UNROLL];
     Pack<scalar_t, V> pack[UNROLL];
+    Valid valid[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
     load_slots(pack, x, slot);
+    load_valid(valid, mask, slot, walk);
     if (first) {  // the first vectors are on their way
+      MASKED(i64 position = any_valid(mask, n * l);)
+      const scalar_t* pivot = x MASKED(+ position / l * c * l + position % l);
       fill_table(pivots, walk, c, [&](bool active, i64 channel) {
-        return static_cast<double>(widen(load_if(active, x + channel * l)));
+        return static_cast<double>(widen(load_if(active, pivot + channel * l)));
       });
       first = false;
     }
-    if (!moments.started) moments.start(pack, slot);
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) moments.add(pack[u], slot[u]);
+    moments.add(pack, slot, valid);
   } while (walk.left > 0);
 
   double pivot_of[Walk::CHANNELS];
@@ -45,12 +51,15 @@ batch_moments(double* mean, double* m2, double* weighted, double* about_zero, do
 
   auto pair_of = [&](const Single& single) {
     double value = widen(load_if(single.slot.active, x + single.slot.offset));
-    double deviation = value - pivots[single.channel];
+    bool counts = is_valid(single.slot.active, mask, single.slot.position);
+    double deviation = counts ? value - pivots[single.channel] : 0;
     return Pair{deviation, deviation * deviation};
   };
   reduce_tile(own, walk, shape, Scratch{partials, counters, group_slices}, pair_of,
               [&](bool active, i64 channel, Pair sums) {
+#ifndef MASK
     double count = static_cast<double>(n * l);
+#endif
     double pivot = pivots[active ? channel - walk.first_channel() : 0];
     double shift = sums.a / count;
     double center = pivot + shift, spread = sums.b - sums.a * shift;

@@ -13,6 +13,7 @@
 // rounds.
 #pragma once
 #include "memory.cuh"
+#include "mask.cuh"
 
 constexpr int MAX_THREADS = 256;
 constexpr int MAX_TILE_CHANNELS = 256;
@@ -25,10 +26,11 @@ struct Shape {
   __device__ i64 size() const { return n * c * l; }
 };
 
-// A vector, by its first element.
+// A vector, by its first element. `position`: in the mask, of what Walk::relative counts from.
 struct Slot {
   i64 offset;
   bool active;
+  i64 position;
 };
 
 // An element of the rest, its channel counted from the block's first.
@@ -42,7 +44,7 @@ template <int V_, bool RAGGED_> struct Rows {
   static constexpr bool RAGGED = RAGGED_;
   static constexpr int CHANNELS = 1;  // that the elements of one vector can belong to
 
-  i64 base, k, slots, left, length, row_pitch, step_base, singles;
+  i64 base, k, slots, left, length, row_pitch, step_base, singles, place, step_place;
   i64 tile, slice;
   int step_k, misalignment;
 
@@ -57,9 +59,11 @@ template <int V_, bool RAGGED_> struct Rows {
     i64 index = begin + threadIdx.x;
     k = index % slots;
     base = index / slots * row_pitch + tile * length;
+    place = index / slots * length;
     unsigned threads = blockDim.x, short_slots = slots > threads ? threads + 1 : slots;
     step_k = threads % short_slots;
     step_base = threads / short_slots * row_pitch;
+    step_place = threads / short_slots * length;
   }
 
   // elements of a row in front of its first whole vector
@@ -67,25 +71,33 @@ template <int V_, bool RAGGED_> struct Rows {
 
   __device__ __forceinline__ Slot next() {
     i64 start = k * V + (RAGGED ? head(base) : 0);
-    Slot slot{base + start, threadIdx.x < left && (!RAGGED || start + V <= length)};
+    Slot slot{base + start, threadIdx.x < left && (!RAGGED || start + V <= length), place + start};
     left -= blockDim.x;
     base += step_base;
+    place += step_place;
     k += step_k;
     if (k >= slots) {
       k -= slots;
       base += row_pitch;
+      place += length;
     }
     return slot;
   }
 
+  // Position of element j of a vector, counted from its slot's.
+  __device__ __forceinline__ int relative(int j) const { return j; }
+
   // Of the 2 * V elements at the ends of a row.
   __device__ __forceinline__ Single single(i64 i) const {
-    i64 row = i / (2 * V) * row_pitch + tile * length;
+    i64 sample = i / (2 * V), row = sample * row_pitch + tile * length;
     int j = i % (2 * V), tail = (length - head(row)) & (V - 1);
     bool active = i < singles && (j < V ? j < head(row) : j >= 2 * V - tail);
-    return {{row + (j < V ? j : length - 2 * V + j), active}, 0};
+    i64 within = j < V ? j : length - 2 * V + j;
+    return {{row + within, active, sample * length + within}, 0};
   }
 
+  // from a thread's vector to its next one, in threads
+  __device__ __forceinline__ int step_threads() const { return blockDim.x; }
   __device__ __forceinline__ i64 first_channel() const { return tile; }
   __device__ __forceinline__ int tile_channels() const { return 1; }
   __device__ __forceinline__ void channels(int (&own)[CHANNELS]) const { own[0] = 0; }
@@ -97,13 +109,14 @@ template <int V_, bool RAGGED_> struct Runs {
   static constexpr int CHANNELS = V;
   static constexpr int singles = 8;  // a byte of ReLU bits: it is stored at once
 
-  i64 left, offset, step, total;
+  i64 left, offset, step, total, positions, place, step_place;
   i64 tile, slice, all_channels;
   int slots, lanes, k, lane, length, tile_channels_, line_samples;
+  unsigned relatives[(V + 1) / 2];  // two in a word, which saves registers
   bool on;
 
   __device__ Runs(const Shape& shape, i64 tile, i64 slice, int)
-      : total(shape.size()), tile(tile), slice(slice), all_channels(shape.c), length(shape.l),
+      : total(shape.size()), positions(shape.n * shape.l), tile(tile), slice(slice), all_channels(shape.c), length(shape.l),
         tile_channels_(shape.tile_channels), line_samples(shape.line_samples) {
     slots = tile_channels_ * line_samples * length / V;
     lanes = blockDim.x / slots;
@@ -118,13 +131,35 @@ template <int V_, bool RAGGED_> struct Runs {
     i64 pitch = line_samples * all_channels * length;
     offset = (begin + lane) * pitch + tile * tile_channels_ * length + k * V;
     step = lanes * pitch;
+    MASKED(find_positions(begin);)
+  }
+
+  // That of the thread's first line, and those of its elements within a line.
+  __device__ __forceinline__ void find_positions(i64 begin) {
+    place = (begin + lane) * line_samples * length;
+    step_place = static_cast<i64>(lanes) * line_samples * length;
+    int row = k * V / length, rest = k * V % length, channel = row % tile_channels_;
+    unsigned position = row / tile_channels_ * length + rest;
+#pragma unroll
+    for (int j = 0; j < (MASK_LOADS == EACH_BYTE ? V : 1); ++j) {
+      relatives[j / 2] = j % 2 ? relatives[j / 2] | position << 16 : position;
+      bool next = ++rest == length, sample = next && channel + 1 == tile_channels_;
+      position += sample || !next ? 1 : 1 - length;
+      rest = next ? 0 : rest;
+      channel = sample ? 0 : channel + (next ? 1 : 0);
+    }
+  }
+
+  __device__ __forceinline__ int relative(int j) const {
+    return relatives[j / 2] >> (j % 2 * 16) & 0xffff;
   }
 
   __device__ __forceinline__ Slot next() {
     bool whole = !RAGGED || offset < total - total % singles;
-    Slot slot{offset, on && lane * line_samples < left && whole};
+    Slot slot{offset, on && lane * line_samples < left && whole, place};
     left -= lanes * line_samples;
     offset += step;
+    place += step_place;
     return slot;
   }
 
@@ -132,10 +167,13 @@ template <int V_, bool RAGGED_> struct Runs {
   __device__ __forceinline__ Single single(unsigned i) const {
     int rest = total % singles;
     unsigned behind = rest - 1 - i, channels = tile_channels_;
-    int channel = tile_channels_ - 1 - behind / static_cast<unsigned>(length) % channels;
-    return {{total - rest + i, i < rest}, channel};
+    unsigned row = behind / static_cast<unsigned>(length), within = behind % length;
+    int channel = tile_channels_ - 1 - row % channels;
+    i64 position = positions - 1 - row / channels * length - within;
+    return {{total - rest + i, i < rest, position}, channel};
   }
 
+  __device__ __forceinline__ int step_threads() const { return lanes * slots; }
   __device__ __forceinline__ i64 first_channel() const { return tile * tile_channels_; }
   __device__ __forceinline__ int tile_channels() const { return tile_channels_; }
   // of the elements of the thread's vector, counted from first_channel()
@@ -164,11 +202,16 @@ using Walk = Rows<VECTOR, RAGGED_VECTORS>;
 using Walk = Runs<VECTOR, RAGGED_VECTORS>;
 #endif
 constexpr int V = VECTOR;
+using Valid = ValidElements<V>;
 
 // Blocks of a multiprocessor for which ptxas has to save registers: as many as it finds without
-// spilling, for any architecture. A thread that writes holds more than one that sums.
-constexpr int SUMMING_BLOCKS = Walk::CHANNELS == 1 ? 4 : 3;
-constexpr int WRITING_BLOCKS = Walk::CHANNELS == 8 ? 2 : 3;
+// spilling, for any architecture. A thread that writes holds more than one that sums. With a mask it
+// holds the bytes of its vectors and counts, too.
+constexpr bool SUMS_MORE = MASK_LOADS != UNMASKED && V > 2;
+constexpr bool WRITES_MORE =
+    MASK_LOADS == EACH_BYTE || (MASK_LOADS == AT_ONCE && Walk::CHANNELS > 1);
+constexpr int SUMMING_BLOCKS = (Walk::CHANNELS == 1 ? 4 : 3) - SUMS_MORE;
+constexpr int WRITING_BLOCKS = Walk::CHANNELS == 8 || WRITES_MORE ? 2 : 3;
 
 template <typename T> __device__ __forceinline__ int misalignment_of(const T* tensor) {
   return reinterpret_cast<size_t>(tensor) / sizeof(T) % V;
@@ -180,6 +223,24 @@ __device__ __forceinline__ void load_slots(Pack<T, V> (&packs)[COUNT], const T* 
 #pragma unroll
   for (int u = 0; u < COUNT; ++u) {
     packs[u] = load_pack_if<V>(slots[u].active, tensor + slots[u].offset);
+  }
+}
+
+// The bytes of the mask for vectors; of those that are not active they are 0.
+template <int COUNT>
+__device__ __forceinline__ void load_valid(Valid (&valid)[COUNT], const unsigned char* mask,
+                                           const Slot* slots, const Walk& walk) {
+  if (MASK_LOADS == UNMASKED) return;
+#pragma unroll
+  for (int u = 0; u < COUNT; ++u) {
+    const unsigned char* first = mask + slots[u].position;
+    if (MASK_LOADS != EACH_BYTE) {
+      valid[u].bytes = load_pack_if<Valid::BYTES>(slots[u].active, first + walk.relative(0));
+      continue;
+    }
+    valid[u].bytes = gather_if<Valid::BYTES>(slots[u].active, first, [&](int j) {
+      return walk.relative(j);
+    });
   }
 }
 

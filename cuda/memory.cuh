@@ -10,6 +10,7 @@ template <typename T, int V> struct alignas(sizeof(T) * V) Pack {
 
 // The widest machine word with the size of a pack: one instruction each.
 template <int BYTES> struct Word;
+template <> struct Word<1> { using type = unsigned char; };
 template <> struct Word<2> { using type = unsigned short; };
 template <> struct Word<4> { using type = unsigned int; };
 template <> struct Word<8> { using type = uint2; };
@@ -70,6 +71,17 @@ __device__ __forceinline__ Pack<T, V> load_pack_if(bool active, const T* address
   if (active) bits = *reinterpret_cast<const word*>(address);
   Pack<T, V> pack;
   memcpy(&pack, &bits, sizeof(word));
+  return pack;
+}
+
+// Elements from here and there, under one branch: the compiler takes its time for each.
+template <int V, typename T, typename At>
+__device__ __forceinline__ Pack<T, V> gather_if(bool active, const T* address, At at) {
+  Pack<T, V> pack{};
+  if (active) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) pack.v[j] = address[at(j)];
+  }
   return pack;
 }
 

@@ -72,6 +72,12 @@ template <int UNROLL> struct ThreadMoments {
     }
   }
 
+  __device__ __forceinline__ void add(const packs_t& x, const slots_t& slot, const Valid*) {
+    if (!started) start(x, slot);
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) add(x[u], slot[u]);
+  }
+
   // The sums of x - shared and (x - shared)^2: of all elements, or of element j of the vectors.
   __device__ __forceinline__ void about(const double (&shared)[Walk::CHANNELS],
                                         Pair (&own)[Walk::CHANNELS]) const {

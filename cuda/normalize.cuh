@@ -25,8 +25,9 @@ __device__ __forceinline__ void store_bits(unsigned char* relu_bits, const Slot&
 template <typename Load>
 __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned char* relu_bits,
                                                const scalar_t* x, const scalar_t* residual,
-                                               bool relu, const Shape& shape, Load load) {
-  constexpr int UNROLL = Walk::CHANNELS == 8 ? 2 : 4;
+                                               const unsigned char* mask, bool relu,
+                                               const Shape& shape, Load load) {
+  constexpr int UNROLL = Walk::CHANNELS == 8 || (MASK_LOADS != UNMASKED && V == 8) ? 2 : 4;
   __shared__ Affine table[MAX_TILE_CHANNELS];
   Affine affine[Walk::CHANNELS];
   bool first = true;
@@ -34,10 +35,12 @@ __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned
   do {
     Slot slot[UNROLL];
     Pack<scalar_t, V> pack[UNROLL], added[UNROLL];
+    Valid valid[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
     load_slots(pack, x, slot);
     if (residual) load_slots(added, residual, slot);
+    load_valid(valid, mask, slot, walk);
     if (first) {  // the first vectors are on their way
       fill_table(table, walk, shape.c, [&](bool active, i64 channel) {
         return Affine::of(load(active, channel));
@@ -52,7 +55,7 @@ __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned
       for (int j = 0; j < V; ++j) {
         values[j] = affine[Walk::CHANNELS == 1 ? 0 : j].apply(widen(pack[u].v[j]));
         if (residual) values[j] += widen(added[u].v[j]);
-        values[j] = activate(values[j], relu);
+        values[j] = valid[u][j] ? activate(values[j], relu) : acc_t(0);
       }
       Pack<scalar_t, V> out = narrowed(values);
       store_pack_if<V>(slot[u].active, y + slot[u].offset, out);
@@ -64,8 +67,9 @@ __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned
     const Slot& slot = single.slot;
     acc_t value = table[single.channel].apply(widen(load_if(slot.active, x + slot.offset)));
     value += widen(load_or(slot.active, residual, slot.offset, scalar_t{}));
+    bool counts = is_valid(slot.active, mask, slot.position);
     Pack<scalar_t, 1> out;
-    narrow(activate(value, relu), out.v[0]);
+    narrow(counts ? activate(value, relu) : acc_t(0), out.v[0]);
     store_if(slot.active, y + slot.offset, out.v[0]);
     if (OWNS_BYTES && relu_bits) store_bits(relu_bits, slot, out);
   });

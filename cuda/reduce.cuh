@@ -32,7 +32,7 @@ __device__ __forceinline__ Pair warp_sum(Pair sum) {
 
 // In every thread of the first warp.
 __device__ __forceinline__ Pair block_sum(Pair sum) {
-  __shared__ Pair of_warp[MAX_THREADS / 32];
+  __shared__ Pair of_warp[32];
   sum = warp_sum(sum);
   int warp = threadIdx.x / 32;
   if (threadIdx.x % 32 == 0) of_warp[warp] = sum;
@@ -194,12 +194,10 @@ __device__ __forceinline__ void add_lanes(Pair (&sums)[V], Pair* table,
   }
 }
 
-// Runs: pair j of every thread belongs to the channel of its element j. `table` is as large as the plan
-// says: half of the threads' sums, those of a line, or one a thread and a channel.
-template <typename PairOf, typename Finish>
-__device__ __forceinline__ void reduce_tile(Pair (&own)[V], const Runs<V, RAGGED_VECTORS>& walk,
-                                            const Shape& shape, Scratch scratch, PairOf pair_of,
-                                            Finish finish) {
+// The block's sums of its channels. Runs: pair j of every thread belongs to the channel of its element j.
+// The table behind the sums is as large as the plan says: half of the threads' sums, those of a line, or
+// one a thread and a channel.
+__device__ __forceinline__ Pair* sum_block(Pair (&own)[V], const Runs<V, RAGGED_VECTORS>& walk) {
   extern __shared__ Pair channels[];
   Pair* table = channels + walk.tile_channels();
   add_lanes(own, table, walk);
@@ -209,6 +207,15 @@ __device__ __forceinline__ void reduce_tile(Pair (&own)[V], const Runs<V, RAGGED
   }
   __syncthreads();
   add_members(channels, table, walk);
+  return channels;
+}
+
+template <typename PairOf, typename Finish>
+__device__ __forceinline__ void reduce_tile(Pair (&own)[V], const Runs<V, RAGGED_VECTORS>& walk,
+                                            const Shape& shape, Scratch scratch, PairOf pair_of,
+                                            Finish finish) {
+  Pair* channels = sum_block(own, walk);
+  Pair* table = channels + walk.tile_channels();
   each_single(walk, [&](const Single& single) {
     Pair rest = pair_of(single);
     Pair& sum = channels[single.channel];

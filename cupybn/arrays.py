@@ -103,7 +103,7 @@ def _of_tensor(x: Any, what: str, torch: Any) -> Array:
     return array_of_tensor(x, what)
 
 
-_Bytes = ctypes.c_char * sys.maxsize
+Bytes: Any = ctypes.c_char * sys.maxsize
 """Memory from an address on, of a length that is not known."""
 
 
@@ -132,11 +132,19 @@ def array_of_tensor(x: Any, what: str = "input") -> Array:
         raise DTypeError(f"{what}: NumPy cannot take this tensor over: {error}") from error
     if not address:
         return np.empty(x.shape, dtype)
-    memory: Any = _Bytes.from_address(address)
+    memory: Any = Bytes.from_address(address)
     memory.tensor = x
     if x.is_contiguous():
         return np.ndarray(x.shape, dtype, memory)
     return np.ndarray(x.shape, dtype, memory, 0, [step * dtype.itemsize for step in x.stride()])
+
+
+def memory_of(tensor: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """The memory of a PyTorch tensor on the CPU that is dense, in the order in which it lies there.
+
+    For new tensors: nothing is checked, and the caller keeps the tensor alive.
+    """
+    return np.ndarray(shape, dtype, Bytes.from_address(tensor.data_ptr()))
 
 
 def _of_tensor_elsewhere(x: Any, what: str) -> Array:

@@ -90,6 +90,9 @@ def recalibrate(
     Ranks may have different numbers of batches, also none. With synchronised layers a rank that has
     run out takes part with empty batches, which the other layers of the tree must be able to take.
 
+    After any exception, the layers' and those of `batches` too, nothing has changed on any rank: no
+    statistics, and every layer is in the mode that it was in.
+
     Args:
         layer: the root of the tree, the same on all ranks. Batch norms without running statistics
             are evaluated, and left alone.
@@ -107,8 +110,6 @@ def recalibrate(
         PeerError: another rank failed, in a batch norm or in its `batches`; without synchronised
             layers, anywhere. An exception in other code on one rank leaves the others waiting in
             the next synchronised layer, as in training.
-        Otherwise whatever the layers and `batches` raise. Nothing has changed then, on any rank:
-        no statistics, and every layer is in the mode that it was in.
     """
     if not isinstance(layer, Layer):
         raise TypeError(f"expected a Layer, got {type(layer).__name__}")

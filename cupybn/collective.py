@@ -70,7 +70,7 @@ class CollectiveCall:
         self.messages = messages  # still to come
         self._message: Array = None
         self._size = 0
-        if refused and self.ranks > 1:
+        if id(comm) in refused and self.ranks > 1:
             check_usable(comm)
 
     def __enter__(self: _Self) -> _Self:

@@ -171,7 +171,7 @@ class Saved(NamedTuple):
             check_array("relu_bits", relu_bits, x, bound.bits_shape, np.uint8)
         if int(count) != count or count < 0:
             raise ValueError(f"count must be a number of values, got {count!r}")
-        valid = None if mask is None else bound._valid(mask, x)
+        valid = None if mask is None else bound.valid(mask, x)
         x3 = bound.layout.view(x)
         return Saved(bound, x3, weight, bias, mean, invstd, int(count), relu_bits, mask=valid)
 
@@ -427,7 +427,7 @@ class Bound:
             bits = self.empty(self.bits_shape, np.uint8) if self.needs_bits else None
             extra = {"relu": self.relu, "residual3": residual3, "relu_bits": bits}
             if mask is not None:
-                mask = extra["mask"] = self._valid(mask, x)
+                mask = extra["mask"] = self.valid(mask, x)
             if updated is not None and self.on_host:  # what fails half-way leaves all unchanged
                 moved = updated.mean.copy(), updated.var.copy()
             arrays = x3, y3, weight, bias
@@ -607,7 +607,7 @@ class Bound:
         with on_device_of(x):
             transform = Transform(saved.mean, saved.invstd, weight, bias)
             x3 = self.layout.view(x)
-            extra = {} if mask is None else {"mask": self._valid(mask, x)}
+            extra = {} if mask is None else {"mask": self.valid(mask, x)}
             by_type[self.kind].normalize(x3, transform, relu=self.relu, out3=y3, **extra)
 
     def leave(self, call: CollectiveCall | None, direction: str, error: Exception) -> None:
@@ -666,7 +666,7 @@ class Bound:
             return array.reshape(self.shape3)
         return self.layout.view(array)
 
-    def _valid(self, mask: Any, x: Array) -> Array:
+    def valid(self, mask: Any, x: Array) -> Array:
         """The mask as (N, L) bytes, if it goes with x: over its own memory where that is dense."""
         mask = as_array(mask, "mask")
         check_mask(mask, x, self.layout.positions)

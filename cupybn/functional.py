@@ -18,10 +18,20 @@ the same functions in the same order, ranks without samples too.
 
 The five primitives work on (N, C, L) views and are for frameworks that own the collective:
 ``batch_moments``, ``finalize_moments``, ``normalize``, ``backward_reduce``, ``backward_input``; and
-``recentre_moments``, for a second message with float64 data. Per channel they take and return (C,)
-float64, but ``weight``, ``bias``, their gradients and running statistics, which have the dtype that
-goes with the data. What does not fit raises ShapeError, DTypeError, DeviceError or ValueError, and
-nothing is written.
+``recentre_moments``, for a second message with float64 data. All of them take
+
+* ``x3``, ``dy3``, ``residual3``: (N, C, L), all of one dtype; ``out3``, ``dresidual3``: the same,
+  are written;
+* ``mean``, ``invstd``, ``m2``, ``weighted`` and sums: (C,) float64;
+* ``weight``, ``bias``: (C,), float32, or float64 with float64 data; or None. ``dweight``,
+  ``dbias``: the same, are added to;
+* ``relu_bits``: (ceil(N C L / 8),) uint8, a bit for each value of y above 0;
+* ``payload``: (2C,) float64, or (C,) where it says so, is written: this rank's part of a message;
+* ``mask``: (N, L), bool or uint8, nonzero where x is valid; or None;
+* ``eps``: positive; ``activation``: None or "relu".
+
+All arrays are on one device. What does not fit raises ShapeError, DTypeError, DeviceError or
+ValueError, and nothing is written.
 """
 
 from __future__ import annotations
@@ -193,7 +203,7 @@ def batch_norm_backward(dy: ArrayLike, saved: Saved, *, out: ArrayLike | None = 
     Raises:
         TypeError: `saved` is something else.
         ValueError: `saved` is of a forward with ``save=False``.
-        Otherwise as :func:`batch_norm_forward`.
+        Others: as :func:`batch_norm_forward`.
     """
     check_saved(saved)
     bound = saved.bound
@@ -236,7 +246,7 @@ def batch_norm_double_backward(
     Raises:
         ValueError: ddweight, ddbias or ddresidual for what the forward did not have.
         TypeError: `saved` is something else.
-        Otherwise as :func:`batch_norm_forward`.
+        Others: as :func:`batch_norm_forward`.
     """
     check_saved(saved)
     with double_backward_call(saved) as call:
@@ -257,9 +267,18 @@ def batch_norm_inference(
     mask: ArrayLike | None = None,
     out: ArrayLike | None = None,
 ) -> Array:
-    """Normalises x with a given mean and variance, (C,) each. Never communicates.
+    """Normalises x with a given mean and variance. Never communicates.
 
-    `out` may be x or `residual`; y is 0 where masked. Otherwise as :func:`batch_norm_forward`.
+    Args:
+        mean, var: (C,), floating, on x's device.
+        out: as there, and may be x.
+        The others: as of :func:`batch_norm_forward`.
+
+    Returns:
+        y, like x; 0 where masked.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, ValueError: bad arguments. Nothing is written.
     """
     options = (eps, activation, channel_axis, weight is None, bias is None, residual is None)
     key = _signature(x, None, options)
@@ -284,6 +303,11 @@ def update_running(
     """``running = (1 - momentum) * running + momentum * new`` in place, with the unbiased variance.
 
     A batch without values on any rank changes nothing.
+
+    Args:
+        running_mean, running_var: (C,), floating, writable.
+        saved: from :func:`batch_norm_forward`.
+        momentum: the share of the new batch, in [0, 1].
 
     Raises:
         ShapeError, DTypeError: the arrays are not (C,), or not floating.

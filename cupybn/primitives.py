@@ -143,9 +143,9 @@ def batch_moments(
 ) -> Moments:
     """Count, mean and m2 of each channel of an (N, C, L) array.
 
-    `payload`, float64, takes this rank's part of the first message: (2C,) for ``count * mean`` and
-    ``m2 + count * mean**2``, or (C,) for the first of them alone. `mask`, (N, L), bool or uint8, is
-    nonzero where x is valid; the moments are those of the valid values. So in all primitives.
+    `payload` takes this rank's part of the first message: (2C,) for ``count * mean`` and
+    ``m2 + count * mean**2``, or (C,) for the first of them alone. With a `mask` the moments are
+    those of the valid values. Arguments `x3`, errors: see :mod:`cupybn.functional`.
     """
     shape: tuple[int, ...] = getattr(x3, "shape", ())
     half = len(shape) == 3 and getattr(payload, "shape", None) == shape[1:2]
@@ -165,7 +165,8 @@ def _masked(given: SimpleNamespace) -> dict[str, Any]:
 def recentre_moments(local: Moments, weighted: ArrayLike, count: int, payload: ArrayLike) -> None:
     """Writes ``m2 + local.count * (mean - weighted / count)**2`` into `payload`, (C,) float64.
 
-    The second message of float64 data; `weighted` and `count` are what came back of the first.
+    The second message of float64 data; `weighted` and `count` are what came back of the first. See
+    :mod:`cupybn.functional`.
     """
     _check_moments("local", local)
     arrays = {"mean": local.mean, "m2": local.m2, "weighted": weighted, "payload": payload}
@@ -183,14 +184,14 @@ def finalize_moments(
     factor: float = 0.0,
     form: str = "local",
 ) -> tuple[Array, Array, Array]:
-    """(mean, biased variance, invstd), (C,) float64 each, of local or pooled moments.
+    """(mean, biased variance, ``invstd = 1 / sqrt(var + eps)``), (C,) float64 each, of `moments`.
 
-    With `running`, its mean and variance are updated in place by `factor`; a count of 0 leaves
-    them alone.
+    With `running`, (C,) each, its mean and variance are updated in place by `factor`; a count of 0
+    leaves them alone.
 
     `form` says what `moments.mean` and `moments.m2` hold: themselves (``"local"``); the sums over
     the ranks of both halves of the message (``"pooled"``); the pooled first half, and the pooled
-    result of :func:`recentre_moments` (``"recentred"``).
+    result of :func:`recentre_moments` (``"recentred"``). See :mod:`cupybn.functional`.
     """
     _check_moments("moments", moments)
     check_eps(eps)
@@ -224,8 +225,8 @@ def normalize(
 ) -> Array:
     """``activation((x - mean) * invstd * weight + bias + residual)``, (N, C, L).
 
-    `relu_bits`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0. Where
-    masked, y is 0 and its bit too.
+    `relu_bits`, where given, takes one bit for every y above 0. Where masked, y is 0 and its bit
+    too. Arguments and errors: see :mod:`cupybn.functional`.
     """
     relu = is_relu(activation)
     given = _checked(
@@ -265,7 +266,8 @@ def backward_reduce(
     """The sums of dy and of dy * (x - mean), after the activation's backward, per channel.
 
     Where y passed a ReLU is read from `relu_bits` if given, else computed again from x. `payload`,
-    (2C,), takes a copy of both for the message.
+    (2C,), takes a copy of both for the message. Arguments and errors: see
+    :mod:`cupybn.functional`.
     """
     relu = is_relu(activation)
     given = _checked(
@@ -320,7 +322,7 @@ def backward_input(
     `sums` and n = `count` of all ranks. Without `sums` the statistics are constants and dx is
     ``dy * invstd * weight``. `dresidual3` takes dy after the activation's backward. The gradients
     of weight and bias, from the `local` sums, are added to `dweight` and `dbias`. dx and dresidual
-    are 0 where masked.
+    are 0 where masked. Arguments and errors: see :mod:`cupybn.functional`.
     """
     relu = is_relu(activation)
     given = _checked(

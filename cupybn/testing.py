@@ -21,13 +21,17 @@ def run_ranks(
 ) -> list[Any]:
     """Runs ``fn(comm, *args)`` on n threads whose communicators behave like MPI ranks.
 
+    Args:
+        n: the number of ranks.
+        fn, args: what each rank calls, after its communicator.
+        timeout: seconds for one sum; None reads ``CUPYBN_TIMEOUT``.
+
     Returns:
-        What fn returned, by rank.
+        What fn returned, by rank. An exception of fn is raised here, that of the lowest rank that
+        failed by itself; it releases the other ranks, which get a PeerError where they wait.
 
     Raises:
-        The exception of the lowest rank that failed by itself. It releases the other ranks, which
-        get a PeerError where they wait. ``timeout``: seconds for one sum, None reads
-        ``CUPYBN_TIMEOUT``; past it, CollectiveTimeoutError.
+        CollectiveTimeoutError: the ranks did not meet within the timeout.
     """
     comms = ThreadCommunicator.group(n, timeout)
     results: list[Any] = [None] * n

@@ -31,6 +31,10 @@ DTYPES = [np.dtype(name) for name in ("float16", "float32", "float64")] + BFLOAT
 TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5, "float64": 1e-10}
 ROOT = Path(__file__).resolve().parent.parent
 STARTUP = 120  # seconds for a job's ranks to start
+STARTS = 3  # how often a job is started at most
+# What Open MPI's mpiexec says in one start of very many, before it has started any rank: the fault
+# is the launcher's, and nothing of the job has happened.
+NO_LISTENER = "The PMIx server's listener thread failed to start"
 
 
 def _mpiexec() -> str | None:
@@ -59,12 +63,23 @@ def run_job(
     ready: int = 0,
     interrupted: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """``subprocess.run``; takes away the shared memory that ranks leave when they are killed.
+    """``subprocess.run``, again where the launcher fails before it has started any rank.
 
     `ready`: the timeout counts from when there are so many lines of output. On a busy machine most
     of a job's time goes into its start, which has ``STARTUP`` seconds of its own then.
     `interrupted`: the command gets a SIGINT, as by Ctrl-C, a second after that.
     """
+    for _ in range(STARTS):
+        process = _run_once(command, env, timeout, ready, interrupted)
+        if NO_LISTENER not in process.stderr:
+            break
+    return process
+
+
+def _run_once(
+    command: list[str], env: dict[str, str], timeout: float, ready: int, interrupted: bool
+) -> subprocess.CompletedProcess[str]:
+    """Takes away the shared memory that ranks leave when they are killed."""
     deadline = time.monotonic() + (STARTUP if ready else timeout)
     files: set[Path] = set()
     with subprocess.Popen(

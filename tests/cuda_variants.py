@@ -8,8 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 from cupybn.arrays import DATA_TYPES
-from cupybn.backends.cuda.plan import VECTOR_BYTES
+from cupybn.backends.cuda.launch import mask_loads
+from cupybn.backends.cuda.plan import VECTOR_BYTES, LaunchPlan
 from cupybn.backends.cuda.source import TOGETHER, module_text
+
+RESIDENT = "local_forward", "local_backward"
 
 
 class Variant(NamedTuple):
@@ -41,6 +44,24 @@ def geometries(itemsize: int) -> Iterator[tuple[bool, int, bool]]:
         yield False, wide, False
 
 
+def masked_variants(dtype: str) -> Iterator[Variant]:
+    """Those of them that take a mask, for each way of reading it that a launch may ask for."""
+    itemsize = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+    for kernels, defines in variants(dtype):
+        choices = dict(defines)
+        if kernels[0].endswith("_flat"):
+            yield Variant(kernels, (("MASK", "ONE_BYTE"), *defines))
+        if "VECTOR" not in choices or kernels[0] in RESIDENT:
+            continue
+        vector, ragged, rows = (choices[name] for name in ("VECTOR", "RAGGED_VECTORS", "ROWS"))
+        plan = LaunchPlan(
+            bool(rows), vector, bool(ragged), 1, 256, 1, 1, 1, line_samples=ragged + 1
+        )
+        lengths = [vector] if rows else [1, vector, vector + 1]
+        for loads in dict.fromkeys(mask_loads(plan, (1, 1, n), itemsize) for n in lengths):
+            yield Variant(kernels, (("MASK", loads), *defines))
+
+
 def variants(dtype: str) -> Iterator[Variant]:
     """Every module that there is for data of a dtype, or for parameters of it."""
     scalar = ("SCALAR", DATA_TYPES[dtype].cuda)
@@ -51,6 +72,8 @@ def variants(dtype: str) -> Iterator[Variant]:
             yield Variant(kernels, shape)
         if dtype == "float64":
             yield Variant(("normalize_recentred",), shape)
+        if vector * itemsize == VECTOR_BYTES and not ragged:
+            yield from (Variant((kernel,), shape) for kernel in RESIDENT)
     yield Variant(("normalize_flat",), (scalar,))
     if dtype in ("float32", "float64"):
         yield Variant(("finalize_moments",), (scalar,))

@@ -36,6 +36,7 @@ __version__ = "14.0"
 SIZE = 1 << 28  # of guarded memory
 DEVICES = 2
 RESIDENT = 3  # blocks of any kernel on a multiprocessor
+SHARED = 227 << 10  # bytes of shared memory that a block can ask for
 _NONE, _READ_WRITE = 0, 3
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -678,7 +679,9 @@ class Event:
 
 class Device:
     compute_capability = "90"
-    attributes = types.MappingProxyType({"L2CacheSize": 1 << 20, "MultiProcessorCount": 132})
+    attributes = types.MappingProxyType(
+        {"L2CacheSize": 1 << 20, "MultiProcessorCount": 132, "MaxSharedMemoryPerBlockOptin": SHARED}
+    )
 
     def __init__(self, device=None):
         self.id = _here.device if device is None else int(device)
@@ -761,10 +764,27 @@ class RawKernel:
         self.kernel(grid, block, args, **options)
 
 
+class CUDADriverError(RuntimeError):
+    pass
+
+
 class _Kernel:
     def __init__(self, function, name):
         self.function, self.name = function, name
         self.kernel = types.SimpleNamespace(ptr=id(function))
+        self._shared = 48 << 10
+
+    @property
+    def max_dynamic_shared_size_bytes(self):
+        return self._shared
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, size):
+        if size > SHARED:
+            raise CUDADriverError("CUDA_ERROR_INVALID_VALUE: invalid argument")
+        self._shared = size
+        if hasattr(self.function, "max_dynamic_shared_size_bytes"):  # it runs
+            self.function.max_dynamic_shared_size_bytes = size
 
     def __call__(self, grid, block, args, **options):
         launched[self.name] += 1
@@ -818,7 +838,8 @@ cuda = types.SimpleNamespace(
     Stream=Stream,
     alloc_pinned_memory=alloc_pinned_memory,
     driver=types.SimpleNamespace(
-        occupancyMaxActiveBlocksPerMultiprocessor=lambda function, threads, shared: RESIDENT
+        CUDADriverError=CUDADriverError,
+        occupancyMaxActiveBlocksPerMultiprocessor=lambda function, threads, shared: RESIDENT,
     ),
     get_allocator=get_allocator,
     get_current_stream=get_current_stream,

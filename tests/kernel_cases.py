@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -95,12 +96,15 @@ def error(got, expected):
 class Case:
     """Inputs of one forward and backward, and its results in float64 by the formulas.
 
-    `offsets`, in elements, of x, dy, the residual and the outputs from a 64-byte boundary.
+    `offsets`, in elements, of x, dy, the residual and the outputs from a 64-byte boundary. With a
+    `mask`, (N, L), inputs are NaN and Inf where it is 0, and outputs not 0 before.
     """
 
     eps = 1e-5
 
-    def __init__(self, shape, dtype, mode, seed=0, offsets=(0, 0, 0, 0), x=None, constant=False):
+    def __init__(
+        self, shape, dtype, mode, seed=0, offsets=(0, 0, 0, 0), x=None, constant=False, mask=None
+    ):
         self.x = gaussian(shape, dtype, seed, 0.5, offsets[0]) if x is None else x
         self.dy = gaussian(shape, dtype, seed + 1, 0.25, offsets[1])
         self.weight, self.bias = parameters(shape[1], dtype)
@@ -108,16 +112,34 @@ class Case:
         self.residual = None
         if "residual" in mode:
             self.residual = gaussian(shape, dtype, seed + 2, 0, offsets[2])
-        self.outputs = [placed(np.zeros(shape), dtype, offsets[3]) for _ in range(3)]
-        self.constant = constant
+        filled = np.full(shape, 0 if mask is None else 7)
+        self.outputs = [placed(filled, dtype, offsets[3]) for _ in range(3)]
+        self.constant, self.mask = constant, mask
         self.count = shape[0] * shape[2]
+        self.valid = np.ones((shape[0], 1, shape[2]), bool)
+        if mask is not None:
+            self.valid, self.count = mask[:, None] != 0, int(np.count_nonzero(mask))
+            masked = np.broadcast_to(~self.valid, shape)
+            for tensor, value in ((self.x, np.nan), (self.dy, np.inf), (self.residual, -np.inf)):
+                if tensor is not None:
+                    tensor[masked] = value
+                    tensor[masked & (np.arange(shape[2]) % 3 == 1)] = np.nan
+
+    @property
+    def masked(self):
+        """What the primitives are told of the mask."""
+        return {} if self.mask is None else {"mask": self.mask}
+
+    @property
+    def counted(self):
+        return {} if self.mask is None else {"mask": self.mask, "count": self.count}
 
     @cached_property
     def forward(self):
-        x, n = self.x.astype(np.float64), max(self.count, 1)
+        x, n = np.where(self.valid, self.x.astype(np.float64), 0), max(self.count, 1)
         mean = x.sum(axis=(0, 2)) / n
-        mean += (x - mean[:, None]).sum(axis=(0, 2)) / n
-        centred = x - mean[:, None]
+        mean += np.where(self.valid, x - mean[:, None], 0).sum(axis=(0, 2)) / n
+        centred = np.where(self.valid, x - mean[:, None], 0)
         m2 = (centred**2).sum(axis=(0, 2))
         invstd = 1 / np.sqrt(m2 / n + self.eps)
         y = centred * (invstd * self.weight)[:, None] + self.bias[:, None].astype(np.float64)
@@ -125,14 +147,15 @@ class Case:
             y = y + self.residual.astype(np.float64)
         if self.activation:
             # Rounding decides whether these pass the ReLU: let nothing depend on it.
-            self.dy[np.abs(y) < 1e-3] = 0
+            self.dy[(np.abs(y) < 1e-3) & self.valid] = 0
             y = np.maximum(y, 0)
+        y = np.where(self.valid, y, 0)
         return SimpleNamespace(mean=mean, var=m2 / n, invstd=invstd, centred=centred, y=y)
 
     def backward(self, kept):
         """The gradients, given where the ReLU let y through, or None."""
         f, n = self.forward, max(self.count, 1)
-        dy = self.dy.astype(np.float64)
+        dy = np.where(self.valid, self.dy.astype(np.float64), 0)
         if kept is not None:
             dy = dy * kept
         sum_dy, sum_dy_xmu = dy.sum(axis=(0, 2)), (dy * f.centred).sum(axis=(0, 2))
@@ -140,7 +163,7 @@ class Case:
         if not self.constant:
             slope = sum_dy_xmu * f.invstd**2 / n
             inner = dy - (sum_dy / n)[:, None] - f.centred * slope[:, None]
-        dx = inner * (f.invstd * self.weight)[:, None]
+        dx = np.where(self.valid, inner * (f.invstd * self.weight)[:, None], 0)
         terms = np.abs(dy).sum(axis=(0, 2)), np.abs(dy * f.centred).sum(axis=(0, 2)) * f.invstd
         return SimpleNamespace(
             dx=dx, dweight=sum_dy_xmu * f.invstd, dbias=sum_dy, dresidual=dy, terms=terms
@@ -149,6 +172,26 @@ class Case:
     @property
     def needs_bits(self):
         return self.activation is not None and self.residual is not None
+
+    @property
+    def needs_dresidual(self):
+        return self.needs_bits or (self.mask is not None and self.residual is not None)
+
+
+MASKS = {
+    "all valid": lambda rng, n, length: np.full((n, length), 255),
+    "half": lambda rng, n, length: rng.integers(0, 2, (n, length)) * rng.integers(1, 256, length),
+    "one value": lambda rng, n, length: np.arange(n * length).reshape(n, -1) == n * length * 2 // 3,
+    "whole samples": lambda rng, n, length: np.repeat(np.arange(n)[:, None] % 3, length, 1),
+    "padded": lambda rng, n, length: rng.integers(0, length + 1, (n, 1)) > np.arange(length),
+    "none valid": lambda rng, n, length: np.zeros((n, length)),
+}
+
+
+def mask_of(kind, shape, seed=0, offset=0):
+    """The mask of a kind for (N, C, L) data, `offset` bytes behind a 64-byte boundary."""
+    values = MASKS[kind](np.random.default_rng(seed), shape[0], shape[2])
+    return placed(np.asarray(values), np.uint8, offset)
 
 
 def there(x):
@@ -200,12 +243,14 @@ def run(backend, case):
 def _run(backend, case, place, xp):
     y, dx, dresidual = map(place, case.outputs)
     x, dy, weight, bias = map(place, (case.x, case.dy, case.weight, case.bias))
-    moments = backend.batch_moments(x)
+    masked, counted = ({k: place(v) if k == "mask" else v for k, v in given.items()}
+                       for given in (case.masked, case.counted))  # fmt: skip
+    moments = backend.batch_moments(x, **counted)
     running = xp.zeros_like(weight), xp.ones_like(weight)
     mean, var, invstd = backend.finalize_moments(moments, case.eps, running=running, factor=0.5)
     relu_bits = xp.full((case.x.size + 7) // 8, 0xAA, np.uint8) if case.needs_bits else None
     transform = Transform(mean, invstd, weight, bias)
-    options = {"relu": case.activation is not None, "relu_bits": relu_bits}
+    options = {"relu": case.activation is not None, "relu_bits": relu_bits, **masked}
     residual = None if case.residual is None else place(case.residual)
     backend.normalize(x, transform, **options, residual3=residual, out3=y)
     sums = backend.backward_reduce(dy, x, transform, **options)
@@ -218,7 +263,7 @@ def _run(backend, case, place, xp):
         sums=None if case.constant else sums,
         count=moments.count,
         out3=dx,
-        dresidual3=dresidual if relu_bits is not None else None,
+        dresidual3=dresidual if case.needs_dresidual else None,
         local=sums,
         dweight=dweight,
         dbias=dbias,
@@ -248,8 +293,12 @@ def run_alone(case):
     x, dy, residual = there(case.x), there(case.dy), there(case.residual)
     y, dx, dresidual = map(there, case.outputs)
     options = {"relu": case.activation is not None, "relu_bits": relu_bits}
+    counted = {}
+    if case.mask is not None:
+        options["mask"], counted["count"] = there(case.mask), case.count
+    state = {"running": running, "factor": 0.5, **counted}
     mean, invstd = cuda.local_forward(
-        x, y, *given, case.eps, **options, residual3=residual, running=running, factor=0.5
+        x, y, *given, case.eps, **options, residual3=residual, **state
     )
     cuda.local_backward(
         dy,
@@ -258,12 +307,13 @@ def run_alone(case):
         Transform(mean, invstd, *given),
         **options,
         count=0 if case.constant else case.count,
-        dresidual3=dresidual if relu_bits is not None else None,
+        dresidual3=dresidual if case.needs_dresidual else None,
         dweight=gradients[0],
         dbias=gradients[1],
     )
     results = [mean, invstd, *running, y, dx, *gradients]
-    results += [] if relu_bits is None else [relu_bits, dresidual]
+    results += [] if relu_bits is None else [relu_bits]
+    results += [dresidual] if case.needs_dresidual else []
     return [back(x).copy() for x in results]
 
 
@@ -297,6 +347,7 @@ def run_recentred(case, fused):
         relu_bits=relu_bits,
         running=running,
         factor=0.3,
+        **({} if case.mask is None else {"mask": there(case.mask)}),
     )
     results = [*statistics, *running, y, *([] if relu_bits is None else [relu_bits])]
     results = [back(x).copy() for x in results]
@@ -312,6 +363,24 @@ def clear_caches():
     source._kernels.clear()
     launch._kept.scratch.clear()
     launch._captured.clear()
+
+
+@contextmanager
+def resident(setting):
+    """One rank's passes in one launch or in two: ``CUPYBN_RESIDENT``, "auto", "0" or "1"."""
+    before = os.environ.get(launch.RESIDENT)
+
+    def put(value):
+        os.environ.pop(launch.RESIDENT, None)
+        os.environ |= {} if value is None else {launch.RESIDENT: value}
+        launch.forward_launches.cache_clear()
+        launch.backward_launches.cache_clear()
+
+    put(setting)
+    try:
+        yield
+    finally:
+        put(before)
 
 
 @contextmanager
@@ -351,6 +420,8 @@ def launched_by(cases: Iterable[Case]) -> set[tuple[str, str]]:
     with host_kernels(collector):
         for case in cases:
             run(cuda, case)
+            with resident("1"):
+                run_alone(case)
             if case.x.dtype == np.float64:
                 run_recentred(case, fused=True)
     return collector.launched

@@ -17,8 +17,9 @@ LAYERS = [
     ["arrays", "launcher"],
     ["layout"],
     ["statistics", "checks"],
+    ["backends"],
     ["communicators", "checkpoint"],
-    ["collective", "backends"],
+    ["collective"],
     ["forward_backward"],
     ["double_backward", "primitives"],
     ["functional"],
@@ -30,7 +31,7 @@ LAYERS = [
 ]
 """The modules and packages of cupybn; each imports from earlier lines, and from itself."""
 
-STATEMENTS = 7550
+STATEMENTS = 8100
 LONGEST_FUNCTION = 60  # lines
 MOST_PARAMETERS = 8  # positional ones
 COMPILED = "backends/cpu/"  # loops in Numba, whose arguments are arrays and scalars

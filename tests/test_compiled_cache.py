@@ -164,44 +164,86 @@ def test_the_digest_is_of_all_that_kernels_are_made_of():
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("backend", ["auto", "numba"])
-def test_ranks_of_which_one_has_a_broken_numba(mpirun, tmp_path, backend):
-    """Left to choose, that rank computes with NumPy and says so; asked for Numba, all raise."""
-    script = tmp_path / "one_is_broken.py"
+@pytest.mark.parametrize("ranks, broken", [(2, "1"), (3, "0"), (3, "0 1 2")])
+def test_ranks_of_which_some_have_a_broken_numba(mpirun, broken_numba, ranks, broken):
+    """Left to choose, all compute with NumPy, and rank 0 says why, once and for all."""
+    said = mpirun(ranks, broken_numba, broken, env={"CUPYBN_CPU_BACKEND": "auto"}).stdout
+    for rank, line in enumerate(sorted(said.splitlines())):
+        assert line.startswith(f"{rank} | computed with numpy"), said
+        if rank == 0:
+            assert line.count(" | ") == 2, line
+            assert "not all ranks can use it, so NumPy computes on all of them" in line
+            for i in range(ranks):
+                problem = "SystemError: bad code object" if str(i) in broken else "no problem"
+                assert f"rank {i}: host{i}, {problem}" in line
+        else:
+            assert line.count(" | ") == 1, line
+
+
+@pytest.mark.mpi
+def test_ranks_that_have_computed_before_they_hear_of_a_broken_numba(mpirun, broken_numba):
+    """What Numba began NumPy ends; the rank in question has said so before."""
+    said = mpirun(2, broken_numba, "1", "earlier", env={"CUPYBN_CPU_BACKEND": "auto"}).stdout
+    first, second = sorted(said.splitlines())
+    assert first.startswith("0 | computed with numpy | Numba is installed, but not all ranks can")
+    assert second.startswith(
+        "1 | computed with numpy | Numba is installed, but cannot be used (SystemError: bad code "
+    )
+
+
+@pytest.mark.mpi
+def test_ranks_of_which_all_can_use_numba(mpirun, broken_numba):
+    said = mpirun(2, broken_numba, "", env={"CUPYBN_CPU_BACKEND": "auto"}).stdout
+    assert sorted(said.splitlines()) == ["0 | computed with cpu", "1 | computed with cpu"]
+
+
+@pytest.mark.mpi
+def test_ranks_that_ask_for_a_numba_that_one_of_them_cannot_use(mpirun, broken_numba):
+    said = mpirun(2, broken_numba, "1", env={"CUPYBN_CPU_BACKEND": "numba"}).stdout
+    first, second = sorted(said.splitlines())
+    assert first.startswith("0 | PeerError: forward of 'bn': rank 1 failed")
+    assert second.startswith("1 | ImportError: the CPU backend 'numba' cannot be used (Syst")
+
+
+@pytest.fixture
+def broken_numba(tmp_path):
+    """A program that trains with ranks of which some, its argument, cannot import Numba."""
+    script = tmp_path / "some_are_broken.py"
     script.write_text(
         """
-import os, sys, warnings
+import os, platform, sys, warnings
 from mpi4py import MPI
-rank = MPI.COMM_WORLD.Get_rank()
-if rank == 1:
+rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+if str(rank) in sys.argv[1]:
     sys.path.insert(0, os.path.dirname(__file__) + "/broken")
+platform.node = lambda: f"host{rank}"
 import numpy as np
 import cupybn
-x = np.arange(48, dtype="f").reshape(8, 3, 2) ** 2
+from cupybn import backends
+x = np.arange(24 * size, dtype="f").reshape(4 * size, 3, 2) ** 2
+own = slice(4 * rank, 4 * rank + 4)
+other = cupybn.BatchNorm1d(3)
 layer = cupybn.SyncBatchNorm(3, name="bn")
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     try:
-        y = layer.forward(x[4 * rank : 4 * rank + 4])
-        dx = layer.backward(y)
+        if "earlier" in sys.argv:  # this process has computed before it met the others
+            y = other.forward(x)
+        for _ in range(3):
+            y = layer.forward(x[own])
+            dx = layer.backward(y)
+        if "earlier" in sys.argv:
+            other.backward(x)
         alone = cupybn.SyncBatchNorm(3, comm=cupybn.SelfCommunicator())
-        np.testing.assert_allclose(y, alone.forward(x)[4 * rank : 4 * rank + 4], 1e-5, 1e-6)
-        found = "computed"
+        np.testing.assert_allclose(y, alone.forward(x)[own], 1e-5, 1e-6)
+        assert cupybn.distributed.verify_sync(layer) is None
+        found = "computed with " + backends.cpu_backend().__name__.rpartition(".")[2]
     except Exception as error:
         found = f"{type(error).__name__}: {error}"
-told = sorted({str(t.message) for t in told})
-sys.stdout.write(" | ".join([str(rank), found, *told]) + "\\n")
+found = " | ".join([str(rank), found, *(str(t.message) for t in told)])
+sys.stdout.write(found.replace("\\n", " ") + "\\n")
 """
     )
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "numba.py").write_text("raise SystemError('bad code object')\n")
-    said = mpirun(2, script, env={"CUPYBN_CPU_BACKEND": backend, "CUPYBN_TIMEOUT": "60"}).stdout
-    first, second = sorted(line for line in said.splitlines() if line[:1] in "01")
-    if backend == "auto":
-        assert first == "0 | computed"
-        assert second.startswith(
-            "1 | computed | Numba is installed, but cannot be used (SystemError: bad code object)"
-        )
-    else:
-        assert first.startswith("0 | PeerError: forward of 'bn': rank 1 failed")
-        assert second.startswith("1 | ImportError: the CPU backend 'numba' cannot be used (Syst")
+    return script

@@ -19,7 +19,7 @@ import pytest
 import reference
 from conftest import DTYPES, ROOT, TOLERANCE
 from cuda_tools import need
-from kernel_cases import host_kernels, numpy_through_cuda, placed
+from kernel_cases import host_kernels, numpy_through_cuda, placed, resident
 from ptx.launch import compile_module, missing
 from rank_checks import CHECKS, Spy
 from test_binding import functions_entered
@@ -127,6 +127,46 @@ def test_ranks_get_what_numpy_gives(dtype, relu, n):
         assert ours[2] == exact[2] == 3
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 3, 3), (), (40, 20)], ids=["short rows", "columns", "rows"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_masks_of_ranks_beside_the_numpy_backend(dtype, shape, n):
+    """Of three, one has no mask, one nothing valid. Then all in evaluation; NaN where masked."""
+    x, r, dy = (normal((12, 5, *shape), dtype, seed) for seed in range(3))
+    mask = np.random.default_rng(3).integers(0, 2, (12, *shape)).astype(bool)
+    mask[1::n] &= n == 1
+
+    def rank(comm, device):
+        layer = layer_for(dtype, SyncBatchNorm, c=5, comm=comm, activation="relu").to(device)
+        place = put if device == "cuda" else np.asarray
+        mine, valid = [a[comm.rank :: n].copy() for a in (x, r, dy)], mask[comm.rank :: n]
+        given = {} if comm.rank == 2 else {"mask": place(valid)}
+        if given:
+            for a in mine:
+                np.moveaxis(a, 1, -1)[~valid] = np.nan
+        mine, results = list(map(place, mine)), []
+        for residual in (None, mine[1]):
+            y = layer(mine[0], residual, **given)
+            dx = layer.backward(mine[2])
+            results += map(copy_to_host, (y, dx) if residual is None else (y, *dx))
+        layer.eval()
+        results.append(copy_to_host(layer(mine[0], **given)))
+        if given:
+            assert not any(np.moveaxis(a, 1, -1)[~valid].any() for a in results)
+        return results, state(layer)
+
+    backends.use_cpu_backend("numpy")
+    try:
+        theirs = run_ranks(n, rank, "cpu")
+    finally:
+        backends.use_cpu_backend("auto")
+    for ours, exact in zip(run_ranks(n, rank, "cuda"), theirs, strict=True):
+        for a, b in zip(ours[0], exact[0], strict=True):
+            assert reference.error(a, b.astype(np.float64)) < TOLERANCE[dtype.name]
+        for (name, a), (_, b) in zip(ours[1], exact[1], strict=True):
+            assert reference.error(a, b.astype(np.float64)) < 1e-5, name
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_bound_step_of_a_layer_enters_few_functions(cupy, residual):
     cupy.do_nothing()
@@ -159,11 +199,12 @@ def test_a_bound_call_takes_arrays_at_any_address(dtype):
             assert reference.error(ours, exact.astype(np.float64)) < TOLERANCE[dtype.name]
 
 
-def test_one_rank_and_a_plain_layer_give_the_same_bits():
+def test_one_rank_and_a_plain_layer_that_streams_give_the_same_bits():
     x, dy = (put(normal((4, 5, 6, 6), seed=seed)) for seed in range(2))
     plain, alone = BatchNorm2d(5, device="cuda"), BatchNorm2d(5, device="cuda", check_finite=True)
-    for layer in (plain, alone):
-        layer.y, layer.dx = layer(x), layer.backward(dy)
+    with resident("0"):
+        for layer in (plain, alone):
+            layer.y, layer.dx = layer(x), layer.backward(dy)
     assert plain.y.get().tobytes() == alone.y.get().tobytes()
     assert plain.dx.get().tobytes() == alone.dx.get().tobytes()
     assert bits(plain) == bits(alone)
@@ -178,7 +219,9 @@ def test_central_differences(numpy_arrays_there):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_launches(cupy, dtype, with_residual):
-    """2 kernels a direction with one rank, 3 forward with several; in evaluation 2."""
+    """1 kernel a direction with one rank, 2 where it streams, 3 forward with several ranks; in
+    evaluation 2 forward.
+    """
 
     def launches(function, *args):
         cupy.launched.clear()
@@ -190,8 +233,11 @@ def test_launches(cupy, dtype, with_residual):
     residual = (x.copy(),) if with_residual else ()
     forward = ["batch_moments", "finalize_moments", "normalize"]
     backward = ["backward_input", "backward_reduce"]
-    assert launches(layer, x, *residual) == ["batch_moments", "normalize"]
-    assert launches(layer.backward, x) == backward
+    assert launches(layer, x, *residual) == ["local_forward"]
+    assert launches(layer.backward, x) == ["local_backward"]
+    with resident("0"):
+        assert launches(layer, x, *residual) == ["batch_moments", "normalize"]
+        assert launches(layer.backward, x) == backward
     assert launches(layer.eval(), x, *residual) == ["finalize_moments", "normalize"]
     options = {"dtype": layer.weight.dtype, "device": "cuda"}
 
@@ -245,6 +291,7 @@ def test_over_ranks(numpy_arrays_there, name, n):
 def test_a_kernel_that_does_not_compile_changes_nothing(cupy, direction, n):
     """The last kernel of a pass is compiled before the first message, and before any write."""
     last = {"forward": "normalize", "backward": "backward_input"}[direction]
+    last = f"local_{direction}" if n == 1 else last
 
     def failing(text, kernels):
         if last in kernels:
@@ -323,8 +370,9 @@ QUICK = "empty or running or message or pooled or without or outputs or public o
         ["test_gpu_layers.py"],
         ["test_gpu_transports.py"],
         ["test_gpu.py", "-k", f"({QUICK}) and not small and not one_launch"],
+        ["test_gpu.py", "-k", "every_mask and float32"],
     ],
-    ids=lambda given: given[0],
+    ids=lambda given: "-".join(given[::2]),
 )
 def test_the_tests_for_a_gpu_run_on_the_stand_in(given):
     """Streams that put off all work, CUDA graphs, allocators, two devices, ranks as threads."""

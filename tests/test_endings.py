@@ -210,6 +210,34 @@ def test_the_limit_of_a_job_counts_from_when_its_ranks_are_ready(seconds):
         assert run_job(command, rank_environment(), timeout=1, ready=1).stdout == "ready\n"
 
 
+LISTENER = "The PMIx server's listener thread failed to start. We cannot continue."
+
+
+@pytest.mark.parametrize(
+    "failures, says, starts",
+    [
+        (1, LISTENER, 2),
+        (2, LISTENER, 3),
+        (9, LISTENER, 3),
+        (1, "The PMIx server failed to start. We cannot continue.", 1),
+    ],
+)
+def test_a_launcher_that_fails_before_any_rank_is_started_again(failures, says, starts, tmp_path):
+    """And one that fails otherwise is not."""
+    log, launcher = tmp_path / "starts", tmp_path / "mpiexec"
+    launcher.write_text(
+        f'#!/bin/sh\necho >>{log}\n[ "$(wc -l <{log})" -le {failures} ] || exec echo ranks\n'
+        f'echo "{says}" >&2\nexit 213\n'
+    )
+    launcher.chmod(0o755)
+    process = run_job([str(launcher)], rank_environment(), timeout=60)
+    assert log.read_text().count("\n") == starts
+    if starts > failures:
+        assert (process.returncode, process.stdout) == (0, "ranks\n")
+    else:
+        assert (process.returncode, process.stdout) == (213, "")
+
+
 WAITING = """
 import os, time
 from cupybn.communicators.watchdog import Watch, watchdog

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from conftest import DTYPES, TOLERANCE
 from cuda_tools import need
-from cuda_variants import variants
+from cuda_variants import masked_variants, variants
 from kernel_cases import (
     CS,
     LARGE,
     LS,
+    MASKS,
     MODES,
     NS,
     ODD_ONES,
@@ -26,7 +27,9 @@ from kernel_cases import (
     error,
     host_kernels,
     launched_by,
+    mask_of,
     placed,
+    resident,
     run,
     run_alone,
     run_recentred,
@@ -71,6 +74,21 @@ CASES = [
         for m in MODES
     ),
 ]
+# Shapes and addresses of every geometry; the masks and modes go by at their own pace.
+SOME_VALID = [kind for kind in MASKS if kind != "none valid"]
+MASKED = [
+    *((shape, "aligned") for shape in [*LAYOUTS, (5, 6, 24), *ODD_ONES, *SPLIT[2:]]),
+    *product([*MOVED, (66, 24, 1)], OFFSETS),
+    *((shape, "aligned") for shape in product((5, 7), (258,), (2, 3))),  # narrow runs
+]
+MASKED_CASES = [
+    *(
+        (shape, dtype, MODES[(i + j) % 4], offset, SOME_VALID[i % 5])
+        for j, dtype in enumerate(DTYPES)
+        for i, (shape, offset) in enumerate(MASKED)
+    ),
+    *((s, DTYPES[i % 4], MODES[3], "aligned", "none valid") for i, s in enumerate(LAYOUTS)),
+]
 # `make test` runs a part of them, `make test-ptx` all.
 QUICK = 12
 pytestmark = pytest.mark.timeout(600)
@@ -92,8 +110,9 @@ def check(case, against_numpy=True):
     assert error(got.mean, f.mean) < per_channel
     assert (np.abs(got.var - f.var) <= per_channel * f.var).all()
     unbiased = f.var * (case.count / max(case.count - 1, 1))
-    assert error(got.running[0], f.mean / 2) < per_channel
-    assert error(got.running[1], (1 + unbiased) / 2) < per_channel
+    state = (f.mean / 2, (1 + unbiased) / 2) if case.count else (0 * f.mean, 1 + 0 * f.mean)
+    assert error(got.running[0], state[0]) < per_channel
+    assert error(got.running[1], state[1]) < per_channel
     assert error(got.y, f.y) < tolerance
     kept = got.y > 0 if case.activation else None
     if got.relu_bits is not None:
@@ -103,13 +122,15 @@ def check(case, against_numpy=True):
     terms_dy, terms_xmu = b.terms
     assert (np.abs(got.dbias - b.dbias) <= per_channel * (1 + terms_dy)).all()
     assert (np.abs(got.dweight - b.dweight) <= per_channel * (1 + terms_xmu)).all()
-    if got.relu_bits is not None:
+    if case.needs_dresidual:
         assert error(got.dresidual, b.dresidual) == 0
     in_steps = [got.mean, got.invstd, *got.running, got.y, got.dx, got.dweight + 1, got.dbias + 1]
-    in_steps += [] if got.relu_bits is None else [got.relu_bits, got.dresidual]
+    in_steps += [] if got.relu_bits is None else [got.relu_bits]
+    in_steps += [got.dresidual] if case.needs_dresidual else []
     in_steps = [x.copy() for x in in_steps]
-    for one, other in zip(in_steps, run_alone(case), strict=True):
-        assert one.tobytes() == other.tobytes()
+    with resident("0"):
+        for one, other in zip(in_steps, run_alone(case), strict=True):
+            assert one.tobytes() == other.tobytes()
     if dtype == "float64":
         fused, apart = (run_recentred(case, fused) for fused in (True, False))
         assert all((a == b).all() for a, b in zip(fused, apart, strict=True))
@@ -141,6 +162,57 @@ def test_kernels_agree_with_float64_and_numpy(shape, dtype, mode, offset, consta
     check(Case(shape, dtype, mode, sum(shape), OFFSETS[offset], constant=constant))
 
 
+def in_memory(values):
+    """As unsigned integers: -0 is not 0, and NaN itself."""
+    return values.view(f"u{values.itemsize}")
+
+
+def packed(values, valid):
+    """(N, C, L) values in valid positions, as columns (P, C, 1)."""
+    return np.ascontiguousarray(values.transpose(0, 2, 1)[valid[:, 0]])[:, :, None]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "mode", "offset", "kind"), list(some(MASKED_CASES)), ids=name_of
+)
+def test_masked_values_count_for_nothing(shape, dtype, mode, offset, kind):
+    """As float64 has it, and as the NumPy backend has it of the valid values alone, packed."""
+    mask = mask_of(kind, shape, sum(shape))
+    case = Case(shape, dtype, mode, sum(shape), OFFSETS[offset], mask=mask)
+    got = check(case, against_numpy=False)
+    tensors = [got.y, got.dx, *([got.dresidual] if case.needs_dresidual else [])]
+    nothing = np.broadcast_to(~case.valid, shape)
+    assert all((in_memory(tensor)[nothing] == 0).all() for tensor in tensors)
+    if case.count == 0:
+        return
+    alone = Case((case.count, shape[1], 1), dtype, mode, x=packed(case.x, case.valid))
+    alone.dy, alone.weight, alone.bias = packed(case.dy, case.valid), case.weight, case.bias
+    alone.residual = None if case.residual is None else packed(case.residual, case.valid)
+    expected = run(numpy_backend, alone)
+    tolerance, per_channel = TOLERANCE[dtype.name], PER_CHANNEL[dtype.name]
+    assert error(got.mean, expected.mean) < per_channel
+    assert error(got.invstd, expected.invstd) < per_channel
+    assert error(packed(got.y, case.valid), expected.y) < tolerance
+    assert error(packed(got.dx, case.valid), expected.dx) < tolerance
+
+
+def masks_left():
+    """Kernels with a mask that no case launches: as below, moments of rows by the element."""
+    compiled = launched_by(
+        Case(*case[:3], offsets=OFFSETS[case[3]], mask=mask_of(case[4], case[0]))
+        for case in MASKED_CASES
+    )
+    every = {(v.source, k): v for d in DTYPES for v in masked_variants(d.name) for k in v.kernels}
+    assert {kernel for _, kernel in compiled - set(every)} == {"finalize_moments"}
+    by_element = ("RAGGED_VECTORS", 0), ("ROWS", 1), ("VECTOR", 1)
+    return {
+        (kernel, v.defines)
+        for (text, kernel), v in every.items()
+        if (text, kernel) not in compiled
+        and not (kernel == "batch_moments" and set(by_element) <= set(v.defines))
+    }
+
+
 @pytest.mark.ptx
 def test_every_variant_runs():
     """But for two that test_ptx_kernels.py runs: the one between two messages, and a tensor alone
@@ -155,6 +227,7 @@ def test_every_variant_runs():
     left = {
         (name, v.defines) for (text, name), v in kernels.items() if (text, name) not in compiled
     }
+    assert not masks_left()
     by_element = (("RAGGED_VECTORS", 0), ("ROWS", 1))
     assert {(name, defines[:2]) for name, defines in left} == {
         ("recentre_moments", ()), ("batch_moments", by_element),
@@ -187,6 +260,16 @@ def test_a_mean_far_from_zero(shape, dtype, ratio):
         values = values / 64
     x = placed(values + ratio * spread(values), dtype)
     check(Case(shape, dtype, "plain", x=x))
+
+
+@pytest.mark.parametrize("shape", [(6, 32, 49), (65, 24, 1), (4, 3, 784)], ids=name_of)
+@pytest.mark.parametrize("first", [1, 40, 10**6])
+def test_deviations_are_taken_from_a_valid_value(shape, first):
+    """Wherever the first one is; from 0 the variance would have lost all its digits."""
+    mask = mask_of("all valid", shape)
+    mask.flat[: min(first, mask.size - 5)] = 0
+    values = np.random.default_rng(3).standard_normal(shape) + 1e8
+    check(Case(shape, np.dtype(np.float64), "plain", x=values, mask=mask), against_numpy=False)
 
 
 @pytest.mark.ptx

@@ -20,12 +20,12 @@ from cupybn.backends.cuda import launch, plan, source
 
 LEFT_OUT = {
     "first": {"device", "pytorch", "kernels float64", "kernels bfloat16", "odd shapes float16"},
-    "why": {"resident beside streaming"},
+    "why": set(),
     "ranks": {"memcheck", "racecheck", "more than 2^31 elements"},
 }
 FIGURES = {
     "first": {"overhead", "six-shapes", "ResNet-50"},
-    "why": {"kernels-float16", "kernels-float32", "bench-float32"},
+    "why": {"resident-beside-streaming", "kernels-float16", "kernels-float32", "bench-float32"},
     "ranks": {"messages-2-ranks", "messages-4-ranks"},
 }
 
@@ -94,8 +94,11 @@ def test_every_variant_is_another_one(kernels):
     [original, *changed] = [launches(kernels, variant) for variant in kernels.VARIANTS]
     for variant, found in zip(kernels.VARIANTS[1:], changed, strict=True):
         texts, grids = zip(original, found, strict=True)
-        assert (texts[0] != texts[1]) == bool(variant.text), variant.name
+        other = bool(variant.text or variant.resident == "1")
+        assert (texts[0] != texts[1]) == other, variant.name
         assert (grids[0] != grids[1]) == (not variant.text), variant.name
+        alone = {name for name, *_ in grids[1]} & kernels.RESIDENT.keys()
+        assert bool(alone) == (variant.name == "resident")
     assert (vars(plan), launch._resident, source.compile_module) == before
 
 
@@ -117,8 +120,9 @@ def launches(kernels, variant):
                 backward(t, forward(t))
         finally:
             source.compile_module = compile_module
-        assert [name for name, _ in notes] == list(kernels.KERNELS)
-        grids += [again.args[:2] for _, again in notes]
+        if variant.resident == "0":
+            assert [name for name, _ in notes] == list(kernels.KERNELS)
+        grids += [(name, *again.args[:2]) for name, again in notes]
     return texts, grids
 
 
@@ -150,6 +154,12 @@ def test_ratios_and_means(kernels):
     }
     found = kernels.ratios(times)
     assert found == {"UNROLL * 2": {"a": 0.5, "b": 1.0, "sum": 7 / 8}}
+    times = {
+        "as it is": {"batch_moments": [2.0], "normalize": [4.0], "backward_reduce": [3.0]},
+        "resident": {"local_forward": [3.0], "backward_reduce": [3.0]},
+    }
+    expected = {"backward_reduce": 1.0, "forward": 0.5, "backward": 1.0, "sum": 6 / 9}
+    assert kernels.ratios(times) == {"resident": expected}
     other = {"UNROLL * 2": {"a": 2.0, "b": 1.0, "sum": 1.5}}
     [mean] = kernels.over_cases([{"variants": found}, {"variants": other}]).values()
     assert mean["a"] == pytest.approx(1)
@@ -162,6 +172,8 @@ def test_the_model_stands_beside_what_was_measured(kernels):
     assert row["%"] == pytest.approx(100 * 2 * case.bytes / 25e-6 / 4.3e12)
     assert row["/"] == pytest.approx(25.0 / row["predicted"])
     assert 20 < row["predicted"] < 30  # 51 MB twice at 4.3 TB/s are 24 us
+    alone = kernels.beside("local_forward", 25.0, case._replace(shape=(32, 256, 56, 56)), 4.3e12)
+    assert 24 < alone["predicted"] < 30  # the same once: as much as one pass, without the other
     assert kernels.beside("other", 1.0, case, 4.3e12)["predicted"] is None
 
 

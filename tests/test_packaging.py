@@ -93,3 +93,36 @@ def test_what_needs_a_framework_is_run_with_it():
     assert listed is not None
     assert len(needs) > 8
     assert needs <= set(listed[1].replace("\\", "").split())
+
+
+PROJECT = (ROOT / "pyproject.toml").read_text()
+VERSIONS = (ROOT / "docs" / "versions.md").read_text()
+
+
+def test_the_citation_is_of_this_version():
+    citation = (ROOT / "CITATION.cff").read_text()
+    version = re.search(r'^__version__ = "(.*)"$', (ROOT / "cupybn/__init__.py").read_text(), re.M)
+    assert version is not None
+    assert f"\nversion: {version[1]}\n" in citation
+    assert "\ncff-version: 1.2.0\n" in "\n" + citation
+
+
+def test_the_table_of_versions_is_the_projects():
+    pythons = re.findall(r"Python :: (3\.\d+)", PROJECT)
+    assert f"| {pythons[0]} to {pythons[-1]} | {', '.join(pythons)} |" in VERSIONS
+    oldest = dict(re.findall(r'"(numpy|numba|mpi4py|cupy-cuda12x)>=([\d.]+)"', PROJECT))
+    assert len(oldest) == 4
+    for name, row in {"numpy": "NumPy", "mpi4py": "mpi4py", "numba": "Numba"}.items():
+        assert re.search(rf"^\| {row} \| {oldest[name]}(\.0)* or later", VERSIONS, re.M), name
+    assert f"| CuPy | {oldest['cupy-cuda12x']} or later" in VERSIONS
+    torch = (ROOT / "Makefile").read_text().partition("torch==")[2].partition("\n")[0]
+    assert f"| {torch}; " in VERSIONS
+
+
+def test_what_the_table_of_versions_names_runs_in_ci():
+    rows = [line for line in VERSIONS.splitlines() if line.startswith("| ")]
+    named = set(re.findall(r"`make ([\w-]+)`", "\n".join(rows)))
+    assert len(named) > 6
+    run = (ROOT / ".ci" / "run").read_text()
+    commands = {word for line in run.splitlines() if "make " in line for word in line.split()}
+    assert named <= commands

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, _mpiexec, rank_environment
+from conftest import NO_LISTENER, ROOT, STARTS, _mpiexec, rank_environment
 from processes import family, shared_memory
 
 import cupybn
@@ -40,23 +40,35 @@ def never_killed(mpirun, tmp_path_factory):
 
 @contextmanager
 def running(ranks, path, more, saves, delay):
-    """A job, some time after it has saved so often."""
+    """A job, some time after it has saved so often; started as ``conftest.run_job`` starts one."""
     command = [_mpiexec(), "-n", ranks, sys.executable, "-m", "mpi4py", SCRIPT,
                *options(ranks, path, *more)]  # fmt: skip
     env = rank_environment(TMPDIR=str(path.parent))  # where Open MPI would leave files
-    with subprocess.Popen(
-        [str(word) for word in command], env=env, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, text=True,
-    ) as job:  # fmt: skip
-        last = path.stat().st_ino if path.exists() else None
-        while saves > 0:
-            assert job.poll() is None
-            now = path.stat().st_ino if path.exists() else None
-            saves -= now != last
-            last = now
-            time.sleep(0.001)
-        time.sleep(delay)
-        yield job
+    errors = path.with_suffix(".err")
+    for _ in range(STARTS):
+        with errors.open("w") as stderr, subprocess.Popen(
+            [str(word) for word in command], env=env, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=stderr, start_new_session=True, text=True,
+        ) as job:  # fmt: skip
+            if has_saved(job, path, saves):
+                time.sleep(delay)
+                yield job
+                return
+        assert NO_LISTENER in errors.read_text(), errors.read_text()
+    pytest.fail(f"mpiexec has not started any rank, {STARTS} times\n{errors.read_text()}")
+
+
+def has_saved(job, path, saves):
+    """Waits until it has, so often; or says that it ended before."""
+    last = path.stat().st_ino if path.exists() else None
+    while saves > 0:
+        if job.poll() is not None:
+            return False
+        now = path.stat().st_ino if path.exists() else None
+        saves -= now != last
+        last = now
+        time.sleep(0.001)
+    return True
 
 
 def run_and_kill(ranks, path, more, saves, delay):
@@ -107,6 +119,24 @@ def assert_equal(state, expected, tolerance):
 def steps_in(path):
     progress = cupybn.load(path).metadata["training"]
     return progress["epoch"] * 15 + progress["used"] // WHOLE
+
+
+@pytest.mark.parametrize("says", [NO_LISTENER, "something else"])
+def test_a_launcher_that_fails_before_any_rank_is_started_again(says, tmp_path, monkeypatch):
+    log, launcher = tmp_path / "starts", tmp_path / "mpiexec"
+    launcher.write_text(
+        f'#!/bin/sh\necho >>{log}\n[ "$(wc -l <{log})" -le 1 ] || exec {_mpiexec()} "$@"\n'
+        f'echo "{says}" >&2\nexit 213\n'
+    )
+    launcher.chmod(0o755)
+    monkeypatch.setattr(sys.modules[__name__], "_mpiexec", lambda: launcher)
+    if says == NO_LISTENER:
+        run_and_kill(2, tmp_path / "state.npz", [], saves=1, delay=0)
+        assert log.read_text() == "\n\n"
+    else:
+        with pytest.raises(AssertionError, match=says):
+            run_and_kill(2, tmp_path / "state.npz", [], saves=1, delay=0)
+        assert log.read_text() == "\n"
 
 
 def test_killed_and_resumed_equals_never_killed(never_killed, mpirun, tmp_path):

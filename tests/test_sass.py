@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from functools import cache
 from itertools import product
+from operator import le
+from typing import NamedTuple
 
 import pytest
 import test_compile
 from cuda_tools import need
-from cuda_variants import Variant, variants
+from cuda_variants import RESIDENT, Variant, variants
 from test_compile import compile_text, disassemble
 
 from benchmarks import model
@@ -141,3 +143,106 @@ def test_the_model_knows_what_a_multiprocessor_holds(dtype):
             shape = (100_000, 64, 1)
             shared += plan_launch(shape, itemsize, VECTOR_BYTES, VECTOR_BYTES, 132).shared_bytes
         assert resident(registers, shared) == blocks[vector], (kernel, kind, registers, shared)
+
+
+ACCESS = r"\b(LDG|STG)\.E(\.\w+)*\.128\b(?!.*STRONG)"
+MULTIPLY_ADD = r"\b[FHD]FMA2?\b"
+
+
+class Path(NamedTuple):
+    """What a warp executes of a loop: vectors of 16 bytes a lane, and instructions."""
+
+    loaded: int = 0
+    stored: int = 0
+    multiplied: int = 0
+    instructions: int = 0
+
+    def then(self, instruction: str) -> Path:
+        access = re.search(ACCESS, instruction)
+        return Path(
+            self.loaded + bool(access and access[1] == "LDG"),
+            self.stored + bool(access and access[1] == "STG"),
+            self.multiplied + bool(re.search(MULTIPLY_ADD, instruction)),
+            self.instructions + 1,
+        )
+
+
+def rounds(text: str, kernel: str, arch: str) -> list[Path]:
+    """The shortest ways through the loop over vectors, for each number of accesses and products."""
+    cubin, _ = compile_text(text, arch)
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in disassemble(cubin)[kernel].splitlines():
+        if found := re.match(r"\s*(\.L\w+):", line):
+            labels[found[1]] = len(code)
+        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
+            code.append(found[1])
+    targets = {
+        i: labels[found[1]]
+        for i, instruction in enumerate(code)
+        if (found := re.search(r"\bBRA\b.*?`\((\.L\w+)\)", instruction))
+    }
+    begin, end = next(
+        (to, at)
+        for at, to in targets.items()
+        if to <= at and any(re.search(ACCESS, i) for i in code[to : at + 1])
+    )
+    ways: dict[int, dict[tuple[int, ...], Path]] = {begin: {(): Path()}}
+    for i in range(begin, end + 1):
+        follows = [i + 1]
+        if i in targets and i < end:
+            always = re.match(r"BRA(\.\w+)* `", code[i])
+            follows = ([] if always else follows) + [targets[i]] * (targets[i] > i)
+        for path in ways.get(i, {}).values():
+            path = path.then(code[i])
+            for j in follows:
+                known = ways.setdefault(j, {})
+                known[path[:3]] = min(path, known.get(path[:3], path))
+    return list(ways[end + 1].values())
+
+
+# Of float16 and float32, rows and runs of channels (columns), on sm_90, as they are; an H200 has
+# time for 100, a B200 for 72.
+INSTRUCTIONS = {
+    "batch_moments": (67, 54, 46, 34),
+    "normalize": (40, 35, 26, 17),
+    "backward_reduce": (39, 38, 28, 25),
+    "backward_input": (47, 43, 25, 22),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_instructions_of_a_warp_for_512_bytes(kernel):
+    """Without ReLU and residual: all vectors of a round loaded, used, and stored where they are."""
+    found = []
+    for dtype, rows in product(("float16", "float32"), (1, 0)):
+        each = unrolled(kernel, rows, dtype)
+        loads = each * (2 if kernel.startswith("backward") else 1)
+        stores = each * (kernel in ("normalize", "backward_input"))
+        found.append(
+            min(
+                path.instructions
+                for path in rounds(variant_of(dtype, kernel, rows).source, kernel, "sm_90")
+                if path[:2] == (loads, stores)
+                and path.multiplied >= each * VECTOR_BYTES // ITEMSIZE[dtype]
+            )
+            / (loads + stores)
+        )
+    assert all(map(le, found, INSTRUCTIONS[kernel])), found
+    assert any(count > limit - 2 for count, limit in zip(found, INSTRUCTIONS[kernel], strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("kernel", "rows"), list(product(RESIDENT, (0, 1))))
+def test_resident_tensors_pass_through_no_registers(dtype, kernel, rows):
+    """They are copied past the first-level cache, 16 bytes each, and waited for by batches."""
+    variant = variant_of(dtype, kernel, rows)
+    tensors, batches = (1, 7) if kernel == "local_forward" else (2, 3)
+    code = [line for block in listing(variant.source, kernel) for line in block]
+    copies = places(code, r"\bLDGSTS\.E\.BYPASS(\.\w+)*\.128\b")
+    assert len(copies) == 2 * 2 * tensors  # two vectors, of the first batches and of each later one
+    assert places(code, rf"\bDEPBAR\.LE SB0, 0x{batches}\b")
+    assert len(places(code, WIDE)) == (2 if kernel == "local_forward" else 0)  # of the residual
+    old = [line for block in listing(variant.source, kernel, "sm_75") for line in block]
+    assert not places(old, "LDGSTS|DEPBAR.LE SB0, 0x[37]")
+    assert len(places(old, WIDE)) > len(places(code, WIDE))

@@ -94,15 +94,66 @@ def test_a_private_file_is_private_while_it_is_written(tmp_path, monkeypatch):
 
 
 @both
-def test_a_rename_over_a_mounted_file(suffix, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sizes", [(3, 5000), (5000, 3), (0, 0)], ids=str)
+def test_a_rename_over_a_mounted_file(sizes, suffix, tmp_path, monkeypatch):
+    """It is written into that file, which keeps its mode and whoever has it open."""
+    path = tmp_path / f"x{suffix}"
+    old, new = ({"x": np.full(size, 7.0)} for size in sizes)
+    cupybn.save(old, path)
+    path.chmod(0o600)
+    before = path.stat()
+    refusing(monkeypatch, "replace", errno.EBUSY)
+    cupybn.save(new, path)
+    assert holds(path, new)
+    assert path.stat().st_ino == before.st_ino
+    assert path.stat().st_mode == before.st_mode
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@both
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EOPNOTSUPP])
+def test_a_mounted_file_without_room_for_the_new_one(number, suffix, tmp_path, monkeypatch):
     path = tmp_path / f"x{suffix}"
     cupybn.save(OLD, path)
     refusing(monkeypatch, "replace", errno.EBUSY)
-    with pytest.raises(OSError, match="Mount its folder") as raised:
+
+    def filled_in_part(descriptor, offset, size):
+        os.truncate(descriptor, size - 1)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", filled_in_part)
+    with pytest.raises(OSError, match=os.strerror(number)) as raised:
+        cupybn.save({"x": np.ones(5000)}, path)
+    assert (raised.value.errno, raised.value.filename) == (number, str(path))
+    assert holds(path, OLD)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@both
+def test_a_mounted_file_that_is_lost_half_way(suffix, tmp_path, monkeypatch):
+    """The new content is whole, under the name in the error."""
+    path = tmp_path / f"x{suffix}"
+    cupybn.save(OLD, path)
+    refusing(monkeypatch, "replace", errno.EBUSY)
+    refusing(monkeypatch, "fsync", errno.EIO, lambda d: os.fstat(d).st_ino == path.stat().st_ino)
+    with pytest.raises(OSError, match="what was to be saved is in") as raised:
         cupybn.save(NEW, path)
-    assert (raised.value.errno, raised.value.filename) == (errno.EBUSY, str(path))
-    assert raised.value.filename2 is None
+    assert (raised.value.errno, raised.value.filename) == (errno.EIO, str(path))
     monkeypatch.undo()
+    [kept] = [name for name in os.listdir(tmp_path) if name != path.name]
+    assert f"is in {tmp_path / kept}: " in str(raised.value)
+    os.rename(tmp_path / kept, path)
+    assert holds(path, NEW)
+
+
+def test_another_error_of_a_rename_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.npz"
+    cupybn.save(OLD, path)
+    refusing(monkeypatch, "replace", errno.EPERM)
+    with pytest.raises(PermissionError) as raised:
+        cupybn.save(NEW, path)
+    assert raised.value.filename == str(path)
+    assert raised.value.filename2 is None
     assert holds(path, OLD)
     assert os.listdir(tmp_path) == [path.name]
 
@@ -127,20 +178,42 @@ def save_in_child(path, *arguments, before=()):
     return process.stdout.strip()
 
 
+def mounting(what):
+    """A command that runs another one under a mount of its own; skips where there is none."""
+    mount = ["unshare", "-rm", "sh", "-ec", f'{what}\nexec "$@"', "-"]
+    if not shutil.which("unshare") or subprocess.run([*mount, "true"]).returncode:
+        pytest.skip("nothing can be mounted here")
+    return mount
+
+
 def test_a_file_that_is_mounted(tmp_path):
     """A real mount, as of a container that is given a single file."""
     path, outside = tmp_path / "x.npz", tmp_path / "outside.npz"
     for file in (path, outside):
         cupybn.save(OLD, file)
-    mount = ["unshare", "-rm", "sh", "-c", f"mount --bind '{outside}' '{path}' && exec \"$@\"", "-"]
-    if not shutil.which("unshare") or subprocess.run([*mount, "true"]).returncode:
-        pytest.skip("nothing can be mounted here")
-    said = save_in_child(path, before=mount)
-    assert said.startswith("OSError True")
-    assert "Mount its folder" in said
-    assert holds(path, OLD)
-    assert holds(outside, OLD)
+    before = outside.stat().st_ino
+    assert save_in_child(path, before=mounting(f"mount --bind '{outside}' '{path}'")) == "saved"
+    assert holds(outside, NEW)
+    assert outside.stat().st_ino == before
+    assert holds(path, OLD)  # below the mount
     assert sorted(os.listdir(tmp_path)) == ["outside.npz", "x.npz"]
+
+
+def test_a_file_that_is_mounted_from_a_disk_that_is_full(tmp_path):
+    path, disk = tmp_path / "x.npz", tmp_path / "disk"
+    np.savez(path)  # smaller than what is saved
+    disk.mkdir()
+    mount = mounting(f"""
+        mount -t tmpfs -o size=8k tmpfs '{disk}'
+        cp '{path}' '{disk}/x.npz'
+        head -c 100k /dev/zero >'{disk}/rest' 2>/dev/null || true
+        mount --bind '{disk}/x.npz' '{path}'""")
+    script = 'cp "$1" "$1.before"; "$2" -c "$3" "$1"; cmp "$1" "$1.before"'
+    command = [*mount, "sh", "-c", script, "-", path, sys.executable, CHILD.replace("3)", "999)")]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert process.returncode == 0, process.stdout + process.stderr  # the old file is whole
+    assert process.stdout.startswith("OSError True [Errno 28] No space left on device")
+    assert sorted(os.listdir(tmp_path)) == ["disk", "x.npz", "x.npz.before"]
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from cupybn import BatchNorm2d, DeviceError, DTypeError, SelfCommunicator, ShapeError  # noqa: E402
+from cupybn.backends import by_type  # noqa: E402
 from cupybn.forward_backward import Bound  # noqa: E402
 from cupybn.interop import torch as interop  # noqa: E402
 from cupybn.testing import run_ranks  # noqa: E402
@@ -194,24 +195,30 @@ def test_channels_last_3d():
 def test_nothing_is_copied(monkeypatch, layout, dtype):
     pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
     seen = {}
-    forward = Bound.forward
+    backend = by_type[np.ndarray]
+    forward, local_forward = Bound.forward, backend.local_forward
 
     def spied(self, call, x, params, **options):
-        y, saved = forward(self, call, x, params, **options)
-        arrays = {"x": x, "x3": saved.x3, "weight": params["weight"], "y3": options["y3"]}
-        arrays |= {"y": y, "mean": options["running"].mean}
-        seen.update({name: array.ctypes.data for name, array in arrays.items()})
-        return y, saved
+        seen.update({"x": x, "mean": options["running"].mean, "var": options["running"].var})
+        return forward(self, call, x, params, **options)
+
+    def spied_backend(x3, y3, weight, bias, *args, **options):
+        seen.update({"x3": x3, "y3": y3, "weight": weight, "bias": bias})
+        return local_forward(x3, y3, weight, bias, *args, **options)
 
     monkeypatch.setattr(Bound, "forward", spied)
+    monkeypatch.setattr(backend, "local_forward", spied_backend)
     module = interop.BatchNorm2d(3)
     x = torch.randn(2, 3, 4, 4).to(dtype)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
-    y = module(x)
-    expected = {"x": x, "x3": x, "weight": module.weight, "y": y, "y3": y}
-    expected["mean"] = module.running_mean
-    assert seen == {name: tensor.data_ptr() for name, tensor in expected.items()}
+    expected = {"x3": x, "weight": module.weight, "bias": module.bias}
+    bound = expected | {"x": x, "mean": module.running_mean, "var": module.running_var}
+    for call in range(4):  # the last two by the short way
+        seen.clear()
+        tensors = (bound if call < 2 else expected) | {"y3": module(x)}
+        addresses = {name: array.ctypes.data for name, array in seen.items()}
+        assert addresses == {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("name", list(SHAPES))
@@ -231,6 +238,18 @@ def test_constructors_names_and_text(name):
     assert repr(cls(4, bias=False)) == repr(other(4, bias=False))[:-1] + comm
     assert isinstance(ours, torch.nn.Module)
     assert isinstance(ours, torch.nn.modules.batchnorm._BatchNorm)
+
+
+class WithoutConstructor(interop.BatchNorm2d):
+    """A subclass of a user's, which has no constructor of its own."""
+
+
+@pytest.mark.parametrize("cls", [getattr(interop, name) for name in SHAPES] + [WithoutConstructor])
+def test_a_misspelt_keyword_is_told_with_the_class(cls):
+    for arguments, options in (((4,), {"epsilon": 1}), ((), {}), ((4, *range(20)), {})):
+        with pytest.raises(TypeError, match=rf"^{cls.__name__}\.__init__\(\) "):
+            cls(*arguments, **options)
+    assert isinstance(pickle.loads(pickle.dumps(cls(4))), cls)
 
 
 @pytest.mark.parametrize("name", list(SHAPES))
@@ -310,8 +329,10 @@ def test_errors_read_like_pytorchs(name, shape):
     ours, theirs = pair(name, 5)
     with pytest.raises(ValueError, match="xpected") as expected:
         theirs(torch.zeros(shape))
-    with pytest.raises(ValueError, match="xpected") as raised:
-        ours(torch.zeros(shape))
+    for _ in range(4):  # the signature is bound by then
+        with pytest.raises(ValueError, match="xpected") as raised:
+            ours(torch.zeros(shape))
+    assert ours.num_batches_tracked == 0
     assert str(raised.value) == str(expected.value).replace("torch.Size([", "(").replace("])", ")")
 
 
@@ -327,6 +348,15 @@ def test_bad_input_changes_nothing(x):
     with pytest.raises(ValueError, match="momentum must lie"):
         module(torch.randn(4, 5))
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+def test_an_empty_batch_is_no_batch_however_often_it_comes():
+    module = interop.BatchNorm1d(3)
+    for _ in range(4):
+        module(torch.zeros(0, 3)).sum().backward()
+    assert module.num_batches_tracked == 0
+    assert torch.equal(module.running_var, torch.ones(3))
+    assert torch.equal(module.weight.grad, torch.zeros(3))
 
 
 def test_a_module_on_another_device_than_its_input():

@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
+from rank_checks import Two  # noqa: E402
 from torch._subclasses import FakeTensorMode  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
@@ -33,16 +34,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
-
-
-class Two:
-    """A second rank with the same batch."""
-
-    rank, size = 0, 2
-
-    def allreduce(self, message, label=""):
-        message *= 2
-        return message
 
 
 @pytest.fixture(autouse=True)
@@ -118,12 +109,14 @@ def test_operators_are_what_they_say(layout, dtype):
     weight, bias, mean, var = (torch.rand(3, dtype=wide) for _ in range(4))
     counter = torch.tensor(3)
     given = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    mask = torch.rand(x.shape[0], *x.shape[2:]) < 0.8
     operators = torch.ops.cupybn
     tests = ("test_schema", "test_faketensor")
     if dtype == torch.float64:
         tests += ("test_autograd_registration", "test_aot_dispatch_dynamic")
     for arguments in (
         (*given, mean, var, counter, 0.1, 1e-5),
+        (*given, mean, var, counter, 0.1, 1e-5, mask),
         (x, weight, None, mean, var, None, None, 1e-5),
         (x, None, None, None, None, None, 0.1, 1e-5),
     ):
@@ -131,9 +124,9 @@ def test_operators_are_what_they_say(layout, dtype):
     statistics = operators.batch_norm(x, *given[1:], None, None, None, 0.1, 1e-5)[1]
     dy = torch.randn(x.shape).to(dtype).requires_grad_()
     ddx = torch.randn(x.shape).to(dtype)
-    arguments = (dy, *given, statistics, 1e-5)
+    arguments = (dy, *given, statistics, 1e-5, mask)
     torch.library.opcheck(operators.batch_norm_backward.default, arguments, test_utils=tests)
-    arguments = (ddx, weight.detach(), None, dy.detach(), *given[:2], statistics, 1e-5)
+    arguments = (ddx, weight.detach(), None, dy.detach(), *given[:2], statistics, 1e-5, mask)
     tests = tests[:2]
     torch.library.opcheck(operators.batch_norm_double_backward.default, arguments, test_utils=tests)
 

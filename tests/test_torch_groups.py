@@ -92,6 +92,14 @@ def test_another_version_is_an_error_on_every_rank(mpirun, tmp_path):
 
 
 @pytest.mark.mpi
+def test_where_one_rank_cannot_use_numba_all_compute_with_numpy(mpirun, tmp_path):
+    lines = told(mpirun, tmp_path, "numba", 3)
+    assert lines[-1].startswith("rank 0: Numba is installed, but not all ranks can use it")
+    problems = [(line.partition(":")[0], line.rpartition(", ")[2]) for line in lines[:-1]]
+    assert problems == [("  rank 2", "bad code object"), ("  ranks 0, 1", "no problem")]
+
+
+@pytest.mark.mpi
 def test_messages_of_different_length_end_the_job(mpirun, tmp_path):
     """As with MPI, though not by this library: gloo ends the process that notices."""
     command = MPI / "process_groups.py", "length", tmp_path / "store"

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 from cuda_tools import need
 from ptx.launch import missing
-from traffic import DTYPES, LAYOUTS, SHAPES, Figures, counted_kernels, measure, shortfalls
+from traffic import (
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    Figures,
+    counted_kernels,
+    measure,
+    measure_mask,
+    shortfalls,
+)
 
 
 @pytest.mark.ptx
@@ -18,6 +27,28 @@ def test_traffic_is_at_the_floor(layout, dtype):
         figures = [f for shape in SHAPES for f in measure(*shape, layout, dtype)]
     assert len(figures) == 3 * len(SHAPES)
     assert not {f[:5]: shortfalls(f) for f in figures if shortfalls(f)}
+
+
+@pytest.mark.ptx
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_mask_is_read_once_a_pass(layout, dtype):
+    """A byte a position, of columns one a vector, which comes from memory once a tile of channels;
+    tensors are read and written as without it.
+    """
+    need(missing())
+    passes = {"forward": 2, "backward": 2, "inference": 1}
+    for shape in ((64, 56), (256, 14), (512, 7)):
+        with counted_kernels():
+            masked, plain = (
+                measure_mask(*shape, layout, dtype, masked) for masked in (True, False)
+            )
+        for direction, found in masked.items():
+            assert found.bytes == [1.0] * passes[direction]
+            assert all(0.5 < fetched < 1.5 for fetched in found.fetched), (shape, found.fetched)
+            assert found.others == plain[direction].others
+            assert not plain[direction].bytes
 
 
 @pytest.mark.parametrize(

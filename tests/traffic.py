@@ -67,9 +67,13 @@ def aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def passes(tensors: list[np.ndarray[Any, Any]]) -> dict[str, Callable[[], object]]:
-    """What each direction does with x, dy, y and dx."""
+def passes(
+    tensors: list[np.ndarray[Any, Any]], valid: np.ndarray[Any, Any] | None = None
+) -> dict[str, Callable[[], object]]:
+    """What each direction does with x, dy, y and dx, and a mask if there is one."""
     x, dy, y, dx = tensors
+    masked = {} if valid is None else {"mask": over(valid)}
+    counted = {} if valid is None else masked | {"count": int(np.count_nonzero(valid))}
     shape = x.shape
     random = np.random.default_rng(0)
     for tensor in (x, dy):
@@ -79,12 +83,12 @@ def passes(tensors: list[np.ndarray[Any, Any]]) -> dict[str, Callable[[], object
     mean, invstd = over(np.zeros(shape[1])), over(np.ones(shape[1]))
 
     def forward() -> None:
-        moments = cuda.batch_moments(x)
+        moments = cuda.batch_moments(x, **counted)
         mean[...], _, invstd[...] = cuda.finalize_moments(moments, 1e-5)
-        cuda.normalize(x, Transform(mean, invstd, weight, bias), out3=y)
+        cuda.normalize(x, Transform(mean, invstd, weight, bias), out3=y, **masked)
 
     def backward() -> None:
-        sums = cuda.backward_reduce(dy, x, Transform(mean, invstd, weight, bias))
+        sums = cuda.backward_reduce(dy, x, Transform(mean, invstd, weight, bias), **masked)
         cuda.backward_input(
             dy,
             x,
@@ -95,10 +99,11 @@ def passes(tensors: list[np.ndarray[Any, Any]]) -> dict[str, Callable[[], object
             local=sums,
             dweight=dweight,
             dbias=dbias,
+            **masked,
         )
 
     def inference() -> None:
-        cuda.normalize(x, Transform(mean, invstd, weight, bias), out3=y)
+        cuda.normalize(x, Transform(mean, invstd, weight, bias), out3=y, **masked)
 
     return {"forward": forward, "backward": backward, "inference": inference}
 
@@ -138,6 +143,62 @@ def measure(channels: int, size: int, layout: str, dtype: str, batch: int = 8) -
             )
         )
     return figures
+
+
+class OfMask(NamedTuple):
+    """What the kernels of one direction read of a mask whose positions are all valid.
+
+    Attributes:
+        bytes: of it, over the vectors' positions, which are those of x in rows, one a vector in
+            columns; without the search for a valid value from which deviations are taken.
+        searched: bytes that the warps of `batch_moments` read in that search, over those of x.
+        fetched: 32 bytes for every different sector that each block touches, but for one in that
+            search, over the bytes of the mask times the tiles of channels.
+        others: the accesses to tensors, which are the same without a mask.
+    """
+
+    bytes: list[float]
+    searched: list[float]
+    fetched: list[float]
+    others: list[Access]
+
+
+def measure_mask(
+    channels: int, size: int, layout: str, dtype: str, masked: bool = True, batch: int = 8
+) -> dict[str, OfMask]:
+    """By direction; with a launch's own figure in each list."""
+    pixels = size * size
+    shape = (batch, channels, pixels) if layout == "rows" else (batch * pixels, channels, 1)
+    tensors = [aligned(shape, dtype) for _ in range(4)]
+    valid = aligned((shape[0], shape[2]), "uint8")
+    valid[...] = 1
+    found = {}
+    for direction, run in passes(tensors, valid if masked else None).items():
+        with counting() as launches:
+            run()
+        of_mask: list[tuple[Counted, Access]] = [
+            (launch, access)
+            for launch in launches
+            for (address, _), access in zip(launch.memory, launch.loads, strict=True)
+            if address == valid.ctypes.data
+        ]
+        vectors = tensors[0].size if layout == "rows" else tensors[0].nbytes // 16
+        searched = [
+            32 * np.prod(launch.grid) * (launch.block[0] // 32) * (launch.kernel == "batch_moments")
+            for launch, _ in of_mask
+        ]
+        found[direction] = OfMask(
+            [(a.bytes - s) / vectors for (_, a), s in zip(of_mask, searched, strict=True)],
+            [s / tensors[0].nbytes for s in searched],
+            [
+                32
+                * (a.block_sectors - (s > 0) * np.prod(launch.grid))
+                / (valid.nbytes * launch.grid[0])
+                for (launch, a), s in zip(of_mask, searched, strict=True)
+            ],
+            _split(launches, tensors)[0],
+        )
+    return found
 
 
 def shortfalls(figures: Figures) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import suppress
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -22,6 +23,7 @@ from . import numpy as numpy_backend
 _VARIABLE = "CUPYBN_CPU_BACKEND"
 by_type: dict[type, ModuleType] = {}
 """The backends in use, by the type of the arrays: NumPy's, and CuPy's once there was one."""
+_problem = ""
 
 
 def backend_for(x: Array) -> ModuleType:
@@ -46,12 +48,25 @@ def cpu_backend() -> ModuleType:
     return found if found is not None else use_cpu_backend(os.environ.get(_VARIABLE) or "auto")
 
 
+def numba_problem() -> str:
+    """Why NumPy has to stand in for Numba, which is installed; "" where it has not.
+
+    For ranks that agree on a backend before the first call: chooses as that will, without a
+    warning, and leaves errors to it.
+    """
+    with warnings.catch_warnings(), suppress(ImportError, ValueError):
+        warnings.simplefilter("ignore")
+        cpu_backend()
+    return _problem
+
+
 def use_cpu_backend(name: str | ModuleType) -> ModuleType:
     """Sets the backend for NumPy arrays: "numpy", "numba", "auto", or a module. Returns it.
 
     Raises:
         As :func:`cpu_backend`.
     """
+    global _problem
     if isinstance(name, ModuleType):
         by_type[np.ndarray] = name
         return name
@@ -68,6 +83,7 @@ def use_cpu_backend(name: str | ModuleType) -> ModuleType:
                     f"the CPU backend 'numba' cannot be used ({error}): pip install --upgrade "
                     f"numba, or {_VARIABLE}=numpy"
                 ) from error
+            _problem = str(error)
             warnings.warn(
                 f"Numba is installed, but cannot be used ({error}); NumPy computes instead. "
                 f"{_VARIABLE}=numpy says that this is meant",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -25,7 +26,8 @@ def save(state_dict: Mapping[str, Any], path: str | bytes | os.PathLike[Any]) ->
     The new file is written beside the target under a temporary name, and takes its place when it
     is on the disk. It gets the permissions that ``open(path, "wb")`` would give, where the file
     system lets them be set; where `path` is a symbolic link, what it points to is replaced. The
-    same state gives the same bytes.
+    same state gives the same bytes. A file that is mounted by itself cannot be replaced: the new
+    one is copied into it, and the one under the temporary name goes when that is done.
 
     Args:
         state_dict: from ``Layer.state_dict``, or any mapping from name to array (NumPy, CuPy, or
@@ -41,7 +43,8 @@ def save(state_dict: Mapping[str, Any], path: str | bytes | os.PathLike[Any]) ->
         TypeError: `state_dict` is no mapping, or JSON cannot express the metadata.
         ImportError: safetensors or ml_dtypes is missing.
         OSError: the file cannot be written: PermissionError if it is read-only. Its ``filename`` is
-            `path`; the old file is whole, and the temporary one removed.
+            `path`; the old file is whole, and the temporary one removed. If copying into a mounted
+            file fails half-way, the text names the temporary one, which is whole and stays.
     """
     name = os.fsdecode(path)
     form = _format_of(name)
@@ -54,7 +57,7 @@ def save(state_dict: Mapping[str, Any], path: str | bytes | os.PathLike[Any]) ->
 
 def _replace(target: str, write: Callable[[BinaryIO], None]) -> None:
     """Puts a new file, which `write` fills, in the place of `target`."""
-    mode = None
+    mode, copying = None, False
     with suppress(FileNotFoundError):
         mode = _mode_of_writable(target)
     temporary = os.path.join(os.path.dirname(target), f".cupybn-{secrets.token_hex(8)}.tmp")
@@ -70,13 +73,18 @@ def _replace(target: str, write: Callable[[BinaryIO], None]) -> None:
             os.fsync(file.fileno())
         try:
             os.replace(temporary, target)
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                error.strerror = f"{error.strerror}: is it mounted by itself? Mount its folder"
-            raise
-    except BaseException:
-        with suppress(OSError):
+        except OSError as error:  # EBUSY: the target is mounted by itself
+            if error.errno != errno.EBUSY or not hasattr(os, "posix_fallocate"):
+                raise
+            with open(temporary, "rb") as new, open(target, "r+b") as file:
+                _make_room(file, os.fstat(new.fileno()).st_size)
+                copying = True
+                _copy(new, file)
             os.unlink(temporary)
+    except BaseException:
+        if not copying:
+            with suppress(OSError):
+                os.unlink(temporary)
         raise
     # Puts the new name on the disk; without it, a power cut may bring the old file back. The file
     # is saved already: not every system can open folders, or flush them.
@@ -86,6 +94,28 @@ def _replace(target: str, write: Callable[[BinaryIO], None]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _make_room(file: BinaryIO, size: int) -> None:
+    """Lets an old file have as many bytes, or leaves it as it is and raises OSError."""
+    before = os.fstat(file.fileno()).st_size
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError:
+        file.truncate(before)
+        raise
+
+
+def _copy(new: BinaryIO, file: BinaryIO) -> None:
+    """Makes a file the same as a new one, which is on the disk."""
+    try:
+        shutil.copyfileobj(new, file)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        error.strerror = f"{error.strerror}; what was to be saved is in {new.name}"
+        raise
 
 
 def _mode_of_writable(target: str) -> int:
@@ -104,7 +134,7 @@ def _mode_of_writable(target: str) -> int:
 
 
 def load(path: str | bytes | os.PathLike[Any]) -> StateDict:
-    """The state dict in a file that ``save`` wrote, as NumPy arrays, with its ``metadata``.
+    """The state dict in the file `path` that ``save`` wrote: NumPy arrays, and its ``metadata``.
 
     The structure of the file is checked against its size before anything is allocated, and what
     was read against the SHA-256 in it. Nothing is ever unpickled.

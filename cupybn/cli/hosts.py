@@ -84,8 +84,8 @@ def warnings(ranks: list[dict[str, Any]]) -> list[str]:
     """What is no error and makes a job slow, or its end late."""
     found = [
         f"{number} ranks on {on} core{'s' * (on > 1)} of {host}: a rank that waits keeps a core "
-        "busy, and with MPICH messages then take milliseconds; Open MPI gives the core away by "
-        "itself. Start as many ranks as there are cores (docs/distributed.md)"
+        "busy, and with MPICH a message then takes 10 ms and more; Open MPI and Intel MPI give the "
+        "core away by themselves. Start as many ranks as there are cores (docs/distributed.md)"
         for host, (number, on) in _crowds(ranks).items()
         if number > on
     ]

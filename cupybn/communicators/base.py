@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import suppress
 from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from ..arrays import Array, assign, copy_to_host, is_cupy
+from ..backends import use_cpu_backend
 from ..errors import CollectiveMismatchError, PeerError
 from ..statistics import failed_ranks, pack_texts, unpack_texts
 
@@ -33,7 +36,8 @@ class Communicator(Protocol):
       and after it.
     * One thread at a time calls it.
 
-    It may have one method more, ``first_values(total, n)``, see :func:`first_values`.
+    It may have one method more, ``first_values(total, n)``: the first n values, in host memory, of
+    the sum that it returned last.
     """
 
     @property
@@ -119,6 +123,23 @@ def _name_ranks(ranks: list[int]) -> str:
 def listed(texts: Iterable[str]) -> str:
     """A line for each of the ranks' texts, with whose it is."""
     return "".join(f"\n  {who}: {text}" for text, who in by_rank(texts).items())
+
+
+def warn_once(rank: int, text: str) -> None:
+    """A RuntimeWarning of rank 0 for all; as an error it would part this rank from the others."""
+    if rank == 0:
+        with suppress(RuntimeWarning):
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def all_take_numpy(rank: int, problems: str) -> None:
+    """Where some of the ranks cannot use their Numba, NumPy computes on all; rank 0 says why."""
+    use_cpu_backend("numpy")
+    warn_once(
+        rank,
+        "Numba is installed, but not all ranks can use it, so NumPy computes on all of them; "
+        f"CUPYBN_CPU_BACKEND=numpy says that this is meant:{problems}",
+    )
 
 
 class SelfCommunicator:

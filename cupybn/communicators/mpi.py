@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import os
 import platform
-import warnings
-from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 
 from .. import __version__
 from ..arrays import Array, copy_to_host, is_cupy
+from ..backends import numba_problem
 from ..errors import CollectiveMismatchError, DeviceError, DTypeError, PeerError
 from ..launcher import singleton
 from ..statistics import HEADER, PROTOCOL, unpack_texts
@@ -23,9 +22,11 @@ from .base import (
     DEFAULT_TIMEOUT,
     Communicator,
     OfOneProcess,
+    all_take_numpy,
     listed,
     seconds_to_wait,
     sum_on_host,
+    warn_once,
 )
 from .cuda_aware import VARIABLE, Answer, cuda_aware
 from .process import load_mpi, running_mpi
@@ -66,7 +67,8 @@ class MpiCommunicator(OfOneProcess):
             None reads ``CUPYBN_TIMEOUT`` (default 600), 0 waits for ever.
 
     Making one is collective: the ranks agree on the transport, and take the largest of their
-    timeouts; where these differ, rank 0 warns.
+    timeouts; where these differ, rank 0 warns. Where Numba is installed, each looks whether it can
+    be used, and if not everywhere, NumPy computes on all, and rank 0 warns.
 
     Raises:
         RuntimeError: MPI is not running in this process; or the launcher started several processes
@@ -137,6 +139,8 @@ class MpiCommunicator(OfOneProcess):
         timeout = int(np.float64(self.timeout or np.inf).view(np.int64))
         words = np.zeros(_AGREEMENT, np.int64)
         words[:8] = PROTOCOL, -PROTOCOL, failed, not_aware, choice, -choice, timeout, -timeout
+        problem = numba_problem() if self.size > 1 else ""
+        words[8] = -bool(problem)
         self._watched(
             "agreeing on a transport", self._dup.Allreduce, self._in_place, words, load_mpi().MIN
         )
@@ -156,6 +160,9 @@ class MpiCommunicator(OfOneProcess):
             )
         if shortest != -longest:
             self._take_longest(float(np.int64(-longest).view(np.float64)))
+        if words[8]:
+            problems = self._gather(f"{platform.node()}, {problem or 'no problem'}")
+            all_take_numpy(self.rank, problems)
         if lowest != -highest:
             raise CollectiveMismatchError(
                 "the ranks ask for different transports, among them "
@@ -178,14 +185,11 @@ class MpiCommunicator(OfOneProcess):
         self._watch.timeout = seconds
         if self.timeout:
             watchdog.add(self._watch)
-        if self.rank == 0:
-            with suppress(RuntimeWarning):  # as an error it would part this rank from the others
-                warnings.warn(
-                    "the ranks have different timeouts, and all take the longest of them (does "
-                    f"CUPYBN_TIMEOUT reach all hosts? Open MPI: mpiexec -x):{timeouts}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+        warn_once(
+            self.rank,
+            "the ranks have different timeouts, and all take the longest of them (does "
+            f"CUPYBN_TIMEOUT reach all hosts? Open MPI: mpiexec -x):{timeouts}",
+        )
 
     def _choose(self, wanted: str, not_aware: int) -> tuple[str, str]:
         """The transport, and why; `not_aware` is the first rank whose MPI is not CUDA-aware."""

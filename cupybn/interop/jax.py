@@ -60,7 +60,7 @@ class Statistics(NamedTuple):
 
     Attributes:
         mean, var: (C,), float32, or float64 with x of float64; var is biased.
-        count: (), values per channel, of the same dtype.
+        count: (), (valid) values per channel, of the same dtype.
     """
 
     mean: jax.Array
@@ -101,6 +101,7 @@ def batch_norm(
     eps: float = 1e-5,
     channel_axis: int = 1,
     activation: str | None = None,
+    mask: jax.Array | None = None,
 ) -> tuple[jax.Array, Statistics]:
     """Normalises x with the statistics of the batch of all ranks of `comm`.
 
@@ -111,6 +112,9 @@ def batch_norm(
         comm: an mpi4py or cupybn communicator; None is ``MPI.COMM_WORLD``.
         name: of the layer, equal on all ranks; layers that must not be confused have different
             names.
+        mask: bool or uint8, of x's shape without its channels, nonzero where x is valid (True is
+            valid, as in Flax): everything is that of the valid values alone, and y and the gradient
+            of x are 0 elsewhere. None: all are valid; other ranks may have one.
         The others: as :func:`cupybn.functional.batch_norm_forward`, which computes it.
 
     Returns:
@@ -125,9 +129,10 @@ def batch_norm(
         jax.errors.JaxRuntimeError: what ``batch_norm_forward`` raises is in its text.
     """
     x, communicator = jnp.asarray(x), resolve(comm)
+    mask = mask if mask is None else jnp.asarray(mask)
     call = _Call(communicator, id(communicator), name, eps, channel_axis, activation)
     token = _token()
-    traced = any(isinstance(array, jax.core.Tracer) for array in (x, weight, bias))
+    traced = any(isinstance(array, jax.core.Tracer) for array in (x, weight, bias, mask))
     if token is None and traced and communicator.size > 1:
         raise RuntimeError(
             f"batch_norm {name or ''} is traced where the order of its messages is not the same on "
@@ -135,7 +140,8 @@ def batch_norm(
             "there is no gradient, in in_order, inside jax.jit"
         )
     _check_place(x, name)
-    y, statistics, after = _batch_norm(call, x, weight, bias, _zero() if token is None else token)
+    arrays = x, weight, bias, mask, _zero() if token is None else token
+    y, statistics, after = _batch_norm(call, *arrays)
     if token is not None:
         _open.token = after
     return y, Statistics(*map(jax.lax.stop_gradient, statistics))
@@ -147,6 +153,11 @@ def updated_running(
     """``(1 - momentum) * running + momentum * new``, with the unbiased variance of all ranks.
 
     A batch without values on any rank changes nothing. Of one value the variance is taken as it is.
+
+    Args:
+        running_mean, running_var: (C,), floating.
+        statistics: from :func:`batch_norm`.
+        momentum: the share of the new batch, in [0, 1]; not checked, so it raises nothing.
 
     Returns:
         (mean, var): like `running_mean` and `running_var`, (C,) each.
@@ -169,8 +180,14 @@ def ordered_value_and_grad(
     All forwards come in the order of the program, then all backwards in the opposite one, on every
     rank, whatever is done with the results. To be called inside ``jax.jit`` or by itself.
 
+    Args:
+        f, argnums, has_aux: as of ``jax.value_and_grad``.
+
+    Returns:
+        A function that returns (value, gradients), or ((value, aux), gradients).
+
     Raises:
-        RuntimeError: inside another wrapper.
+        RuntimeError: inside another wrapper; otherwise as :func:`in_order`.
     """
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
@@ -197,9 +214,14 @@ def ordered_value_and_grad(
 
 
 def in_order(f: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with the messages of its :func:`batch_norm` calls in the order of the program.
+    """`f` with the messages of its :func:`batch_norm` calls in the order of the program.
 
     For what has no gradient; inside of another wrapper it changes nothing.
+
+    Raises:
+        NotImplementedError: where the result is differentiated.
+        RuntimeError: a `batch_norm` is called inside a transformation of JAX's that is not one of
+            this module's; where it is traced.
     """
 
     @wraps(f)
@@ -214,7 +236,10 @@ def in_order(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def jit(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """``jax.jit`` for use inside of a wrapper; `options` are its own, by name."""
+    """``jax.jit`` of `f` for use inside of a wrapper; `options` are its own, by name.
+
+    Errors are those of :func:`in_order`.
+    """
     inner = jax.jit(_carrying(f), **options)
 
     @wraps(f)
@@ -225,7 +250,15 @@ def jit(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 
 def scan(f: Callable[..., Any], init: Any, xs: Any = None, length: int | None = None) -> Any:
-    """``jax.lax.scan`` for use inside of a wrapper. Every rank takes the same number of steps."""
+    """``jax.lax.scan`` for use inside of a wrapper. Every rank takes the same number of steps.
+
+    Args:
+        f: from (carry, x) to (carry, y), as there; it may call :func:`batch_norm`.
+        init, xs, length: as there.
+
+    Returns:
+        (carry, ys). Errors are those of :func:`in_order`.
+    """
 
     def body(carry: Any, x: Any) -> Any:
         token, carry = carry
@@ -242,8 +275,8 @@ def scan(f: Callable[..., Any], init: Any, xs: Any = None, length: int | None = 
 def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
     """``jax.checkpoint`` for use inside of a wrapper: the backward runs the forward again.
 
-    With its messages, in the same order on every rank. The function takes all that it
-    differentiates as arguments: it must not close over traced arrays.
+    With its messages, in the same order on every rank. `f` takes all that it differentiates as
+    arguments: it must not close over traced arrays. Errors are those of :func:`in_order`.
     """
 
     @jax.custom_vjp
@@ -360,25 +393,33 @@ _tie.defvjp(lambda value, token: (_after(token, value), token), lambda token, gr
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _batch_norm(call: _Call, x: Any, weight: Any, bias: Any, token: Any) -> Any:
-    y, statistics, _, token = _forward(call, x, weight, bias, token)
+def _batch_norm(call: _Call, x: Any, weight: Any, bias: Any, mask: Any, token: Any) -> Any:
+    y, statistics, _, token = _forward(call, x, weight, bias, mask, token)
     return y, statistics, token
 
 
-def _batch_norm_forward(call: _Call, x: Any, weight: Any, bias: Any, token: Any) -> Any:
-    y, statistics, kept, token = _forward(call, x, weight, bias, token)
-    return (y, statistics, token), (x, weight, bias, kept)
+def _batch_norm_forward(call: _Call, x: Any, weight: Any, bias: Any, mask: Any, token: Any) -> Any:
+    y, statistics, kept, token = _forward(call, x, weight, bias, mask, token)
+    return (y, statistics, token), (x, weight, bias, mask, kept)
 
 
 def _batch_norm_backward(call: _Call, residuals: Any, cotangents: Any) -> Any:
-    (x, weight, bias, kept), (dy, _, token) = residuals, cotangents
-    return _backward(call, x, weight, bias, kept, dy, token)
+    dy, _, token = cotangents
+    like = (
+        *(
+            None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype)
+            for array in residuals[:3]
+        ),
+        _TOKEN,
+    )
+    *grads, token = _on_host(_host(_host_backward, call), like, *residuals, dy, token)
+    return *grads, None, token
 
 
 _batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 
-def _forward(call: _Call, x: Any, weight: Any, bias: Any, token: Any) -> Any:
+def _forward(call: _Call, x: Any, weight: Any, bias: Any, mask: Any, token: Any) -> Any:
     """y, statistics, what the backward needs of them, and the next token."""
     # What does not fit is refused in its turn, where the other ranks hear of it: on the host.
     channels = x.shape[call.channel_axis] if x.ndim > 1 and call.channel_axis in (1, -1) else 0
@@ -388,16 +429,7 @@ def _forward(call: _Call, x: Any, weight: Any, bias: Any, token: Any) -> Any:
     # float64 and int64 as pairs of uint32, which JAX holds without x64 too.
     kept = jax.ShapeDtypeStruct((4 * channels + 2,), np.uint32)
     results = jax.ShapeDtypeStruct(x.shape, x.dtype), statistics, kept, _TOKEN
-    return _on_host(_host(_host_forward, call), results, x, weight, bias, token)
-
-
-def _backward(call: _Call, x: Any, weight: Any, bias: Any, kept: Any, dy: Any, token: Any) -> Any:
-    like = (
-        None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype)
-        for array in (x, weight, bias)
-    )
-    host = _host(_host_backward, call)
-    return _on_host(host, (*like, _TOKEN), x, weight, bias, kept, dy, token)
+    return _on_host(_host(_host_forward, call), results, x, weight, bias, mask, token)
 
 
 def _wide(x: Any) -> Any:
@@ -410,8 +442,8 @@ def _host(function: Callable[..., Any], call: _Call) -> Callable[..., Any]:
     return partial(function, call)
 
 
-def _host_forward(call: _Call, x: Any, weight: Any, bias: Any, token: Any) -> Any:
-    x, weight, bias = _arrays(x, weight, bias)
+def _host_forward(call: _Call, x: Any, weight: Any, bias: Any, mask: Any, token: Any) -> Any:
+    x, weight, bias, mask = _arrays(x, weight, bias, mask)
     y, saved = functional.batch_norm_forward(
         x,
         weight,
@@ -421,6 +453,7 @@ def _host_forward(call: _Call, x: Any, weight: Any, bias: Any, token: Any) -> An
         name=call.name,
         channel_axis=call.channel_axis,
         activation=call.activation,
+        mask=mask,
         save=False,
     )
     wide = _wide(x)
@@ -437,9 +470,9 @@ def _host_forward(call: _Call, x: Any, weight: Any, bias: Any, token: Any) -> An
 
 
 def _host_backward(
-    call: _Call, x: Any, weight: Any, bias: Any, kept: Any, dy: Any, token: Any
+    call: _Call, x: Any, weight: Any, bias: Any, mask: Any, kept: Any, dy: Any, token: Any
 ) -> Any:
-    x, weight, bias, kept, dy = _arrays(x, weight, bias, kept, dy)
+    x, weight, bias, mask, kept, dy = _arrays(x, weight, bias, mask, kept, dy)
     mean, invstd = kept[:-2].view(np.float64).reshape(2, -1)
     saved = functional.Saved.from_arrays(
         x,
@@ -453,6 +486,7 @@ def _host_backward(
         name=call.name,
         channel_axis=call.channel_axis,
         activation=call.activation,
+        mask=mask,
     )
     grads = functional.batch_norm_backward(dy, saved)
     return np.ascontiguousarray(grads.dx), grads.dweight, grads.dbias, np.float32(0)

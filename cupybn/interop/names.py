@@ -1,15 +1,15 @@
 """Batch norm state under the names of PyTorch, Chainer, Keras and Flax. Imports none of them.
 
-======================  ===========================  ===================  ========================
-cupybn, PyTorch         Chainer                      Keras                Flax (Linen)
-======================  ===========================  ===================  ========================
-a.bn.weight             a/bn/gamma                   a/bn/gamma           params/a/bn/scale
-a.bn.bias               a/bn/beta                    a/bn/beta            params/a/bn/bias
-a.bn.running_mean       a/bn/avg_mean                a/bn/moving_mean     batch_stats/a/bn/mean
-a.bn.running_var        a/bn/avg_var                 a/bn/moving_variance batch_stats/a/bn/var
-a.bn.num_batches_...    a/bn/N                       -                    -
-running_var holds       the unbiased variance        the biased one       the biased one
-======================  ===========================  ===================  ========================
+========================  ===================  ====================  =====================
+cupybn, PyTorch           Chainer              Keras                 Flax (Linen)
+========================  ===================  ====================  =====================
+a.bn.weight               a/bn/gamma           a/bn/gamma            params/a/bn/scale
+a.bn.bias                 a/bn/beta            a/bn/beta             params/a/bn/bias
+a.bn.running_mean         a/bn/avg_mean        a/bn/moving_mean      batch_stats/a/bn/mean
+a.bn.running_var          a/bn/avg_var         a/bn/moving_variance  batch_stats/a/bn/var
+a.bn.num_batches_tracked  a/bn/N               -                     -
+running_var holds         unbiased variance    biased one            biased one
+========================  ===================  ====================  =====================
 
 ``momentum`` here and in PyTorch is the share of the new batch:
 ``running = (1 - momentum) * running + momentum * new``. Chainer's ``decay``, Keras' ``momentum``

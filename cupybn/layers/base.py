@@ -56,7 +56,7 @@ class Layer:
     * ``compute_backward(self, dy, context, **options) -> dx``: adds to arrays of ``self.grads``.
 
     A layer made of layers calls their :meth:`run_forward` and ``compute_backward``, and keeps their
-    contexts in its own: docs/architecture.md has both kinds. For type checkers, annotate the
+    contexts in its own: examples/own_layer.py has both kinds. For type checkers, annotate the
     registered names in the class: ``factor: cupybn.typing.Array``.
 
     Attributes:

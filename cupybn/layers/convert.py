@@ -50,8 +50,8 @@ def convert_sync_batchnorm(layer: Layer, comm: Any = None, *, skip: Iterable[str
 def revert_sync_batchnorm(layer: Layer, *, skip: Iterable[str] = ()) -> Layer:
     """Every SyncBatchNorm of the tree as what it was converted from, arrays and options kept.
 
-    One that was made directly stays a SyncBatchNorm, over ``SelfCommunicator()``. Otherwise as
-    :func:`convert_sync_batchnorm`.
+    One that was made directly stays a SyncBatchNorm, over ``SelfCommunicator()``. Arguments, what
+    comes back, and errors are those of :func:`convert_sync_batchnorm`.
     """
 
     def reverted(old: BatchNorm, path: str) -> BatchNorm:

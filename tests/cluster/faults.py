@@ -84,10 +84,15 @@ def outcome(launcher):
     """The code of ``timeout mpiexec``; if mpiexec stays, the time of ``timeout`` is over."""
     with suppress(subprocess.TimeoutExpired):
         return launcher.wait(LAUNCHER), ""
-    (timeout,) = [pid for pid in family(launcher.pid)
-                  if Path(f"/proc/{pid}/comm").read_text() == "timeout\n"]  # fmt: skip
-    os.kill(timeout, signal.SIGALRM)
+    os.kill(timeout_of(launcher), signal.SIGALRM)
     return launcher.wait(20), ", after mpiexec stayed"
+
+
+def timeout_of(launcher):
+    """The process ``timeout``, which hands signals on to mpiexec."""
+    (found,) = [pid for pid in family(launcher.pid)
+                if Path(f"/proc/{pid}/comm").read_text() == "timeout\n"]  # fmt: skip
+    return found
 
 
 def assert_said(fault, output):
@@ -108,6 +113,19 @@ def test_under_mpiexec(fault, mpi):
     print(f"{mpi}, mpiexec, {fault}: ranks gone after {seconds:.0f} s, code {code}{stays}")
     assert code != 0, output
     assert_said(fault, output)
+    cupybn.load(where / "state.npz")
+
+
+def test_ctrl_c_under_mpiexec(mpi):
+    where = jobs.folder(mpi)
+    command = jobs.BLOCKS[f"ssh-{mpi}"].strip() + LONG
+    with jobs.launched(command, where) as launcher:
+        jobs.wait_for((where / "state.npz").exists, jobs.START)
+        os.kill(timeout_of(launcher), signal.SIGINT)
+        seconds = jobs.wait_for(lambda: not jobs.ranks(), LIMIT)
+        code = launcher.wait(LAUNCHER)
+    print(f"{mpi}, mpiexec, Ctrl-C: ranks gone after {seconds:.0f} s, code {code}")
+    assert code != 0
     cupybn.load(where / "state.npz")
 
 

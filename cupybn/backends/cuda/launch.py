@@ -7,6 +7,7 @@ of the arrays.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -17,13 +18,15 @@ import numpy as np
 
 from ...arrays import DATA_TYPES, Array
 from . import source
-from .plan import LaunchPlan, plan_launch
+from .plan import VECTOR_BYTES, LaunchPlan, plan_launch, plan_resident
 
 NULL = np.uint64(0)
 NO_SCRATCH = NULL, NULL
 
 _THREADS_PER_CHANNEL_BLOCK = 128
 _REDUCTIONS = "batch_moments", "backward_reduce"
+_KEPT = {"local_forward": 1, "local_backward": 2}  # tensors in shared memory
+RESIDENT = "CUPYBN_RESIDENT"
 
 
 class Launch(NamedTuple):
@@ -52,11 +55,13 @@ def tensor_launch(
     some: int,
     every: int,
     whole_bytes: bool = False,
+    masked: bool = False,
 ) -> Launch:
     """The launch of a kernel over tensors of a shape and dtype.
 
     `some` has the bits that are set in the address of at least one tensor, `every` those that are
-    set in all, up to 16 bytes; `whole_bytes` is for a kernel that writes ReLU bits.
+    set in all, up to 16 bytes; `whole_bytes` is for a kernel that writes ReLU bits, `masked` for
+    one that takes a mask.
     """
     alignment, congruence = some | 16, some & ~every | 16
     plan = plan_launch(
@@ -68,8 +73,9 @@ def tensor_launch(
         whole_bytes,
     )
     scalar = DATA_TYPES[dtype.name].cuda
+    mask = {"MASK": mask_loads(plan, shape, dtype.itemsize)} if masked else {}
     if plan.flat:
-        compiled = source.get_kernel(f"{kernel}_flat", SCALAR=scalar)
+        compiled = source.get_kernel(f"{kernel}_flat", SCALAR=scalar, **mask)
         return _launch_of(compiled, plan, shape)
     compiled = source.get_kernel(
         kernel,
@@ -77,6 +83,7 @@ def tensor_launch(
         ROWS=int(plan.rows),
         VECTOR=plan.vector,
         RAGGED_VECTORS=int(plan.ragged),
+        **mask,
     )
     reduces = kernel in _REDUCTIONS
     shared = plan.shared_bytes if reduces else 0
@@ -90,6 +97,19 @@ def tensor_launch(
         return launch
     partials = 2 * shape[1] * (plan.slices + plan.groups)
     return launch._replace(partials=partials, counters=plan.tiles * (plan.groups + 1))
+
+
+def mask_loads(plan: LaunchPlan, shape: tuple[int, int, int], itemsize: int) -> str:
+    """How the mask of a vector is read, as ``cuda/mask.cuh`` has it.
+
+    Its elements have one position in columns. They have as many neighbouring ones, at a multiple
+    of their number, where rows are whole vectors; of narrow vectors that is not worth a kernel.
+    """
+    length, vector = shape[2], plan.vector
+    if vector == 1 or (length == 1 and plan.line_samples == 1):
+        return "ONE_BYTE"
+    wide = vector * itemsize == VECTOR_BYTES
+    return "AT_ONCE" if wide and not plan.ragged and length % vector == 0 else "EACH_BYTE"
 
 
 def _launch_of(compiled: Any, plan: LaunchPlan, sizes: tuple[int, ...], **options: int) -> Launch:
@@ -116,6 +136,49 @@ def channel_launch(kernel: str, channels: int, dtype: np.dtype[Any] | None = Non
     return Launch(run, (np.int64(channels),), sys.modules["cupy"].ndarray)
 
 
+def resident_launch(
+    kernel: str,
+    shape: tuple[int, int, int],
+    dtype: np.dtype[Any],
+    device: int,
+    some: int,
+    whole_bytes: bool = False,
+) -> Launch | None:
+    """The launch that is a whole direction of one rank, or None: then that streams, in two.
+
+    It is where the plan says so, unless the environment variable ``CUPYBN_RESIDENT`` is 0; with 1
+    wherever it fits. Arguments as for :func:`tensor_launch`.
+
+    Raises:
+        ValueError: the variable is neither auto, 0 nor 1.
+    """
+    setting = os.environ.get(RESIDENT) or "auto"
+    if setting not in ("auto", "0", "1"):
+        raise ValueError(f"{RESIDENT} must be auto, 0 or 1, got {setting!r}")
+    alignment, shared = some | 16, _shared_memory(device)
+    plan, _ = plan_resident(
+        shape,
+        dtype.itemsize,
+        alignment & -alignment,
+        _multiprocessors(device),
+        shared,
+        _KEPT[kernel],
+        whole_bytes=whole_bytes,
+        always=setting == "1",
+    )
+    if setting == "0" or plan is None:
+        return None
+    defines = {"ROWS": int(plan.rows), "VECTOR": plan.vector, "RAGGED_VECTORS": 0}
+    compiled = source.get_kernel(kernel, SCALAR=DATA_TYPES[dtype.name].cuda, **defines)
+    try:
+        compiled.max_dynamic_shared_size_bytes = shared - plan.table_bytes
+    except sys.modules["cupy"].cuda.driver.CUDADriverError:
+        return None
+    sizes = (*shape, plan.slice_length, plan.tile_channels, plan.line_samples, plan.kept_begin)
+    kept = (plan.kept_vectors,) if kernel == "local_backward" else ()
+    return _launch_of(compiled, plan, sizes + kept, shared_mem=plan.resident_bytes(_KEPT[kernel]))
+
+
 @lru_cache(maxsize=4096)
 def forward_launches(
     shape: tuple[int, int, int],
@@ -125,11 +188,14 @@ def forward_launches(
     some: int,
     every: int,
     whole_bytes: bool,
-) -> tuple[Launch, Launch]:
-    """Those of ``local_forward``: the statistics, and y.
+) -> tuple[Launch, Launch | None]:
+    """Those of ``local_forward``: the statistics, and y. Of a resident kernel the second is None.
 
     Bits as for :func:`tensor_launch`: of x alone, and of all tensors.
     """
+    resident = resident_launch("local_forward", shape, dtype, device, some, whole_bytes)
+    if resident is not None:
+        return resident, None
     return (
         tensor_launch("batch_moments", shape, dtype, device, x, x),
         tensor_launch("normalize", shape, dtype, device, some, every, whole_bytes),
@@ -145,8 +211,11 @@ def backward_launches(
     every_read: int,
     some: int,
     every: int,
-) -> tuple[Launch, Launch]:
-    """Those of ``local_backward``: the sums over what is read, and dx."""
+) -> tuple[Launch, Launch | None]:
+    """Those of ``local_backward``: the sums over what is read, and dx; or one that is resident."""
+    resident = resident_launch("local_backward", shape, dtype, device, some)
+    if resident is not None:
+        return resident, None
     return (
         tensor_launch("backward_reduce", shape, dtype, device, some_read, every_read),
         tensor_launch("backward_input", shape, dtype, device, some, every),
@@ -196,3 +265,9 @@ def scratch_for(launch: Launch, device: int) -> Scratch:
 @lru_cache(maxsize=64)
 def _multiprocessors(device: int) -> int:
     return int(sys.modules["cupy"].cuda.Device(device).attributes["MultiProcessorCount"])
+
+
+@lru_cache(maxsize=64)
+def _shared_memory(device: int) -> int:
+    """Bytes that a block can have, if it asks for them."""
+    return int(sys.modules["cupy"].cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])

@@ -2,11 +2,13 @@
 
 The terms are those of ``cuda/geometry.cuh``: rows, where a block owns one channel, and runs, where
 it owns a tile of neighbouring channels that together are a whole number of vectors; a slice is the
-share of one block in them: so many vectors of a channel, or so many lines of a run.
+share of one block in them: so many vectors of a channel, or so many lines of a run. A resident
+kernel keeps a tile in a block's shared memory between the sums and the write: it is read once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import gcd
 
@@ -25,6 +27,10 @@ _FULL = 0.85  # of the places for blocks that is worth no smaller slices
 _TRIED = 8
 _BATCH = 8  # as in cuda/reduce.cuh
 _PAIR_BYTES = 16  # two doubles
+RESIDENT_THREADS = 512  # as in cuda/resident.cuh
+_SECTOR_BYTES = 32  # of memory, that is moved whole
+# What a multiprocessor could move in the time that the second launch of a direction takes.
+_LAUNCH_BYTES = 128 << 10
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,35 @@ class LaunchPlan:
         sums = max(1, lanes // 2) * self.line_vectors * self.vector
         return _PAIR_BYTES * (self.tile_channels + max(sums, self.threads, self.tile_channels))
 
+    @property
+    def kept_vectors(self) -> int:
+        """Vectors of a tensor in a tile."""
+        return self.length * max(1, self.line_vectors)
+
+    @property
+    def kept_begin(self) -> int:
+        """Where they lie in shared memory, in vectors: behind what the sums take."""
+        return self.shared_bytes // VECTOR_BYTES
+
+    @property
+    def table_bytes(self) -> int:
+        """At least the static shared memory of a resident kernel."""
+        return 1 << 10 if self.rows else 17 << 10 if self.vector == 2 else 11 << 10
+
+    def resident_bytes(self, tensors: int) -> int:
+        """Dynamic shared memory of a block that keeps its tile of so many tensors."""
+        return self.shared_bytes + VECTOR_BYTES * tensors * self.kept_vectors
+
+    def with_threads(self, most: int) -> LaunchPlan:
+        """The plan for blocks of at most so many threads."""
+        if self.rows:
+            threads = step = min(most, _round_up(_ceil(self.length, 2), WARP))
+        else:
+            step = min(most // self.line_vectors, self.length)
+            threads = _round_up(self.line_vectors * step, WARP)
+            step = threads // self.line_vectors
+        return replace(self, threads=threads, step=step)
+
     def over(self, places: int) -> LaunchPlan:
         """The plan in slices, for a device with places for so many blocks at once.
 
@@ -160,11 +195,10 @@ def _plan_rows(
         vector = 1
     ragged = length % vector != 0 or alignment < vector * itemsize
     total = n * (length // vector)
-    threads = min(THREADS, _round_up(_ceil(total, 2), WARP))
     # what is read by the element costs a thread as much as a vector
     alone = 2 * n * vector if ragged else 0
     tile_bytes = (total + alone) * vector * itemsize
-    return LaunchPlan(True, vector, ragged, c, threads, total, threads, tile_bytes)
+    return LaunchPlan(True, vector, ragged, c, 0, total, 0, tile_bytes).with_threads(THREADS)
 
 
 def _plan_runs(
@@ -195,37 +229,106 @@ def _fit_run(
     shape: tuple[int, int, int], itemsize: int, vector: int, unit: int, multiprocessors: int
 ) -> LaunchPlan | None:
     """Runs of a multiple of `unit` elements, or None if there are none that fit into a block."""
+    found = None
+    for found in _runs(shape, itemsize, vector, unit):
+        too_short = found.line_vectors * vector * itemsize < _RUN_BYTES
+        idle = THREADS // found.line_vectors > found.length
+        many = _ceil(shape[1], 2 * found.tile_channels) >= 2 * multiprocessors
+        if not (too_short or idle or many):
+            break
+    return found
+
+
+def _runs(
+    shape: tuple[int, int, int], itemsize: int, vector: int, unit: int
+) -> Iterator[LaunchPlan]:
+    """Runs of a multiple of `unit` elements that fit into a block, ever wider ones."""
     n, c, length = shape
     channels, samples = unit // gcd(unit, length), 1
     if c % channels:
         channels, samples = c, unit // gcd(unit, c * length)
-    slots = channels * samples * length // vector
     ragged = n % samples != 0
-    too_large = slots > THREADS or channels > MAX_TILE_CHANNELS
-    if too_large or (ragged and vector * itemsize < VECTOR_BYTES):
-        return None
-    lines = _ceil(n, samples)
-    while channels < c and 2 * slots <= THREADS and 2 * channels <= MAX_TILE_CHANNELS:
-        too_short = slots * vector * itemsize < _RUN_BYTES
-        idle = THREADS // slots > lines
-        if not (too_short or idle or _ceil(c, 2 * channels) >= 2 * multiprocessors):
-            break
-        channels, slots = 2 * channels, 2 * slots
-    threads = _round_up(slots * min(THREADS // slots, lines), WARP)
-    tiles = _ceil(c, channels)
-    return LaunchPlan(
-        rows=False,
-        vector=vector,
-        ragged=ragged,
-        tiles=tiles,
-        threads=threads,
-        length=lines,
-        step=threads // slots,
-        tile_bytes=n * min(channels, c) * length * itemsize,
-        tile_channels=channels,
-        line_samples=samples,
-        line_vectors=slots,
-    )
+    if ragged and vector * itemsize < VECTOR_BYTES:
+        return
+    while channels <= MAX_TILE_CHANNELS and channels * samples * length <= THREADS * vector:
+        yield LaunchPlan(
+            rows=False,
+            vector=vector,
+            ragged=ragged,
+            tiles=_ceil(c, channels),
+            threads=0,
+            length=_ceil(n, samples),
+            step=0,
+            tile_bytes=n * min(channels, c) * length * itemsize,
+            tile_channels=channels,
+            line_samples=samples,
+            line_vectors=channels * samples * length // vector,
+        ).with_threads(THREADS)
+        if channels >= c:
+            return
+        channels *= 2
+
+
+def plan_resident(
+    shape: tuple[int, int, int],
+    itemsize: int,
+    alignment: int,
+    multiprocessors: int,
+    shared: int,
+    tensors: int,
+    *,
+    whole_bytes: bool = False,
+    always: bool = False,
+) -> tuple[LaunchPlan | None, str]:
+    """The launch that keeps `tensors` tensors in shared memory, and why; or None: they stream.
+
+    It is chosen where the busiest multiprocessor then moves less than when all of them stream twice
+    over the tensors, and a launch more.
+
+    Args:
+        shared: bytes of shared memory that the device gives a block.
+        tensors: that are read: x forward, x and dy backward; one is written.
+        always: wherever they fit.
+        The others: as :func:`plan_launch`.
+    """
+    if alignment < VECTOR_BYTES:
+        return None, f"streams: an address is no multiple of {VECTOR_BYTES} bytes"
+    plan = plan_launch(shape, itemsize, alignment, alignment, multiprocessors, whole_bytes)
+    if plan.flat or plan.ragged or plan.vector * itemsize < VECTOR_BYTES:
+        return None, f"streams: not in whole vectors of {VECTOR_BYTES} bytes"
+    plans = [plan]
+    if not plan.rows:
+        unit = max(plan.vector, BYTE) if whole_bytes else plan.vector
+        plans = list(_runs(shape, itemsize, plan.vector, unit))
+        plans = [p for p in plans if p.line_vectors * VECTOR_BYTES >= _SECTOR_BYTES] or plans
+    available = shared - plan.table_bytes
+    plans = [_with_more_threads(p, available, tensors) for p in plans]
+    least = min(p.resident_bytes(tensors) for p in plans)
+    plans = [p for p in plans if p.resident_bytes(tensors) <= available]
+    if not plans:
+        return None, f"streams: takes {least} bytes of shared memory, a block has {available}"
+    # blocks of the busiest multiprocessor; smaller ones take as long
+    shares = [_ceil(p.tiles, multiprocessors) * max(p.tile_bytes, _SLICE_BYTES) for p in plans]
+    _, _, plan = min(zip(shares, map(_is_short, plans), plans, strict=True), key=lambda x: x[:2])
+    moved = (tensors + 1) * _ceil(plan.tiles, multiprocessors) * plan.tile_bytes
+    streamed = _ceil((2 * tensors + 1) * shape[0] * shape[1] * shape[2] * itemsize, multiprocessors)
+    if moved > streamed + _LAUNCH_BYTES and not always:
+        why = f"{plan.tiles} tiles of {plan.tile_bytes} bytes leave multiprocessors idle"
+        return None, f"streams: {why}"
+    kept = plan.resident_bytes(tensors)
+    why = f"{plan.tiles} blocks of {plan.threads} threads, {kept} of {available} bytes"
+    return plan, f"resident: {why} of shared memory each"
+
+
+def _with_more_threads(plan: LaunchPlan, available: int, tensors: int) -> LaunchPlan:
+    """Where a multiprocessor holds one block alone, that has more threads."""
+    more = plan.with_threads(RESIDENT_THREADS)
+    alone = 2 * plan.resident_bytes(tensors) > available >= more.resident_bytes(tensors)
+    return more if alone else plan
+
+
+def _is_short(plan: LaunchPlan) -> bool:
+    return not plan.rows and plan.line_vectors * VECTOR_BYTES < _RUN_BYTES
 
 
 def _plan_flat(shape: tuple[int, int, int]) -> LaunchPlan:

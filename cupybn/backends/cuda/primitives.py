@@ -7,6 +7,8 @@ and scratch, which is kept; all of it before the first launch, so that nothing f
 A kernel takes pointers. An array stands for its address, ``NULL`` for one that is not there. Arrays
 of one value a channel may be strided: :func:`_pointers` copies those. Tensors and messages that are
 strided come from the public primitives alone, and go through ``call_plainly``.
+
+A `mask` is (N, L) bytes, nonzero where x is valid; `count` is how many of them are.
 """
 
 from __future__ import annotations
@@ -44,25 +46,39 @@ _is_dense = attrgetter("flags.c_contiguous")  # in C: no frame; NULL has flags, 
 update_running = reference.update_running
 
 
-def batch_moments(x3: Array, *, payload: Array | None = None) -> Moments:
+def count_valid(mask: Array) -> int:
+    """How many positions are valid; the one function here that waits for the device."""
+    return int(np.count_nonzero(mask))
+
+
+def batch_moments(
+    x3: Array,
+    *,
+    payload: Array | None = None,
+    mask: Array | None = None,
+    count: int | None = None,
+) -> Moments:
     """Count, mean and m2 of each channel of an (N, C, L) array.
 
     `payload`, float64, takes this rank's part of the first message: (2C,) for ``count * mean`` and
     ``m2 + count * mean**2``, or (C,) for the first of them alone.
     """
     n, c, length = x3.shape
-    if x3.size == 0:
-        return Moments(n * length, *_zeros(c, payload))
+    count = n * length if count is None else count
+    if x3.size == 0 or count == 0:
+        return Moments(count, *_zeros(c, payload))
     weighted = NULL if payload is None else payload
-    if not (_is_dense(x3) and _is_dense(weighted)):
-        return call_plainly(batch_moments, ("payload",), x3=x3, payload=payload)
-    launch, scratch = _reduction("batch_moments", x3)
+    if not all(map(_is_dense, (x3, weighted, NULL if mask is None else mask))):
+        given = {"x3": x3, "payload": payload, "mask": mask, "count": count}
+        return call_plainly(batch_moments, ("payload",), **given)
+    valid = () if mask is None else (_aligned(mask), np.float64(count))
+    launch, scratch = _reduction("batch_moments", x3, masked=mask is not None)
     mean, m2 = launch.empty(c), launch.empty(c)
     both = payload is not None and payload.size > c
     about_zero = np.uint64(weighted.data.ptr + 8 * c) if both else NULL
     outputs = mean, m2, weighted, about_zero, NULL, NULL, NULL
-    launch.run((*outputs, *scratch, x3, _ZERO, _ZERO, *launch.sizes))
-    return Moments(n * length, mean, m2)
+    launch.run((*outputs, *scratch, x3, *valid, _ZERO, _ZERO, *launch.sizes))
+    return Moments(count, mean, m2)
 
 
 def finalize_moments(
@@ -120,6 +136,7 @@ def normalize(
     residual3: Array | None = None,
     out3: Array | None = None,
     relu_bits: Array | None = None,
+    mask: Array | None = None,
 ) -> Array:
     """``activation((x - mean) * invstd * weight + bias + residual)``, (N, C, L).
 
@@ -130,7 +147,7 @@ def normalize(
         return y3
     residual = NULL if residual3 is None else residual3
     bits = NULL if relu_bits is None else relu_bits
-    if not all(map(_is_dense, (x3, residual, y3, bits))):
+    if not all(map(_is_dense, (x3, residual, y3, bits, NULL if mask is None else mask))):
         call_plainly(
             normalize,
             ("out3", "relu_bits"),
@@ -140,10 +157,14 @@ def normalize(
             residual3=residual3,
             out3=y3,
             relu_bits=relu_bits,
+            mask=mask,
         )
         return y3
-    launch = _launch("normalize", x3, y3, residual3, writes_bits=relu_bits is not None)
-    launch.run((y3, bits, x3, residual, *_pointers(*transform), _RELU[relu], *launch.sizes))
+    valid = () if mask is None else (_aligned(mask),)
+    kind = relu_bits is not None, mask is not None
+    launch = _launch("normalize", x3, y3, residual3, kind=kind)
+    inputs = x3, residual, *_pointers(*transform), *valid
+    launch.run((y3, bits, *inputs, _RELU[relu], *launch.sizes))
     return y3
 
 
@@ -155,6 +176,7 @@ def backward_reduce(
     relu: bool = False,
     relu_bits: Array | None = None,
     payload: Array | None = None,
+    mask: Array | None = None,
 ) -> BackwardSums:
     """The sums of dy and of dy * (x - mean), after the activation's backward, per channel.
 
@@ -166,13 +188,14 @@ def backward_reduce(
         return BackwardSums(*_zeros(c, payload))
     bits = NULL if relu_bits is None else relu_bits
     first = NULL if payload is None else payload
-    if not all(map(_is_dense, (dy3, x3, bits, first))):
+    if not all(map(_is_dense, (dy3, x3, bits, first, NULL if mask is None else mask))):
         given = {"dy3": dy3, "x3": x3, "transform": transform, "relu": relu, "relu_bits": relu_bits}
-        return call_plainly(backward_reduce, ("payload",), **given, payload=payload)
+        return call_plainly(backward_reduce, ("payload",), **given, payload=payload, mask=mask)
     second = NULL if payload is None else np.uint64(payload.data.ptr + 8 * c)
-    launch, scratch = _reduction("backward_reduce", x3, dy3)
+    valid = () if mask is None else (_aligned(mask),)
+    launch, scratch = _reduction("backward_reduce", x3, dy3, masked=mask is not None)
     sums = BackwardSums(launch.empty(c), launch.empty(c))
-    inputs = dy3, x3, bits, *_pointers(*transform), _RELU[relu]
+    inputs = dy3, x3, bits, *_pointers(*transform), *valid, _RELU[relu]
     launch.run((*sums, first, second, *scratch, *inputs, *launch.sizes))
     return sums
 
@@ -191,6 +214,7 @@ def backward_input(
     local: BackwardSums | None = None,
     dweight: Array | None = None,
     dbias: Array | None = None,
+    mask: Array | None = None,
 ) -> Array:
     """The gradient of x, (N, C, L); see ``backends/numpy.py``.
 
@@ -201,7 +225,8 @@ def backward_input(
         return dx3
     bits = NULL if relu_bits is None else relu_bits
     dresidual = NULL if dresidual3 is None else dresidual3
-    if not all(map(_is_dense, (dy3, x3, dx3, bits, dresidual))):
+    valid = NULL if mask is None else mask
+    if not all(map(_is_dense, (dy3, x3, dx3, bits, dresidual, valid))):
         call_plainly(
             backward_input,
             ("out3", "dresidual3", "dweight", "dbias"),
@@ -217,14 +242,17 @@ def backward_input(
             local=local,
             dweight=dweight,
             dbias=dbias,
+            mask=mask,
         )
         return dx3
-    launch = _launch("backward_input", x3, dy3, dx3, dresidual3)
+    bytes_ = () if mask is None else (_aligned(mask),)
+    launch = _launch("backward_input", x3, dy3, dx3, dresidual3, kind=(False, mask is not None))
     gradients = _NONE if local is None else (dweight, dbias)
     pointers = _pointers(*gradients, *transform, *(sums or _NONE), *(local or _NONE))
     outputs, inputs = pointers[:2], pointers[2:]
     numbers = np.float64(1 / max(count, 1)), _RELU[relu]
-    launch.run((dx3, dresidual, *outputs, dy3, x3, bits, *inputs, *numbers, *launch.sizes))
+    arguments = dx3, dresidual, *outputs, dy3, x3, bits, *inputs, *bytes_, *numbers
+    launch.run((*arguments, *launch.sizes))
     _copy_back(gradients, outputs)
     return dx3
 
@@ -243,6 +271,7 @@ def finish_forward(
     relu_bits: Array | None = None,
     running: tuple[Array, Array] | None = None,
     factor: float = 0.0,
+    mask: Array | None = None,
 ) -> tuple[Array, Array]:
     """``finalize_moments`` and ``normalize`` into y3: (mean, invstd).
 
@@ -254,7 +283,8 @@ def finish_forward(
     residual = NULL if residual3 is None else residual3
     bits = NULL if relu_bits is None else relu_bits
     kernel = "normalize_recentred" if form == "recentred" else "normalize"
-    launch = _launch(kernel, x3, y3, residual3, writes_bits=relu_bits is not None)
+    valid = () if mask is None else (_aligned(mask),)
+    launch = _launch(kernel, x3, y3, residual3, kind=(relu_bits is not None, mask is not None))
     first, second, weight, bias, *states = _pointers(
         moments.mean, moments.m2, weight, bias, *(running or _NONE)
     )
@@ -264,13 +294,13 @@ def finish_forward(
     # the variance goes where the same thread writes invstd over it
     outputs = mean, invstd, invstd, *states
     if form == "recentred":
-        inputs = x3, residual, first, second, weight, bias
+        inputs = x3, residual, first, second, weight, bias, *valid
         launch.run((y3, bits, *outputs, *inputs, *numbers, _RELU[relu], *launch.sizes))
     else:
         dtype = _FLOAT64 if running is None else running[0].dtype
         finalize = channel_launch("finalize_moments", x3.shape[1], dtype)
         finalize.run((*outputs, first, second, *numbers, _FORMS[form], *finalize.sizes))
-        inputs = x3, residual, mean, invstd, weight, bias
+        inputs = x3, residual, mean, invstd, weight, bias, *valid
         launch.run((y3, bits, *inputs, _RELU[relu], *launch.sizes))
     _copy_back(running or _NONE, states)
     return mean, invstd
@@ -288,8 +318,14 @@ def local_forward(
     relu_bits: Array | None = None,
     running: tuple[Array, Array] | None = None,
     factor: float = 0.0,
+    mask: Array | None = None,
+    count: int | None = None,
 ) -> tuple[Array, Array]:
     """The forward of one rank into y3: (mean, invstd)."""
+    if mask is not None:
+        options = {"relu": relu, "residual3": residual3, "relu_bits": relu_bits}
+        settings = {"running": running, "factor": factor, "mask": mask, "count": count}
+        return _masked_forward(x3, y3, weight, bias, eps, options, **settings)
     if x3.size == 0:
         return finish_forward(
             batch_moments(x3), "local", x3, y3, weight, bias, eps, running=running, factor=factor
@@ -297,17 +333,54 @@ def local_forward(
     x, y, device = x3.data.ptr, y3.data.ptr, x3.data.device_id
     residual, r = (NULL, y) if residual3 is None else (residual3, residual3.data.ptr)
     where = device, x & 15, (x | y | r) & 15, x & y & r & 15
-    reduce, finish = forward_launches(x3.shape, x3.dtype, *where, relu_bits is not None)
-    mean, invstd = reduce.empty(x3.shape[1]), reduce.empty(x3.shape[1])
-    scratch = scratch_for(reduce, device) if reduce.partials else NO_SCRATCH
+    first, second = forward_launches(x3.shape, x3.dtype, *where, relu_bits is not None)
+    mean, invstd = first.empty(x3.shape[1]), first.empty(x3.shape[1])
     weight, bias, *states = _pointers(weight, bias, *(running or _NONE))
-    outputs = mean, NULL, NULL, NULL, invstd, *states
-    numbers = np.float64(eps), np.float64(factor)
-    reduce.run((*outputs, *scratch, x3, *numbers, *reduce.sizes))
     bits = NULL if relu_bits is None else relu_bits
-    finish.run((y3, bits, x3, residual, mean, invstd, weight, bias, _RELU[relu], *finish.sizes))
+    numbers = np.float64(eps), np.float64(factor)
+    if second is None:
+        inputs = x3, residual, weight, bias
+        first.run((y3, bits, mean, invstd, *states, *inputs, *numbers, _RELU[relu], *first.sizes))
+    else:
+        scratch = scratch_for(first, device) if first.partials else NO_SCRATCH
+        outputs = mean, NULL, NULL, NULL, invstd, *states
+        first.run((*outputs, *scratch, x3, *numbers, *first.sizes))
+        transform = mean, invstd, weight, bias
+        second.run((y3, bits, x3, residual, *transform, _RELU[relu], *second.sizes))
     if running is not None and not all(map(is_, running, states)):
         _copy_back(running, states)
+    return mean, invstd
+
+
+def _masked_forward(
+    x3: Array,
+    y3: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    options: dict[str, Any],
+    *,
+    running: tuple[Array, Array] | None,
+    factor: float,
+    mask: Array,
+    count: int | None,
+) -> tuple[Array, Array]:
+    """:func:`local_forward` with a mask; `options` are those of :func:`normalize`."""
+    n, c, length = x3.shape
+    count = n * length if count is None else count
+    if x3.size == 0 or count == 0:
+        moments = batch_moments(x3, mask=mask, count=count)
+        options |= {"running": running, "factor": factor, "mask": mask}
+        return finish_forward(moments, "local", x3, y3, weight, bias, eps, **options)
+    mask = _aligned(mask)
+    reduce, scratch = _reduction("batch_moments", x3, masked=True)
+    mean, invstd = reduce.empty(c), reduce.empty(c)
+    states = _pointers(*(running or _NONE))
+    outputs = mean, NULL, NULL, NULL, invstd, *states
+    numbers = np.float64(count), np.float64(eps), np.float64(factor)
+    reduce.run((*outputs, *scratch, x3, mask, *numbers, *reduce.sizes))
+    normalize(x3, Transform(mean, invstd, weight, bias), out3=y3, mask=mask, **options)
+    _copy_back(running or _NONE, states)
     return mean, invstd
 
 
@@ -323,28 +396,38 @@ def local_backward(
     dresidual3: Array | None = None,
     dweight: Array | None = None,
     dbias: Array | None = None,
+    mask: Array | None = None,
 ) -> None:
     """The backward of one rank, into dx3; a count of 0: the statistics are constants."""
+    if mask is not None:
+        mask = _aligned(mask)
+        options = {"relu": relu, "relu_bits": relu_bits, "mask": mask}
+        of_rank = backward_reduce(dy3, x3, transform, **options)
+        options |= {"dresidual3": dresidual3, "dweight": dweight, "dbias": dbias, "out3": dx3}
+        options |= {"local": of_rank, "sums": of_rank if count else None, "count": count}
+        backward_input(dy3, x3, transform, **options)
+        return
     if x3.size == 0:
         return
     dy, x, dx, device = dy3.data.ptr, x3.data.ptr, dx3.data.ptr, x3.data.device_id
     dresidual, r = (NULL, x) if dresidual3 is None else (dresidual3, dresidual3.data.ptr)
     some, every = dy | x, dy & x
     where = device, some & 15, every & 15, (some | dx | r) & 15, every & dx & r & 15
-    reduce, finish = backward_launches(x3.shape, x3.dtype, *where)
-    c = x3.shape[1]
-    sums = reduce.empty(2 * c)
-    sum_dy_xmu = np.uint64(sums.data.ptr + 8 * c)
-    scratch = scratch_for(reduce, device) if reduce.partials else NO_SCRATCH
+    first, second = backward_launches(x3.shape, x3.dtype, *where)
+    c, share = x3.shape[1], np.float64(1 / count) if count else _ZERO
     weight, bias, *gradients = _pointers(transform.weight, transform.bias, dweight, dbias)
     bits = NULL if relu_bits is None else relu_bits
     inputs = dy3, x3, bits, transform.mean, transform.invstd, weight, bias
-    reduce.run((sums, sum_dy_xmu, NULL, NULL, *scratch, *inputs, _RELU[relu], *reduce.sizes))
-    pooled, share = ((sums, sum_dy_xmu), np.float64(1 / count)) if count else ((NULL, NULL), _ZERO)
-    numbers = share, _RELU[relu]
-    finish.run(
-        (dx3, dresidual, *gradients, *inputs, *pooled, sums, sum_dy_xmu, *numbers, *finish.sizes)
-    )
+    outputs, numbers = (dx3, dresidual, *gradients), (share, _RELU[relu])
+    if second is None:
+        first.run((*outputs, *inputs, *numbers, *first.sizes))
+    else:
+        sums = first.empty(2 * c)
+        local = sums, np.uint64(sums.data.ptr + 8 * c)
+        scratch = scratch_for(first, device) if first.partials else NO_SCRATCH
+        first.run((*local, NULL, NULL, *scratch, *inputs, _RELU[relu], *first.sizes))
+        pooled = local if count else (NULL, NULL)
+        second.run((*outputs, *inputs, *pooled, *local, *numbers, *second.sizes))
     if not all(map(is_, (dweight, dbias), gradients)):
         _copy_back((dweight, dbias), gradients)
 
@@ -358,22 +441,25 @@ def prepare_forward(
     relu: bool = False,
     running_dtype: Any = None,
     ranks: int = 1,
+    mask: Array | None = None,
 ) -> None:
     """Compiles what comes after the first message of a forward, to fail before it, if at all.
 
-    With one rank there is none, and nothing may fail at all.
+    With one rank there is none: what fails then fails before anything is written; with a mask not,
+    so that is compiled here too.
     """
-    c = x3.shape[1]
-    recentred = x3.dtype == _FLOAT64 and ranks > 1
+    if ranks == 1 and mask is None:
+        return
+    c, recentred = x3.shape[1], x3.dtype == _FLOAT64 and ranks > 1
     if recentred:
         channel_launch("recentre_moments", c)
     if not x3.size or (ranks > 1 and not recentred):
         channel_launch("finalize_moments", c, np.dtype(running_dtype or "float64"))
     if x3.size:
         kernel = "normalize_recentred" if recentred else "normalize"
-        _launch(kernel, x3, y3, residual3, writes_bits=relu_bits is not None)
+        _launch(kernel, x3, y3, residual3, kind=(relu_bits is not None, mask is not None))
         if ranks == 1:
-            _reduction("batch_moments", x3)
+            _reduction("batch_moments", x3, masked=True)
 
 
 def prepare_backward(
@@ -386,28 +472,42 @@ def prepare_backward(
     relu: bool = False,
     constant: bool = False,
     ranks: int = 1,
+    mask: Array | None = None,
 ) -> None:
     """As :func:`prepare_forward`, for a backward."""
-    if x3.size:
-        _launch("backward_input", x3, dy3, dx3, dresidual3)
+    masked = mask is not None
+    if x3.size and (ranks > 1 or masked):
+        _launch("backward_input", x3, dy3, dx3, dresidual3, kind=(False, masked))
         if ranks == 1:
-            _reduction("backward_reduce", x3, dy3)
+            _reduction("backward_reduce", x3, dy3, masked=True)
 
 
-def _launch(kernel: str, x3: Array, *others: Array | None, writes_bits: bool = False) -> Launch:
-    """The launch of a kernel over x3 and tensors like it."""
+def _launch(
+    kernel: str, x3: Array, *others: Array | None, kind: tuple[bool, bool] = (False, False)
+) -> Launch:
+    """The launch of a kernel over x3 and tensors like it.
+
+    `kind`: whether it writes ReLU bits, and whether it takes a mask.
+    """
     some = every = x3.data.ptr
     for array in others:
         if array is not None:
             some, every = some | array.data.ptr, every & array.data.ptr
     where = x3.data.device_id, some & 15, every & 15
-    return tensor_launch(kernel, x3.shape, x3.dtype, *where, writes_bits)
+    return tensor_launch(kernel, x3.shape, x3.dtype, *where, *kind)
 
 
-def _reduction(kernel: str, *tensors: Array) -> tuple[Launch, tuple[Array, Array]]:
+def _reduction(
+    kernel: str, *tensors: Array, masked: bool = False
+) -> tuple[Launch, tuple[Array, Array]]:
     """The launch of a kernel that sums over tensors, and its scratch."""
-    launch, device = _launch(kernel, *tensors), tensors[0].data.device_id
+    launch, device = _launch(kernel, *tensors, kind=(False, masked)), tensors[0].data.device_id
     return launch, scratch_for(launch, device) if launch.partials else NO_SCRATCH
+
+
+def _aligned(mask: Array) -> Array:
+    """The mask as kernels take it, where several of its bytes are one access."""
+    return mask.copy() if mask.data.ptr % 16 else mask
 
 
 def _zeros(channels: int, payload: Array | None) -> Array:

@@ -21,18 +21,24 @@ from .tensors import HOST, Tensor, on_stream_of, stands_for_another
 
 
 class Normalise(torch.autograd.Function):
-    """``y = Normalise.apply(x, weight, bias, module, backward)``, by ``module.normalise``.
+    """``y = Normalise.apply(x, weight, bias, module, backward, mask)``, by ``module.normalise``.
 
     Its context comes without arrays like x or the parameters: autograd keeps those.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, module: Any, backward: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        module: Any,
+        backward: bool,
+        mask: Tensor,
     ) -> Tensor:
-        y, saved = module.normalise(x, weight, bias, backward)
-        ctx.save_for_backward(x, weight, bias)
-        ctx.statistics = saved
+        y, saved, ctx.direct = module.normalise(x, weight, bias, backward, mask)
+        ctx.save_for_backward(x, weight, mask)
+        ctx.statistics, ctx.bias = saved, bias  # of which no backward reads the values
         return y
 
     @staticmethod
@@ -42,21 +48,28 @@ class Normalise(torch.autograd.Function):
         try:
             # Unpacking raises where a tensor was changed in place, or was given up by an earlier
             # backward, and runs a checkpoint's recomputation.
-            x, weight, bias = ctx.saved_tensors
+            (x, weight, mask), bias, saved = ctx.saved_tensors, ctx.bias, ctx.statistics
             if not stands_for_another(dy, watched=bound.ranks == 1):
+                gradients, direct = None, ctx.direct
                 if torch.is_grad_enabled():  # with create_graph
-                    gradients = Gradients.apply(dy, x, weight, bias, ctx.statistics, call)
-                else:
+                    gradients = Gradients.apply(dy, x, weight, bias, mask, saved, call)
+                elif direct is not None:
+                    gradients = direct.backward(saved, dy, x, weight)
+                if gradients is None:
                     with on_stream_of(x) if x.is_cuda else HOST:
-                        gradients = run_backward(call, ctx.statistics, dy, x, weight, bias)
-                return (*gradients, None, None)
-            statistics = _as_tensor(ctx.statistics)
-            dx, dweight, dbias = backward_operator(dy, x, weight, bias, statistics, bound.eps)
+                        gradients = run_backward(call, saved, dy, x, weight, bias, mask)
+                return (*gradients, None, None, None)
+            of_x = _as_tensor(saved), bound.eps, mask
+            dx, dweight, dbias = backward_operator(dy, x, weight, bias, *of_x)
             none = dweight if weight is not None else None, dbias if bias is not None else None
-            return dx, *none, None, None
+            return dx, *none, None, None, None
         except Exception as error:
             bound.leave(call, "backward", error)
             raise
+
+
+apply = super(torch.autograd.Function, Normalise).apply
+"""``Normalise.apply`` where no transform of ``torch.func`` is at work: without looking for them."""
 
 
 class Gradients(torch.autograd.Function):
@@ -64,28 +77,36 @@ class Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, saved: Saved, call: Any
+        ctx: Any,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mask: Tensor,
+        saved: Saved,
+        call: Any,
     ) -> tuple[Tensor, ...]:
         with on_stream_of(x) if x.is_cuda else HOST:
-            gradients = run_backward(call, saved, dy, x, weight, bias)
-        ctx.save_for_backward(dy, x, weight, bias)
-        ctx.statistics = saved
+            gradients = run_backward(call, saved, dy, x, weight, bias, mask)
+        ctx.save_for_backward(dy, x, weight, mask)
+        ctx.statistics, ctx.bias = saved, bias
         return gradients
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, ...]:
         saved = ctx.statistics
         with double_backward_call(saved) as call:
-            dy, x, weight, bias = ctx.saved_tensors
+            dy, x, weight, mask = ctx.saved_tensors
             alone = saved.bound.ranks == 1
             if not any(stands_for_another(given, watched=alone) for given in cotangents):
-                gradients = Last.apply(call, saved, bias, dy, x, weight, *cotangents)
+                given = ctx.bias, mask, dy, x, weight, *cotangents
+                gradients = Last.apply(call, saved, *given)
             else:
                 gradients = double_backward_operator(
-                    *cotangents, dy, x, weight, _as_tensor(saved), saved.eps
+                    *cotangents, dy, x, weight, _as_tensor(saved), saved.eps, mask
                 )
         ddy, dx, dweight = gradients
-        return ddy, dx, None if weight is None else dweight, None, None, None
+        return ddy, dx, None if weight is None else dweight, None, None, None, None
 
 
 class Last(torch.autograd.Function):
@@ -97,12 +118,12 @@ class Last(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: Any, saved: Saved, bias: Tensor, *tensors: Tensor
+        ctx: Any, call: Any, saved: Saved, bias: Tensor, mask: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         dy, x, weight, *cotangents = tensors
         with on_stream_of(x) if x.is_cuda else HOST:
             gradients: tuple[Tensor, ...] = run_double_backward(
-                call, saved, cotangents, (dy, x, weight, bias)
+                call, saved, cotangents, (dy, x, weight, bias, mask)
             )
         return gradients
 

@@ -18,7 +18,7 @@ from ...errors import DTypeError
 from ...statistics import Moments
 from .groups import resolve
 from .modules import SyncBatchNorm
-from .tensors import Tensor
+from .tensors import Tensor, check_mask
 
 
 class _Observer:
@@ -33,11 +33,15 @@ class _Observer:
         own = isinstance(self.norm, SyncBatchNorm)
         return self.norm.communicator() if own else SelfCommunicator()
 
-    def __call__(self, norm: Any, args: tuple[Any, ...]) -> None:
+    def __call__(self, norm: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Merges the moments of an input (N, C, ...), in float64, if it is one."""
-        x = args[0] if args else None
+        given = dict(zip(("input", "mask"), args, strict=False)) | named
+        x, mask = given.get("input"), given.get("mask")
         if isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[1] == self.num_features:
+            if mask is not None:
+                check_mask(mask, x)
             x = x.detach().double().movedim(1, 0).flatten(1)
+            x = x if mask is None else x[:, mask.flatten() != 0]
             if x.shape[1]:
                 mean = x.mean(1)
                 m2 = (x - mean[:, None]).square().sum(1)
@@ -58,8 +62,8 @@ class _Modules:
             raise DTypeError(f"an input must be a torch.Tensor, got {type(x).__name__}")
         return x
 
-    def run(self, x: Any) -> object:
-        return self.module(self.take(x))
+    def run(self, x: Any, mask: Any = None) -> object:
+        return self.module(self.take(x), **({} if mask is None else {"mask": mask}))
 
     def empty(self, dtype: str, shape: tuple[int, ...]) -> Any:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
@@ -110,7 +114,7 @@ def _observed(module: Any, observers: list[_Observer]) -> Iterator[None]:
     try:
         module.eval()
         for each in observers:
-            handles.append(each.norm.register_forward_pre_hook(each))
+            handles.append(each.norm.register_forward_pre_hook(each, with_kwargs=True))
             each.norm.training, each.norm.track_running_stats = True, False
         with torch.no_grad(), _uncompiled:
             yield
@@ -124,13 +128,16 @@ def _observed(module: Any, observers: list[_Observer]) -> Iterator[None]:
             part.training = mode
 
 
-def recalibrate(module: Any, batches: Iterable[Any], comm: Any = None) -> None:
+def recalibrate(
+    module: Any, batches: Iterable[Any], comm: Any = None, *, masked: bool = False
+) -> None:
     """Sets the running statistics of every batch norm of a module to those of a data set.
 
     Those of this package and of ``torch.nn``, also ``torch.nn.SyncBatchNorm``, whose message is its
     own. What is computed, on which ranks, and what is raised is as for
     :func:`cupybn.recalibrate`; `batches` are tensors, or tuples or lists that begin with one, on
-    the module's device, and `comm` is as for :class:`SyncBatchNorm`. Nothing is recorded for
+    the module's device, `comm` is as for :class:`SyncBatchNorm`. With `masked` they are pairs of
+    tensors (x, mask), and the module is called with ``mask=mask``. Nothing is recorded for
     autograd, and compiled modules run uncompiled. ``torch.optim.swa_utils.update_bn`` averages the
     batches' statistics instead, each process for itself.
 
@@ -150,7 +157,8 @@ def recalibrate(module: Any, batches: Iterable[Any], comm: Any = None) -> None:
     if not norms:
         return
     with _observed(module, [each for _, each in norms]):
-        number, moments = calibration.statistics(_Modules(module, norms), batches, communicator)
+        modules = _Modules(module, norms)
+        number, moments = calibration.statistics(modules, batches, communicator, masked)
     with torch.no_grad():
         for (_, each), (count, mean, m2) in zip(norms, moments, strict=True):
             if count:

@@ -96,6 +96,15 @@ def recompute_contexts(context_fn: Callable[[], tuple[Any, Any]] | None = None) 
     return _Both(contexts[0], forward), _Both(contexts[1], recomputation)
 
 
+# Private to PyTorch; checkpoint itself asks it. Not -1: this thread runs a backward.
+_graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+
+def is_usual() -> bool:
+    """Whether this is neither a recomputation nor to be recomputed."""
+    return not _active.contexts and _graph_task() == -1
+
+
 def is_watching() -> bool:
     """Whether this thread is in a forward or a recomputation of :func:`recompute_contexts`."""
     return bool(_active.contexts)
@@ -112,9 +121,7 @@ def remembered(label: str, shape: tuple[int, ...], in_graph: bool = False) -> Sa
     for context in reversed(_active.contexts):
         if isinstance(context, _Recomputation):
             return context.next(label, shape)
-    # Private to PyTorch; checkpoint itself asks it. Not -1: this thread runs a backward.
-    task = getattr(torch._C, "_current_graph_task_id", lambda: -1)()
-    if task != -1 and not in_graph:
+    if _graph_task() != -1 and not in_graph:
         raise RuntimeError(
             f"{label}: a forward in training mode inside a backward. A checkpoint that contains "
             "batch norms must be recomputed from the first statistics: "

@@ -41,7 +41,7 @@ def allreduce_gradients(module: Any, comm: Any = None, op: str = "mean") -> None
 
 
 def broadcast_parameters(module: Any, comm: Any = None, root: int = 0) -> None:
-    """Copies parameters and buffers of rank `root` to every rank, bit for bit.
+    """Copies parameters and buffers of `module` on rank `root` to every rank, bit for bit.
 
     As :func:`cupybn.distributed.broadcast_parameters`.
     """
@@ -53,7 +53,7 @@ def broadcast_parameters(module: Any, comm: Any = None, root: int = 0) -> None:
 
 
 def verify_sync(module: Any, comm: Any = None) -> None:
-    """Checks that parameters and buffers have the same bits on every rank.
+    """Checks that parameters and buffers of `module` have the same bits on every rank.
 
     As :func:`cupybn.distributed.verify_sync`.
     """

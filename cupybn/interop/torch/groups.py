@@ -13,8 +13,9 @@ from torch import distributed
 
 from ... import __version__, communicators
 from ...arrays import Array, is_cupy
+from ...backends import numba_problem
 from ...communicators import Communicator
-from ...communicators.base import OfOneProcess, listed, sum_on_host
+from ...communicators.base import OfOneProcess, all_take_numpy, listed, sum_on_host
 from ...errors import CollectiveMismatchError, CollectiveTimeoutError, CupyBNError, PeerError
 from ...launcher import started_by_mpi
 from ...layers.sync import CommReference
@@ -100,16 +101,24 @@ class ProcessGroupCommunicator(OfOneProcess):
     def _agree(self, group: Any) -> None:
         """The first message: the protocol and its negative, as of :class:`MpiCommunicator`."""
         words = np.zeros(16, np.int64)
-        words[:2] = PROTOCOL, -PROTOCOL
+        problem = numba_problem() if self.size > 1 else ""
+        words[:3] = PROTOCOL, -PROTOCOL, -bool(problem)
         self._reduce(words, group, "MIN")
         if words[0] != -words[1]:
             mine = f"cupybn {__version__}, protocol {PROTOCOL}, {platform.node()}"
-            table = self._reduce(pack_texts(mine, self.rank, self.size), group)
             raise CollectiveMismatchError(
                 "the ranks run versions of cupybn that do not understand each other; the same has "
-                f"to be installed for all of them:{listed(unpack_texts(table, self.size))}"
+                f"to be installed for all of them:{self._gather(mine, group)}"
             )
+        if words[2]:
+            mine = f"{platform.node()}, {problem or 'no problem'}"
+            all_take_numpy(self.rank, self._gather(mine, group))
         self._agreed = True
+
+    def _gather(self, text: str, group: Any) -> str:
+        """The texts of all ranks, a line for each. Collective."""
+        table = self._reduce(pack_texts(text, self.rank, self.size), group)
+        return listed(unpack_texts(table, self.size))
 
     def _reduce(self, message: Array, group: Any, op: str = "SUM") -> Array:
         """A NumPy array, in place."""

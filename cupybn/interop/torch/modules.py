@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, ClassVar, NoReturn, cast
 
 import torch
@@ -15,7 +16,6 @@ from ...errors import DeviceError, DTypeError, ShapeError
 from ...forward_backward import (
     ALONE,
     Bindings,
-    Bound,
     Options,
     Saved,
     bind,
@@ -23,10 +23,12 @@ from ...forward_backward import (
     momentum_settings,
     running_factor,
 )
+from ...layers.batchnorm import named
 from ...layers.sync import Synchronised
 from ...statistics import message_length
-from .autograd import Normalise
+from .autograd import apply
 from .checkpoint import is_watching, remembered
+from .direct import Direct
 from .groups import check_comm, describe, resolve
 from .operators import forward_operator
 from .passes import run_forward
@@ -36,6 +38,7 @@ from .tensors import (
     WIDE,
     Tensor,
     array_of,
+    check_mask,
     is_recorded,
     is_transformed,
     is_without_values,
@@ -43,7 +46,8 @@ from .tensors import (
     stands_for_another,
 )
 
-_NONE = (None, None)  # dtype and device of what is not there
+_affine = itemgetter("weight", "bias")
+_statistics = itemgetter("running_mean", "running_var", "num_batches_tracked")
 _GRAPH_BREAK = (
     "a cupybn SyncBatchNorm communicates, and a compiled graph may change the order of messages: "
     "compile without fullgraph, or with cupybn.interop.torch.BatchNorm1d, 2d, 3d for one process"
@@ -70,6 +74,8 @@ class BatchNorm(TorchBatchNorm):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "__init__" not in vars(cls):
+            cls.__init__ = named(cls.__init__, f"{cls.__qualname__}.__init__")  # type: ignore[method-assign]
         asked = {"communicator", "label", "_check_input", "_check_input_dim"}
         cls._communicates = cls._communicates or "communicator" in vars(cls)
         if cls.__module__ != __name__ and not asked.isdisjoint(vars(cls)):
@@ -84,8 +90,13 @@ class BatchNorm(TorchBatchNorm):
         """Who takes part in the next forward."""
         return ALONE
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Normalises (N, C, ...) `input`; y has its shape, dtype and memory format.
+
+        Args:
+            mask: bool or uint8, (N, ...), the input's shape without its channels; nonzero where it
+                is valid (the opposite of ``key_padding_mask``). Everything is that of the valid
+                values alone; y and the gradient are 0 elsewhere. None: all are valid.
 
         Raises:
             ShapeError, DTypeError, DeviceError: bad input; PeerError, CollectiveMismatchError: on
@@ -93,12 +104,14 @@ class BatchNorm(TorchBatchNorm):
         """
         if not torch.jit.is_scripting():  # what is in here TorchScript does not compile
             if torch.compiler.is_compiling() or stands_for_another(input):
-                return self._traced(input)
-            if self.training:
-                return self._train(input)
-            return super().forward(input)
+                return self._traced(input, mask)
+            if self.training or (mask is not None and self.running_mean is None):
+                return self._train(input, mask)
+            return self._evaluate(input, mask)
         if self.training:
             raise RuntimeError("this batch norm was scripted, and cannot train: call .eval()")
+        if mask is not None:
+            raise RuntimeError("this batch norm was scripted, and takes no mask")
         if input.dim() < 2:
             raise ValueError("expected at least 2D input")
         mean, var = self.running_mean, self.running_var
@@ -107,40 +120,57 @@ class BatchNorm(TorchBatchNorm):
             input, mean, var, weight, bias, mean is None, 0.0, self.eps
         )
 
-    def _train(self, x: Tensor) -> Tensor:
-        weight, bias, backward = self.weight, self.bias, False
+    def _train(self, x: Tensor, mask: Tensor = None) -> Tensor:
+        """A forward with the statistics of the batch."""
+        try:
+            weight, bias = _affine(self.__dict__["_parameters"])
+        except KeyError:  # attributes, which take longer: parametrised, or deleted
+            weight, bias = self.weight, self.bias
+        backward = False
         if torch.is_grad_enabled():
             for tensor in (x, weight, bias):
                 backward = backward or getattr(tensor, "requires_grad", False)
-        return Normalise.apply(x, weight, bias, self, backward)
+        return apply(x, weight, bias, self, backward, mask)
 
-    def _traced(self, x: Tensor) -> Tensor:
+    def _evaluate(self, x: Tensor, mask: Tensor = None) -> Tensor:
+        """A forward of PyTorch's own; what is masked is in no gradient, whatever stands there."""
+        if mask is None:
+            return super().forward(x)
+        self._check_input_dim(x)
+        check_mask(mask, x)
+        masked = (mask == 0).unsqueeze(1)
+        return super().forward(x.masked_fill(masked, 0)).masked_fill(masked, 0)
+
+    def _traced(self, x: Tensor, mask: Tensor = None) -> Tensor:
         """A forward of what stands for a tensor in memory, or that something looks on."""
+        of_batch = self.training or (mask is not None and self.running_mean is None)
         if torch.compiler.is_dynamo_compiling():
-            if not self.training:
-                return super().forward(x)
+            if not of_batch:
+                return self._evaluate(x, mask)
             if self._communicates:
                 torch._dynamo.graph_break(msg=_GRAPH_BREAK)
-                return torch.compiler.disable(self._train)(x)
-            return self._operator(x)
+                return torch.compiler.disable(self._train)(x, mask)
+            return self._operator(x, mask)
         if isinstance(x, torch.fx.Proxy):  # symbolic_trace takes PyTorch's own for leaves too
-            path = x.tracer.path_of_module(self)
-            return x.tracer.create_proxy("call_module", path, (x,), {})
-        if not self.training:
-            return super().forward(x)
-        if not isinstance(x, torch.Tensor) or is_watching():
-            return self._train(x)
+            path, given = x.tracer.path_of_module(self), {} if mask is None else {"mask": mask}
+            return x.tracer.create_proxy("call_module", path, (x,), given)
+        if not of_batch:
+            return self._evaluate(x, mask)
+        if not isinstance(x, torch.Tensor):
+            return self._train(x, mask)
         if is_transformed(x, self):
             self._refuse(_TRANSFORMS)
+        if is_watching():
+            return self._train(x, mask)
         shapes_alone = is_without_values(x) and not is_recorded()
         if not shapes_alone and self.communicator().size > 1:
             if is_recorded() or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
                 self._refuse(f"a {type(x).__name__} {_OVER_RANKS}")
             if type(x) in PLAIN:
-                return self._train(x)
-            return self._train(x.as_subclass(torch.Tensor)).as_subclass(type(x))
+                return self._train(x, mask)
+            return self._train(x.as_subclass(torch.Tensor), mask).as_subclass(type(x))
         remembered(self.label, tuple(x.shape))  # raises in a recomputation
-        return self._operator(x)
+        return self._operator(x, mask)
 
     def _refuse(self, why: str) -> NoReturn:
         """Raises RuntimeError; the other ranks, which may be in the same forward, hear of it."""
@@ -148,54 +178,67 @@ class BatchNorm(TorchBatchNorm):
         with CollectiveCall(self.communicator(), what, length):
             raise RuntimeError(f"{self.label}: {why}")
 
-    def _operator(self, x: Tensor) -> Tensor:
+    def _operator(self, x: Tensor, mask: Tensor = None) -> Tensor:
         """A forward of this rank alone, as an operator that PyTorch can record."""
         weight, bias = self.weight, self.bias
         buffers = self.running_mean, self.running_var, self.num_batches_tracked
         self._check_input(x, weight, bias, *buffers)
+        if mask is not None:
+            check_mask(mask, x)
         if not self.track_running_stats or buffers[0] is None:
             buffers = None, None, None
-        y, _, *new = forward_operator(x, weight, bias, *buffers, self._momentum(), self.eps)
+        y, _, *new = forward_operator(x, weight, bias, *buffers, self._momentum(), self.eps, mask)
         for buffer, values in zip(buffers, new, strict=True):
             if buffer is not None:
                 buffer.copy_(values)  # not under no_grad: torch.export could not save that
         return y
 
     def normalise(
-        self, x: Tensor, weight: Tensor, bias: Tensor, backward: bool
-    ) -> tuple[Tensor, Saved]:
-        """(y, context without arrays): what :class:`Normalise` does in a forward."""
-        key: Any = None
-        bound: Bound | None = None
+        self, x: Tensor, weight: Tensor, bias: Tensor, backward: bool, mask: Tensor
+    ) -> tuple[Tensor, Saved, Direct | None]:
+        """What :class:`Normalise` does in a forward.
+
+        Returns:
+            y, the context without arrays, and the direct way of its backward, if there is one.
+        """
         own, momentum = self.__dict__, self.momentum
-        tensors = weight, bias, self.running_mean, self.running_var, self.num_batches_tracked
+        try:
+            mean, var, batches = _statistics(own["_buffers"])
+        except KeyError:
+            mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        key: Any = None
+        direct: Direct | None = None
         strided = type(x) in PLAIN and x.layout is torch.strided and not x.is_nested
-        if strided and type(momentum) is float and self._binds:
+        if strided and type(momentum) is float and self._binds and self.training:
             key = (
                 *(x.shape, x.stride(), x.dtype, x.device, backward, self.name, own.get("_comm")),
                 *(self.eps, momentum, self.track_running_stats, self.num_features),
-                None if tensors[4] is None else tensors[4].shape,
+                *(None if weight is None else weight.dtype, None if bias is None else bias.dtype),
+                *(None if mean is None else mean.dtype, None if var is None else var.dtype),
+                *((None, None) if batches is None else (batches.dtype, batches.shape)),
             )
-            for tensor in tensors:
-                key += _NONE if tensor is None else (tensor.dtype, tensor.device)
-                if tensor is not None and tensor.is_inference():  # who may write it, may change
-                    key = None
-                    break
+            for tensor in (mean, var, batches):
+                if tensor is not None and tensor.is_inference():
+                    key = None  # who may write it, may change
             if "_bindings" in own:
-                bound = own["_bindings"].get(key)
-        if bound is None:
-            return self._bind_and_run(key, x, tensors, backward)
+                direct = own["_bindings"].get(key)
+        tensors = weight, bias, mean, var, batches
+        if direct is None:
+            return self._bind_and_run(key, x, tensors, backward, mask)
+        bound = direct.bound
         call = CollectiveCall(bound.comm, *bound.forward_call) if bound.ranks > 1 else None
         try:
+            if mask is None and (found := direct.forward(x, tensors)) is not None:
+                return *found, direct
             with on_stream_of(x) if x.is_cuda else HOST:
-                return run_forward(call, bound, x, array_of_tensor(x), tensors)
+                return *run_forward(call, bound, x, array_of_tensor(x), tensors, mask), None
         except Exception as error:
             bound.leave(call, "forward", error)
             raise
 
     def _bind_and_run(
-        self, key: Any, x: Tensor, tensors: tuple[Tensor, ...], backward: bool
-    ) -> tuple[Tensor, Saved]:
+        self, key: Any, x: Tensor, tensors: tuple[Tensor, ...], backward: bool, mask: Tensor
+    ) -> tuple[Tensor, Saved, None]:
         """A forward of a signature that was not met twice before; `key` None: not to be kept."""
         comm, label = self.communicator(), self.label
         what, length = call_name("forward", label), message_length(self.num_features)
@@ -211,17 +254,17 @@ class BatchNorm(TorchBatchNorm):
             options = Options(
                 self.eps,
                 affine=(tensors[0] is not None, tensors[1] is not None),
-                save=backward,
+                save=False,  # autograd keeps x, weight and bias
                 factor=factor,
                 settings=momentum_settings(momentum, batches)
                 | {"track_running_stats": self.track_running_stats, "backward": backward},
             )
             bound = bind(array, 1, options, comm, label)
             if key is not None:
-                self.__dict__.setdefault("_bindings", Bindings()).keep(key, bound)
+                self.__dict__.setdefault("_bindings", Bindings()).keep(key, Direct(bound, x))
             if call.ranks > 1:
                 *_, call.fingerprint, call.messages = bound.forward_call
-            return run_forward(call, bound, x, array, tensors)
+            return *run_forward(call, bound, x, array, tensors, mask), None
 
     def _momentum(self) -> float | None:
         """A momentum that may be a tensor, as PyTorch takes it.
@@ -331,12 +374,11 @@ class SyncBatchNorm(Synchronised, BatchNorm):
         dtype: Any = None,
         *,
         name: str | None = None,
-        **keywords: Any,
+        bias: bool = True,
     ) -> None:
         comm = check_comm(comm)
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, **keywords
-        )
+        given = num_features, eps, momentum, affine, track_running_stats, device, dtype
+        super().__init__(*given, bias=bias)
         self.comm = comm
         self.name = name
 

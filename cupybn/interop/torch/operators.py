@@ -27,16 +27,20 @@ def _bound(
     key = (x.shape, x.stride(), x.dtype, x.device, affine, eps, factor)
     bound: Bound | None = _bindings.get(key)
     if bound is None:
-        bound = bind(array_of_tensor(x), 1, Options(eps, affine=affine, factor=factor), ALONE, "")
+        options = Options(eps, affine=affine, save=False, factor=factor)
+        bound = bind(array_of_tensor(x), 1, options, ALONE, "")
         _bindings.keep(key, bound)
     return bound
 
 
-def _saved(x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, eps: float) -> Saved:
+def _saved(
+    x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, statistics: Tensor, eps: float
+) -> Saved:
     """The context of a forward, without arrays like x."""
     bound = _bound(x, weight, bias, eps)
     mean, invstd = array_of_tensor(statistics)
-    return Saved(bound, None, None, None, mean, invstd, bound.count)
+    count = bound.count if mask is None else int(mask.count_nonzero())
+    return Saved(bound, None, None, None, mean, invstd, count)
 
 
 def _new_like(x: Tensor) -> Tensor:
@@ -66,6 +70,7 @@ def _run_forward(
     num_batches_tracked: Tensor,
     momentum: float | None,
     eps: float,
+    mask: Tensor = None,
 ) -> tuple[Tensor, ...]:
     """(y, statistics, new running mean, new running variance, new counter).
 
@@ -79,7 +84,7 @@ def _run_forward(
         factor = running_factor(momentum, num_batches_tracked) if counts else 0.0
     with on_stream_of(x):
         bound = _bound(x, weight, bias, eps, factor)
-        y, saved = run_forward(None, bound, x, array_of_tensor(x), (weight, bias, *new), True)
+        y, saved = run_forward(None, bound, x, array_of_tensor(x), (weight, bias, *new), mask, True)
         statistics = x.new_empty((2, bound.channels), dtype=torch.float64)
         array = array_of_tensor(statistics)
         array[0], array[1] = saved.mean, saved.invstd
@@ -95,6 +100,7 @@ def _fake_forward(
     num_batches_tracked: Tensor,
     momentum: float | None,
     eps: float,
+    mask: Tensor = None,
 ) -> tuple[Tensor, ...]:
     statistics = x.new_empty((2, x.shape[1]), dtype=torch.float64)
     buffers = running_mean, running_var, num_batches_tracked
@@ -103,17 +109,29 @@ def _fake_forward(
 
 
 def _run_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, eps: float
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    statistics: Tensor,
+    eps: float,
+    mask: Tensor = None,
 ) -> tuple[Tensor, ...]:
     """(dx, dweight, dbias); in place of None, empty tensors come back."""
     with on_stream_of(x):
-        saved = _saved(x, weight, bias, statistics, eps)
-        gradients = run_backward(None, saved, dy, x, weight, bias)
+        saved = _saved(x, weight, bias, mask, statistics, eps)
+        gradients = run_backward(None, saved, dy, x, weight, bias, mask)
     return tuple(_or_nothing(tensor, x) for tensor in gradients)
 
 
 def _fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, eps: float
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    statistics: Tensor,
+    eps: float,
+    mask: Tensor = None,
 ) -> tuple[Tensor, ...]:
     per_channel = (None if p is None else torch.empty_like(p) for p in (weight, bias))
     return (_new_like(x), *(_or_nothing(tensor, x) for tensor in per_channel))
@@ -128,13 +146,14 @@ def _run_double_backward(
     weight: Tensor,
     statistics: Tensor,
     eps: float,
+    mask: Tensor = None,
 ) -> tuple[Tensor, ...]:
     """(ddy, dx, dweight); in place of None, an empty tensor comes back."""
     with on_stream_of(x):
-        saved = _saved(x, weight, ddbias, statistics, eps)  # there is a bias if it has a gradient
+        saved = _saved(x, weight, ddbias, mask, statistics, eps)  # a bias has a gradient
         call = CollectiveCall(ALONE, "double backward of a batch norm", 0)
         gradients = run_double_backward(
-            call, saved, (ddx, ddweight, ddbias), (dy, x, weight, ddbias)
+            call, saved, (ddx, ddweight, ddbias), (dy, x, weight, ddbias, mask)
         )
     return tuple(_or_nothing(tensor, x) for tensor in gradients)
 
@@ -148,6 +167,7 @@ def _fake_double_backward(
     weight: Tensor,
     statistics: Tensor,
     eps: float,
+    mask: Tensor = None,
 ) -> tuple[Tensor, ...]:
     dweight = None if weight is None else torch.empty_like(weight)
     return _new_like(x), _new_like(x), _or_nothing(dweight, x)
@@ -157,36 +177,36 @@ def _fake_double_backward(
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, *_, ctx.eps = inputs
+    x, weight, bias, *_, ctx.eps, mask = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, output[1])
+    ctx.save_for_backward(x, weight, bias, mask, output[1])
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-    nothing = (None,) * 5
+    nothing = (None,) * 6
     if dy is None:
         return None, None, None, *nothing
-    x, weight, bias, statistics = ctx.saved_tensors
-    dx, dweight, dbias = backward_operator(dy, x, weight, bias, statistics, ctx.eps)
+    x, weight, bias, mask, statistics = ctx.saved_tensors
+    dx, dweight, dbias = backward_operator(dy, x, weight, bias, statistics, ctx.eps, mask)
     dweight = None if weight is None else dweight
     return dx, dweight, None if bias is None else dbias, *nothing
 
 
 def _keep_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.eps = inputs
+    *tensors, ctx.eps, mask = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, mask)
 
 
 def _double_backward(ctx: Any, ddx: Tensor, ddweight: Tensor, ddbias: Tensor) -> tuple[Tensor, ...]:
-    dy, x, weight, bias, statistics = ctx.saved_tensors
+    dy, x, weight, bias, statistics, mask = ctx.saved_tensors
     ddweight = None if weight is None else ddweight
     ddbias = None if bias is None else ddbias
     ddy, dx, dweight = double_backward_operator(
-        ddx, ddweight, ddbias, dy, x, weight, statistics, ctx.eps
+        ddx, ddweight, ddbias, dy, x, weight, statistics, ctx.eps, mask
     )
-    return ddy, dx, None if weight is None else dweight, None, None, None
+    return ddy, dx, None if weight is None else dweight, None, None, None, None
 
 
 def _no_third(ctx: Any, *_: Tensor) -> None:
@@ -229,14 +249,15 @@ forward_operator = _operator(
     _run_forward,
     _fake_forward,
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, "
-    "Tensor? num_batches_tracked, float? momentum, float eps) "
+    "Tensor? num_batches_tracked, float? momentum, float eps, Tensor? mask=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 backward_operator = _operator(
     "batch_norm_backward",
     _run_backward,
     _fake_backward,
-    "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor statistics, float eps) "
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor statistics, float eps, "
+    "Tensor? mask=None) "
     "-> (Tensor, Tensor, Tensor)",
 )
 double_backward_operator = _operator(
@@ -244,7 +265,7 @@ double_backward_operator = _operator(
     _run_double_backward,
     _fake_double_backward,
     "(Tensor? ddx, Tensor? ddweight, Tensor? ddbias, Tensor dy, Tensor x, Tensor? weight, "
-    "Tensor statistics, float eps) -> (Tensor, Tensor, Tensor)",
+    "Tensor statistics, float eps, Tensor? mask=None) -> (Tensor, Tensor, Tensor)",
 )
 _differentiable("batch_norm", _backward, _keep_for_backward)
 _differentiable("batch_norm_backward", _double_backward, _keep_for_double_backward)

@@ -13,7 +13,7 @@ from ...collective import CollectiveCall
 from ...double_backward import double_backward
 from ...forward_backward import Bound, Running, Saved
 from .checkpoint import remember, remembered
-from .tensors import WIDE, Tensor, arrays_of, new_array_like
+from .tensors import WIDE, Tensor, arrays_of, check_mask, new_array_like
 
 
 def run_forward(
@@ -22,21 +22,22 @@ def run_forward(
     x: Tensor,
     array: Array,
     tensors: Sequence[Tensor],
+    mask: Tensor = None,
     in_graph: bool = False,
 ) -> tuple[Tensor, Saved]:
     """(y, context without arrays like x) of a batch, or of one that is recomputed.
 
     `array` is x; `tensors` are weight, bias, running mean, running variance and the counter, of
-    which the last three are updated in place. `in_graph` is as for
+    which the last three are updated in place; `mask` is the user's, or None. `in_graph` is as for
     :func:`remembered`.
     """
     wide, moved, batches = WIDE[x.dtype], tensors[2:4], tensors[4]
     weight, bias = arrays_of(tensors[:2], wide)
-    params = {"weight": weight, "bias": bias}
+    params, valid = {"weight": weight, "bias": bias}, _memory(mask, x)
     y, y3 = new_array_like(bound, x)
     saved = remembered(bound.name, bound.shape, in_graph)
     if saved is not None:
-        bound.normalize_again(array, params, saved, y3)
+        bound.normalize_again(array, params, saved, y3, valid)
         remember(saved)
         return y, saved
     running, wide_ones = None, list(moved)
@@ -47,8 +48,7 @@ def run_forward(
         counter = array_of_tensor(batches).reshape(()) if on_host else np.zeros((), np.int64)
         mean, var = arrays_of(wide_ones, wide)
         running = Running(mean, var, counter)
-    _, saved = bound.forward(call, array, params, y3=y3, running=running)
-    saved = saved._replace(x3=None, weight=None, bias=None)
+    _, saved = bound.forward(call, array, params, mask=valid, y3=y3, running=running)
     if running is not None and saved.count:
         increment_version(moved if batches is None else tensors[2:])
         for target, values in zip(moved, wide_ones, strict=True):
@@ -61,7 +61,13 @@ def run_forward(
 
 
 def run_backward(
-    call: CollectiveCall | None, saved: Saved, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor
+    call: CollectiveCall | None,
+    saved: Saved,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mask: Tensor = None,
 ) -> tuple[Tensor, ...]:
     """(dx, dweight, dbias), with None where there is no weight or bias."""
     bound, wide = saved.bound, WIDE[x.dtype]
@@ -72,7 +78,7 @@ def run_backward(
     bound.backward(
         call,
         array_of_tensor(dy, "dy"),
-        _complete(saved, x, [weight]),  # only a ReLU asks for the bias
+        _complete(saved, x, [weight], mask),  # only a ReLU asks for the bias
         dx3=dx3,
         dweight=of_weight,
         dbias=of_bias,
@@ -87,9 +93,9 @@ def run_backward(
 def run_double_backward(
     call: CollectiveCall, saved: Saved, cotangents: Sequence[Tensor], tensors: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """(ddy, dx, dweight) from (ddx, ddweight, ddbias) and (dy, x, weight, bias)."""
+    """(ddy, dx, dweight) from (ddx, ddweight, ddbias) and (dy, x, weight, bias, mask)."""
     ddx, *per_channel = cotangents
-    dy, x, weight, bias = tensors
+    dy, x, weight, bias, mask = tensors
     wide = WIDE[x.dtype]
     of_weight, of_bias = arrays_of(per_channel, wide)
     grads = double_backward(
@@ -97,7 +103,7 @@ def run_double_backward(
         None if ddx is None else array_of_tensor(ddx, "ddx"),
         of_weight,
         of_bias,
-        _complete(saved, x, [weight, bias]),
+        _complete(saved, x, [weight, bias], mask),
         array_of_tensor(dy, "dy"),
     )
     results = []
@@ -112,10 +118,21 @@ def run_double_backward(
     return *results, dweight.to(weight.dtype)
 
 
-def _complete(saved: Saved, x: Tensor, parameters: list[Tensor]) -> Saved:
+def _memory(mask: Tensor, x: Tensor) -> Array | None:
+    """The mask as the user gave it, as an array; None for None."""
+    if mask is None:
+        return None
+    check_mask(mask, x)
+    return array_of_tensor(mask, "mask")
+
+
+def _complete(saved: Saved, x: Tensor, parameters: list[Tensor], mask: Tensor) -> Saved:
     """The context with its arrays; a hook may have put x into another memory order since."""
     layout, array = saved.bound.layout, array_of_tensor(x)
     in_order = saved.bound.in_order and array.flags.c_contiguous
     weight, *bias = arrays_of(parameters, WIDE[x.dtype])
     x3 = array.reshape(layout.shape3) if in_order else layout.view(array)
-    return saved._replace(x3=x3, weight=weight, bias=bias[0] if bias else None)
+    arrays = {"x3": x3, "weight": weight, "bias": bias[0] if bias else None}
+    if mask is not None:
+        arrays["mask"] = saved.bound.valid(_memory(mask, x), array)
+    return saved._replace(**arrays)

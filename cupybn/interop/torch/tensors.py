@@ -11,8 +11,8 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ...arrays import DATA_TYPES, Array, array_of_tensor, cupy_for
-from ...errors import DTypeError
+from ...arrays import DATA_TYPES, Array, array_of_tensor, cupy_for, memory_of
+from ...errors import DeviceError, DTypeError, ShapeError
 from ...forward_backward import Bound
 
 Tensor = Any
@@ -35,6 +35,20 @@ def array_of(tensor: Tensor, what: str = "input") -> Array:
     return array_of_tensor(tensor, what)
 
 
+def check_mask(mask: Tensor, x: Tensor) -> None:
+    """Raises unless the mask says of each position of x whether it is valid; asks for no values."""
+    if not isinstance(mask, torch.Tensor):
+        raise DTypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.dtype not in (torch.bool, torch.uint8):
+        raise DTypeError(
+            f"mask is {mask.dtype}, expected torch.bool or torch.uint8, nonzero where x is valid"
+        )
+    if mask.shape != (expected := (x.shape[0], *x.shape[2:])):
+        raise ShapeError(f"mask has shape {tuple(mask.shape)}, expected {tuple(expected)}")
+    if mask.device != x.device:
+        raise DeviceError(f"mask is on {mask.device}, but the input is on {x.device}")
+
+
 def arrays_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Array]:
     """The memory of tensors as arrays; None for None, and a tensor of another dtype converted."""
     arrays = []
@@ -48,9 +62,10 @@ def arrays_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Array]:
 def new_array_like(bound: Bound, x: Tensor) -> tuple[Tensor, Array]:
     """A new tensor for a y or dx of an x, and its memory as (N, C, L)."""
     layout = bound.layout
-    tensor = torch.empty_strided(layout.shape, layout.strides, dtype=x.dtype, device=x.device)
-    array = array_of_tensor(tensor)
-    return tensor, array.reshape(layout.shape3) if bound.in_order else layout.view(array)
+    tensor = torch.empty_strided(bound.shape, layout.strides, dtype=x.dtype, device=x.device)
+    if bound.on_host:
+        return tensor, memory_of(tensor, bound.shape3, bound.dtype)
+    return tensor, layout.view(array_of_tensor(tensor))
 
 
 def on_stream_of(tensor: Tensor) -> Any:

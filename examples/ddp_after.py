@@ -1,0 +1,37 @@
+"""``ddp_before.py`` with cupybn: two lines are others, and it synchronises on the CPU too.
+
+torchrun --nproc-per-node 2 examples/ddp_after.py
+"""
+
+import os
+
+import torch
+from torch import distributed, nn
+
+from cupybn.interop import torch as cupybn_torch
+
+cuda = torch.cuda.is_available()
+distributed.init_process_group("nccl" if cuda else "gloo")
+rank, size = distributed.get_rank(), distributed.get_world_size()
+device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
+model = model.to(device)
+model = cupybn_torch.convert_sync_batchnorm(model)
+model = nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.SGD(model.parameters(), 0.05)
+
+x = torch.randn(32, 6, device=device)
+target = x[:, :1].tanh()
+x, target = x.chunk(size)[rank], target.chunk(size)[rank]
+for _ in range(20):
+    loss = nn.functional.mse_loss(model(x), target)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+distributed.all_reduce(loss.detach_())
+if rank == 0:
+    print(f"loss {loss.item() / size:.6f}")
+distributed.destroy_process_group()
