@@ -1,12 +1,13 @@
 """The CPU backends beside PyTorch and JAX on the CPU: forward + backward in training mode, us.
 
-`numba` and `numpy` are layers; `torch` is PyTorch's module with autograd, `compiled` the same under
-``torch.compile`` (inductor), on the same memory; `interop` and `interop-compiled` are cupybn's
-module for PyTorch in the same two ways, with the backend that is taken where none is named; `jax`
-is one jitted function that returns y, the gradients and the running statistics. `masked`, only
-where ``--paths`` names it, is `numba` with a mask of half of the positions. All have the same number
-of threads, ``--threads``, and take turns. A turn begins with 20 ms of calls that are not timed, as
-in a loop of training; with several threads after a pause, in which the other's threads stop to spin.
+`numba` and `numpy` are layers; `torch` is PyTorch's module with autograd, `compiled` the same
+under ``torch.compile`` (inductor), on the same memory; `interop` and `interop-compiled` are
+cupybn's module for PyTorch in the same two ways, with the backend that is taken where none is
+named; `jax` is one jitted function that returns y, the gradients and the running statistics.
+`masked`, only where ``--paths`` names it, is `numba` with a mask of half of the positions. All
+have the same number of threads, ``--threads``, and take turns. A turn begins with 20 ms of calls
+that are not timed, as in a loop of training; with several threads after a pause, in which the
+other's threads stop to spin.
 
 A ratio is the median, over the repetitions, of one path's time over that of another in its turn:
 below 1 the first is faster; the last line has the geometric means over the cases. With ``--against

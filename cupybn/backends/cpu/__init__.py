@@ -25,7 +25,7 @@ from ...statistics import BackwardSums, Moments, Transform
 from .. import numpy as reference
 from ..numpy import Data, PerChannel
 from ..plain import call_plainly, copy_back, is_plain, plain
-from .plan import SHORT, bits_items, plan_for, repeated
+from .plan import LINE, SHORT, bits_items, plan_for, repeated
 from .pool import spread
 
 DIRECTIONS = ("forward", "backward")
@@ -98,14 +98,12 @@ def _bound(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Bound:
 
 
 def _bytes(mask: Data, shape: tuple[int, int, int]) -> Data:
-    """The mask as the kernels take it, for x of that shape."""
-    wanted, (n, length) = repeated(*shape), mask.shape
-    if wanted != length:
-        whole = np.empty((n, wanted), np.uint8)
-        whole.reshape(n, -1, length)[...] = mask[:, None]
-        return whole.reshape(-1)
-    flat: Data = plain(mask).reshape(-1)
-    return flat
+    """The mask as the kernels take it, for x of that shape; see ``masked.py``."""
+    (n, length), wanted = mask.shape, repeated(*shape)
+    whole = np.zeros(2 * LINE + n * wanted, np.uint8)
+    inside = whole[LINE : LINE + n * wanted]
+    inside.reshape(n, wanted // max(length, 1), length)[...] = mask[:, None]
+    return whole
 
 
 # ---- the primitives ------------------------------------------------------------------------------

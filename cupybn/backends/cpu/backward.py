@@ -42,7 +42,6 @@ from .masked import (
     bytes_of_run,
     masked_sums,
     next_place,
-    place_before,
     valid_rows,
 )
 from .moments import ROWS, add_columns
@@ -254,10 +253,8 @@ def _input_run(arrays, size, streaming, staged, fused, constant, coefficients, f
         d = where_valid(valid, at, _input_line(dx, i, d, v, constant, coefficients))
         store_line(dx, i, d, streaming)
         at = next_place(at, lanes(dx), period)
-    i, at_edge = last, at
-    if head > 0:
-        i = head - lanes(dx)
-        at_edge = place_before(i, period)
+    i = head - lanes(dx) if head > 0 else last
+    at_edge = i if head > 0 else at
     while i < size:
         d = line(dx, kept, i) if staged else part(dx, dy, i, size)
         d = where_valid(valid, at_edge, d)
@@ -286,8 +283,7 @@ def _input(columns, arrays, item, a, b, relu, coefficients, more):
                 if staged:
                     _apply_relu_grad(kept, g, v, relu_bits, begin, size, relu, of)
                 run = pointer(dx, begin), pointer(dresidual, begin), g, v, kept
-                again = c > first and l1 - l0 <= WIDE
-                found = bytes_of_run(valid, mask, columns, item, x.shape[1], n, i, size, again)
+                found = bytes_of_run(valid, mask, columns, item, x.shape[1], n, i)
                 _input_run(run, size, streaming, staged, fused, constant, of, found)
 
 

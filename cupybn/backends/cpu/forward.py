@@ -35,7 +35,6 @@ from .masked import (
     bytes_of_run,
     masked_moments,
     next_place,
-    place_before,
 )
 from .moments import column_moments, row_moments
 from .plan import WIDE
@@ -79,10 +78,8 @@ def _normalize_run(y, x, residual, size, streaming, fused, relu, coefficients, f
         z = _normalized(y, i, z, r, fused, relu, coefficients, valid, at)
         store_line(y, i, z, streaming)
         at = next_place(at, lanes(y), period)
-    i, at_edge = last, at
-    if head > 0:
-        i = head - lanes(y)
-        at_edge = place_before(i, period)
+    i = head - lanes(y) if head > 0 else last
+    at_edge = i if head > 0 else at
     while i < size:  # what is no whole line
         z = part(y, x, i, size)
         r = part(y, residual, i, size) if fused else z
@@ -104,8 +101,7 @@ def _normalize(columns, arrays, item, a, b, relu, coefficients, masked):
             for i in range(l0, l1, WIDE):
                 begin, size = start + (n * channels + c) * length + i, min(WIDE, l1 - i)
                 there, v, r = pointer(y, begin), pointer(x, begin), pointer(residual, begin)
-                again = c > first and l1 - l0 <= WIDE
-                found = bytes_of_run(valid, mask, columns, item, x.shape[1], n, i, size, again)
+                found = bytes_of_run(valid, mask, columns, item, x.shape[1], n, i)
                 _normalize_run(there, v, r, size, streaming, fused, relu, of, found)
 
 

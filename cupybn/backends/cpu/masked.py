@@ -1,9 +1,10 @@
 """The loops of moments and of sums over the valid positions alone, and what all masked loops need.
 
 A mask is a pointer to bytes, nonzero where a position is valid, and how many there are from one
-sample to the next. Columns are read a line at a time, each beside as many bytes. The bytes of a
-sample repeat with each channel; where a row of columns is one sample, they come repeated already
-(``repeated`` of ``plan.py``). Sums leave out rows of columns that are masked altogether.
+sample to the next; a line before and one behind them may be read, too. Columns are read a line at
+a time, each beside as many bytes. The bytes of a sample repeat with each channel; where a row of
+columns is one sample, they come repeated already (``repeated`` of ``plan.py``). Sums leave out
+rows of columns that are masked altogether.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from .channels import merge_one
 from .compiler import inside, shared, summed
 from .intrinsics import (
     BUFFER,
-    LINE,
     added,
     buffer,
     byte_buffers,
@@ -32,7 +32,7 @@ from .intrinsics import (
     zero,
 )
 from .moments import ROWS, RUN, add_columns
-from .plan import WIDE
+from .plan import LINE, WIDE
 
 SOME = 4  # values that make a pivot, at least: as many positions have to be looked for
 
@@ -173,12 +173,6 @@ def next_place(at, step, period):
 
 
 @inside
-def place_before(i, period):
-    """Where those of the line at column i of a run begin, which is up to a line below 0."""
-    return i + period if period < 2 * WIDE else i
-
-
-@inside
 def samples_in(item, channels):
     """(samples in a row of columns, the first sample of the first row)."""
     _, start, _, width, _, _, _, _, _, _, length, _ = item
@@ -186,18 +180,17 @@ def samples_in(item, channels):
 
 
 @summed
-def bytes_of_run(valid, mask, columns, item, channels, n, i, size, again):
+def bytes_of_run(valid, mask, columns, item, channels, n, i):
     """(those of a run of columns from i on, after how many they repeat).
 
-    Of rows they are copied to `valid`, unless they are there already: `again`. `valid` is None
-    without a mask. A run of columns begins with a channel, so with the first byte of its sample.
+    `valid` is memory for those of several samples, None without a mask. A run of columns begins
+    with a channel, so with the first byte of its sample.
     """
     found, period = valid, 2 * WIDE
     if mask is not None:
         _, _, _, width, _, _, _, _, _, _, length, _ = item
         if columns is None:
-            for k in range(0 if again else size):
-                valid[k] = mask[0][n * width + i + k]
+            found = moved(mask[0], n * width + i)
         else:
             samples, first = samples_in(item, channels)
             sample = first + n * samples

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 SHORT = 96  # runs below this are done by columns
+LINE = 64  # bytes of a cache line
 WIDE = 1024  # columns or channels at a time, at most: what is known of each stays in L1
 _NARROW = 1024  # columns below this are done several rows at a time
 _LITTLE = 1 << 12  # values that are not worth the trouble
@@ -20,7 +21,6 @@ _ITEM = 1 << 18  # values of a work item, about
 _LEAST = 1 << 16  # values per channel that are worth a segment
 _SHARE = 1 << 17  # values that are worth waking a thread: about 100 us of forward
 _UNITS = 256  # channels times segments that keep any number of threads busy
-_LINE = 64  # bytes of a cache line: the most values of a line there are, and twice as many
 _BITS = 1 << 15  # bytes of ReLU bits in an item
 TURNS = 130  # numbers with which threads take turns and lend arrays; two where one works alone
 
@@ -90,7 +90,7 @@ def repeated(n: int, channels: int, length: int) -> int:
     plan = plan_for(n, channels, length)
     if not plan.columns or not len(plan.items) or plan.items[0, 3] > channels * length:
         return length
-    return 2 * length * (1 + (_LINE - 1) // length)
+    return 2 * length * (1 + (LINE - 1) // length)
 
 
 @lru_cache(maxsize=1024)
