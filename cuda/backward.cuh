@@ -40,11 +40,16 @@ struct Gradient {
   Affine affine;
   acc_t slope, offset;
 
-  static __device__ __forceinline__ Gradient of(const Channel& channel, double sum_dy,
-                                                double sum_dy_xmu, double share) {
-    double slope = sum_dy_xmu * channel.invstd * channel.invstd * share;
-    double offset = Affine::low(channel.mean) * slope - sum_dy * share;
-    return {Affine::of(channel), static_cast<acc_t>(-slope), static_cast<acc_t>(offset)};
+  // The sums are functions: loads that go out together here cost registers.
+  template <typename Dy, typename DyXmu>
+  static __device__ __forceinline__ Gradient of(const Channel& channel, Dy sum_dy, DyXmu sum_dy_xmu,
+                                                double share) {
+    Gradient gradient{Affine::of(channel), 0, 0};
+    double slope = sum_dy_xmu() * channel.invstd * channel.invstd * share;
+    double offset = Affine::low(channel.mean) * slope - sum_dy() * share;
+    gradient.slope = static_cast<acc_t>(-slope);
+    gradient.offset = static_cast<acc_t>(offset);
+    return gradient;
   }
 };
 

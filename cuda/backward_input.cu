@@ -18,8 +18,9 @@ __device__ __forceinline__ void add_parameter_gradients(const Walk& walk, i64 ch
   each_channel(walk, channels, [&](bool own, i64 c, int) {
     bool active = own && walk.slice == 0;
     double of_weight = load_or(active, local.dy_xmu, c, 0.0) * load_if(active, invstd + c);
+    double of_bias = load_or(active, local.dy, c, 0.0);
     add_at(active, dweight, c, of_weight);
-    add_at(active, dbias, c, load_or(active, local.dy, c, 0.0));
+    add_at(active, dbias, c, of_bias);
   });
 }
 
@@ -55,8 +56,9 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
     for (int u = 0; u < UNROLL; ++u) bits[u] = stored ? load_bits(relu_bits, slot[u]) : ~0u;
     if (first) {  // the first vectors are on their way
       fill_table(table, walk, c, [&](bool active, i64 channel) {
-        return Gradient::of(arrays.load(active, channel), load_or(active, sums.dy, channel, 0.0),
-                            load_or(active, sums.dy_xmu, channel, 0.0), share);
+        return Gradient::of(
+            arrays.load(active, channel), [&] { return load_or(active, sums.dy, channel, 0.0); },
+            [&] { return load_or(active, sums.dy_xmu, channel, 0.0); }, share);
       });
       pick(gradient, table, walk);
       add_parameter_gradients(walk, c, dweight, dbias, local, invstd);

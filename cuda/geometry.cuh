@@ -141,7 +141,7 @@ template <int V_, bool RAGGED_> struct Runs {
     int row = k * V / length, rest = k * V % length, channel = row % tile_channels_;
     unsigned position = row / tile_channels_ * length + rest;
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
+    for (int j = 0; j < (MASK_LOADS == EACH_BYTE ? V : 1); ++j) {
       relatives[j / 2] = j % 2 ? relatives[j / 2] | position << 16 : position;
       bool next = ++rest == length, sample = next && channel + 1 == tile_channels_;
       position += sample || !next ? 1 : 1 - length;

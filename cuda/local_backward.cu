@@ -14,7 +14,8 @@ local_backward(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
                const double* mean, const double* invstd, const param_t* weight, const param_t* bias,
                double share, i64 relu, i64 n, i64 c, i64 l, i64 slice_length, i64 tile_channels,
                i64 line_samples, i64 kept_begin, i64 kept_vectors) {
-  constexpr int UNROLL = 2, DEPTH = 4;
+  constexpr int UNROLL = 2;
+  constexpr int DEPTH = 4;
   constexpr bool rows = Walk::CHANNELS == 1;
   const Shape shape{n, c, l, slice_length, tile_channels, line_samples};
   const ChannelArrays arrays{mean, invstd, {weight, bias}};
@@ -85,7 +86,7 @@ local_backward(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
     Channel found = arrays.load(active, channel);
     Pair sum = sum_of(sums, active ? channel - walk.first_channel() : 0);
     double about_mean = sum.b - Affine::low(found.mean) * sum.a;
-    return Gradient::of(found, sum.a, about_mean, share);
+    return Gradient::of(found, [&] { return sum.a; }, [&] { return about_mean; }, share);
   });
   pick(gradient, table, walk);
   each_channel(walk, c, [&](bool active, i64 channel, int) {  // nobody waits for these

@@ -21,7 +21,8 @@ local_forward(scalar_t* y, unsigned char* relu_bits, double* mean, double* invst
               const scalar_t* residual, const param_t* weight, const param_t* bias, double eps,
               double factor, i64 relu, i64 n, i64 c, i64 l, i64 slice_length, i64 tile_channels,
               i64 line_samples, i64 kept_begin) {
-  constexpr int UNROLL = 2, DEPTH = 8;
+  constexpr int UNROLL = 2;
+  constexpr int DEPTH = 8;
   const Shape shape{n, c, l, slice_length, tile_channels, line_samples};
   Walk walk(shape, blockIdx.x, 0, 0), ahead = walk, again = walk;
   Places to(kept_begin, walk), from = to, kept = to;

@@ -1,6 +1,6 @@
 """How long NVRTC takes for the first forward and backward of a process, nothing cached: no GPU.
 
-    python tests/compile_time.py [--arch sm_90] [--repeat 3]
+    python tests/compile_time.py [--arch sm_90] [--repeat 3] [--mask]
 
 Every kind of layer in processes of its own, one after the other; the fastest of `--repeat` is
 printed, in seconds of the process (of the clock). Needs the extra "nvrtc".
@@ -34,8 +34,8 @@ class _Nothing:
         return lambda *launch, **options: None
 
 
-def texts(dtype: str, shape: tuple[int, ...], setting: str) -> list[str]:
-    """What a layer's first forward and backward compile."""
+def texts(dtype: str, shape: tuple[int, ...], setting: str, masked: bool) -> list[str]:
+    """What a layer's first forward and backward compile, `masked` with a mask."""
     found: list[str] = []
     if dtype == "bfloat16":
         from ml_dtypes import bfloat16 as dtype
@@ -43,12 +43,13 @@ def texts(dtype: str, shape: tuple[int, ...], setting: str) -> list[str]:
     build = lambda text, kernels: found.append(text) or _Nothing()  # noqa: E731
     with host_kernels(build) as cupy, resident(setting):
         layer = cls(shape[1], dtype="float64" if dtype == "float64" else None, device="cuda")
-        layer.backward(layer(cupy.ones(shape, dtype)))
+        mask = {"mask": cupy.ones((shape[0], *shape[2:]), bool)} if masked else {}
+        layer.backward(layer(cupy.ones(shape, dtype), **mask))
     return found
 
 
-def measure(dtype: str, kind: str, arch: str) -> tuple[float, float, int]:
-    modules = texts(dtype, *KINDS[kind])
+def measure(dtype: str, kind: str, arch: str, masked: bool) -> tuple[float, float, int]:
+    modules = texts(dtype, *KINDS[kind], masked)
     began, clock = time.process_time(), time.perf_counter()
     for text in modules:
         compile_text(text, arch)
@@ -59,16 +60,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--mask", action="store_true", help="of layers with a mask")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(*measure(*args.one, args.arch))
+        print(*measure(*args.one, args.arch, args.mask))
         return
     print(f"| type | {' | '.join(KINDS)} |\n|---|{'---|' * len(KINDS)}")
     for dtype in DATA_TYPES:
         cells = []
         for kind in KINDS:
             command = [sys.executable, __file__, "--arch", args.arch, "--one", dtype, kind]
+            command += ["--mask"] * args.mask
             runs = [
                 subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
                 for _ in range(args.repeat)

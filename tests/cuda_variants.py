@@ -51,7 +51,7 @@ def masked_variants(dtype: str) -> Iterator[Variant]:
         choices = dict(defines)
         if kernels[0].endswith("_flat"):
             yield Variant(kernels, (("MASK", "ONE_BYTE"), *defines))
-        if "VECTOR" not in choices:
+        if "VECTOR" not in choices or kernels[0] in RESIDENT:
             continue
         vector, ragged, rows = (choices[name] for name in ("VECTOR", "RAGGED_VECTORS", "ROWS"))
         plan = LaunchPlan(

@@ -24,13 +24,13 @@ export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=${CUDA_VISI
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTEST_PLUGINS=pytest_timeout  # no strangers' warnings
 parts=$out/$step.parts
 
-shapes=() quick=() batches=(--batches 32) float32=(--shapes 32x256x56x56 32x1024x14x14)
+shapes=() quick=() batches=(--batches 32) all=(--batches 32) float32=(--shapes 32x256x56x56 32x1024x14x14)
 six=(32x64x112x112 32x256x56x56 32x512x28x28 32x1024x14x14 32x2048x7x7 256x256x56x56)
 digits=(--device cuda --epochs 1)
 if [[ $REHEARSE ]]; then
   export PYTHONPATH=$PWD/tests/stand_in:$PWD/tests:$PYTHONPATH CUPYBN_TINY=1
   six=(4x8x16x16 8x16) shapes=(--shapes "${six[@]}") float32=("${shapes[@]}")
-  quick=(--quick --repeat 3) batches=(--batches 1)
+  quick=(--quick --repeat 3) batches=(--batches 1) all=(--shapes 4x8x16x16)
   digits+=(--batch 200)
 fi
 
@@ -90,16 +90,17 @@ first() {
 }
 
 why() {
-  SHOWN=40 bench "kernels float16" 170 kernels "${shapes[@]}"
+  SHOWN=60 bench "resident beside streaming" 70 kernels "${all[@]}" --paths resident \
+    --dtypes float16 --layouts rows columns --repeat 9
+  SHOWN=40 bench "kernels float16" 130 kernels "${shapes[@]}"
   SHOWN=40 bench "kernels float32" 60 kernels "${float32[@]}" --dtypes float32 --layouts rows columns
   bench "bench float32" 60 gpu "${float32[@]}" --dtypes float32 --layouts rows columns --repeat 7
-  leave_out "resident beside streaming" "there are no resident kernels"
   part model 20 "$PYTHON" -m benchmarks.model --batches 32
 }
 
 sanitize() { # TOOL
   gpu "$1" 90 compute-sanitizer --tool "$1" --error-exitcode 9 --kernel-name kns=moments \
-    --kernel-name kns=normalize --kernel-name kns=backward_ "$PYTHON" -m pytest -m gpu -q \
+    --kernel-name kns=normalize --kernel-name kns=backward_ --kernel-name kns=local_ "$PYTHON" -m pytest -m gpu -q \
     -p no:cacheprovider --timeout=0 tests/test_gpu.py \
     -k "small_shapes_in and float16 and not bfloat16"
 }

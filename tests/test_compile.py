@@ -14,13 +14,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import cache
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from cuda_tools import need
-from cuda_variants import RESIDENT, Variant
+from cuda_variants import RESIDENT, Variant, masked_variants
 from cuda_variants import variants as variants_of
 
 from cupybn.arrays import DATA_TYPES
@@ -29,6 +29,8 @@ from cupybn.backends.cuda import source
 pytestmark = pytest.mark.timeout(900)
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
 LOOKED_AT = "sm_90"
+SPREAD = "one each"  # of the architectures, in turn
+CLEAN = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
 BUNDLE = 6  # modules a compilation: NVIDIA's headers cost as much as a third of a kernel
 # the others only load what is wide
 LOADS_AND_STORES = {"normalize", "normalize_recentred", "backward_input", *RESIDENT}
@@ -171,12 +173,19 @@ def compiled(request) -> Iterator[Results]:
         for item in request.session.items
         if item.module is request.module and "compiled" in item.fixturenames
     }
+    masked = {(d, SPREAD) for d, arch in wanted if arch == SPREAD}
     if _missing():
         yield {}
         return
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         futures: Results = {}
-        for dtype, arch in sorted(wanted):
+        for dtype, _ in sorted(masked):
+            variants = list(masked_variants(dtype))
+            futures[dtype, SPREAD] = [
+                pool.submit(compile_bundle, variants[i : i + BUNDLE], arch)
+                for i, arch in zip(range(0, len(variants), BUNDLE), cycle(ARCHITECTURES))
+            ]
+        for dtype, arch in sorted(wanted - masked):
             variants = list(variants_of(dtype))
             futures[dtype, arch] = [
                 pool.submit(compile_bundle, variants[i : i + BUNDLE], arch)
@@ -201,9 +210,8 @@ def test_every_variant_compiles(compiled, dtype, arch):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", sorted(DATA_TYPES))
 def test_nothing_spills(compiled, dtype, arch):
-    clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
     results = _of(compiled, dtype, arch)
-    assert not [(one.label, one.kernel, one.spills) for one in results if one.spills != clean]
+    assert not [(one.label, one.kernel, one.spills) for one in results if one.spills != CLEAN]
 
 
 @pytest.mark.parametrize("dtype", sorted(DATA_TYPES))
@@ -215,6 +223,26 @@ def test_wide_variants_load_and_store_128_bits(compiled, dtype):
     assert not [(one.label, one.kernel) for one in results if not one.wide_loads]
     stores = [one for one in results if one.kernel in LOADS_AND_STORES]
     assert not [(one.label, one.kernel) for one in stores if not one.wide_stores]
+
+
+@pytest.mark.parametrize("dtype", sorted(DATA_TYPES))
+@pytest.mark.parametrize("arch", [SPREAD])
+def test_nothing_spills_with_a_mask(compiled, dtype, arch):
+    """The same kernels with a mask; so many architectures that CI asks each of them for some."""
+    results = _of(compiled, dtype, arch)
+    assert len(results) == sum(len(variant.kernels) for variant in masked_variants(dtype))
+    assert not [(one.label, one.error) for one in results if one.error]
+    assert not [(one.label, one.kernel, one.spills) for one in results if one.spills != CLEAN]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", sorted(DATA_TYPES))
+def test_nothing_spills_with_a_mask_anywhere(dtype, arch):
+    variants = list(masked_variants(dtype))
+    for i in range(0, len(variants), BUNDLE):
+        for one in compile_bundle(variants[i : i + BUNDLE], arch):
+            assert one.spills == CLEAN, (one.label, one.kernel, one.error)
 
 
 MODULES = {v.kernels: v for dtype in DATA_TYPES for v in variants_of(dtype)}

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import fake_cupy
 import numpy as np
 import pytest
-from conftest import DTYPES
+from conftest import DTYPES, TOLERANCE
 from cuda_tools import need
 from kernel_cases import (
     SPLIT,
@@ -19,17 +19,20 @@ from kernel_cases import (
     error,
     gaussian,
     host_kernels,
+    mask_of,
     parameter_dtype,
     parameters,
+    placed,
     resident,
     run,
+    run_alone,
     there,
 )
 from ptx.launch import missing
 
 from cupybn.backends import cuda
 from cupybn.backends import numpy as numpy_backend
-from cupybn.backends.cuda import launch
+from cupybn.backends.cuda import launch, source
 from cupybn.statistics import BackwardSums, Moments, Transform
 
 NUMPY = str(Path(np.__file__).parent)
@@ -443,3 +446,125 @@ def test_arrays_of_another_device_are_not_launched_on():
         pytest.raises(ValueError, match="array device = 0 while current"),
     ):
         cuda.batch_moments(x)
+
+
+# ---- masks ---------------------------------------------------------------------------------------
+
+
+def masked_case(shape, dtype=np.float32, kind="half", mode="residual relu"):
+    return Case(shape, np.dtype(dtype), mode, mask=mask_of(kind, shape, sum(shape)))
+
+
+def test_valid_positions_are_counted():
+    mask = mask_of("half", (5, 1, 67))
+    assert cuda.count_valid(there(mask)) == np.count_nonzero(mask) > 0
+
+
+@pytest.mark.parametrize("shape", LAYOUTS, ids=str)
+def test_a_mask_may_lie_anywhere(shape):
+    """At an odd address, or strided: the same bits."""
+    case = masked_case(shape)
+    expected = [run(cuda, case), run_alone(case)]
+    expected = [x.tobytes() for x in (expected[0].y, expected[0].dx, *expected[1])]
+    wide = np.zeros((shape[0], 2 * shape[2]), np.uint8)
+    wide[:, ::2] = case.mask
+    for mask in (placed(case.mask, np.uint8, 3), wide[:, ::2]):
+        case.mask = mask
+        got = run(cuda, case)
+        assert [got.y.tobytes(), got.dx.tobytes()] == expected[:2]
+    case.mask = placed(case.mask, np.uint8, 3)
+    assert [x.tobytes() for x in run_alone(case)] == expected[2:]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ranks_with_masks_pool_what_is_valid(dtype):
+    """One of them has all values, another none."""
+    shapes = ((3, 6, 49), (1, 6, 49), (70, 6, 49))
+    cases = [
+        masked_case(shape, dtype, kind, "plain")
+        for shape, kind in zip(shapes, ("half", "none valid", "padded"), strict=True)
+    ]
+    cases.append(Case((2, 6, 49), dtype, "plain"))
+    half = dtype == np.float64
+    locals_, total = [], np.zeros(6 if half else 12)
+    for case in cases:
+        message = np.full(total.size, np.nan)
+        given = case.counted | ({"mask": there(case.mask)} if case.counted else {})
+        locals_.append(cuda.batch_moments(there(case.x), payload=there(message), **given))
+        assert locals_[-1].count == case.count
+        total += message
+    count, second = sum(case.count for case in cases), total[6:]
+    if half:
+        second = np.zeros(6)
+        for local in locals_:
+            message = np.full(6, np.nan)
+            cuda.recentre_moments(local, there(total), count, there(message))
+            second += message
+    moments = Moments(count, there(total[:6].copy()), there(second.copy()))
+    whole = [np.where(c.valid, c.x, 0).astype(np.float64).transpose(0, 2, 1) for c in cases]
+    whole = np.concatenate([x[c.valid[:, 0]] for x, c in zip(whole, cases, strict=True)])
+    mean, var = whole.mean(axis=0), whole.var(axis=0)
+    for case in cases:
+        y, masked = there(case.outputs[0]), {}
+        if case.masked:
+            masked["mask"] = there(case.mask)
+        form = "recentred" if half else "pooled"
+        finish = cuda.finish_forward(moments, form, there(case.x), y, None, None, 1e-5, **masked)
+        assert error(back(finish[0]), mean) < 1e-5
+        exact = (case.x.astype(np.float64) - mean[:, None]) / np.sqrt(var + 1e-5)[:, None]
+        assert error(back(y), np.where(case.valid, exact, 0)) < TOLERANCE[dtype.name]
+
+
+def test_launches_with_a_mask_are_two_a_direction_too():
+    run_alone(masked_case((3, 32, 49)))
+    assert fake_cupy.launched == dict.fromkeys(
+        ("batch_moments", "normalize", "backward_reduce", "backward_input"), 1
+    )
+
+
+def test_nothing_valid_leaves_the_running_statistics_alone():
+    case = masked_case((3, 32, 49), kind="none valid")
+    mean, invstd, *running, y, dx, dweight, dbias, _, _ = run_alone(case)
+    assert not mean.any()
+    assert (running[0] == 0).all()
+    assert (running[1] == 1).all()
+    assert not y.any()
+    assert not dx.any()
+    assert (dweight == 1).all()
+    assert (dbias == 1).all()
+    assert error(invstd, np.full(32, 1 / np.sqrt(case.eps))) < 1e-12
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_with_a_mask_are_ready_before_a_message(dtype, ranks):
+    """What is prepared is what is launched then."""
+    case = masked_case((3, 32, 49), dtype)
+    x, y, dy, mask = map(there, (case.x, case.outputs[0], case.dy, case.mask))
+    bits = fake_cupy.zeros((case.x.size + 7) // 8, np.uint8)
+    residual = there(case.residual)
+    options = {"relu": True, "relu_bits": bits, "mask": mask}
+    more = {"ranks": ranks, "running_dtype": "float64" if dtype == np.float64 else "float32"}
+    cuda.prepare_forward(x, y, residual3=residual, **options, **more)
+    cuda.prepare_backward(dy, x, y, dresidual3=residual, **options, ranks=ranks)
+    if ranks == 2:  # what comes before the message may fail
+        moments = cuda.batch_moments(x, mask=mask, count=case.count)
+        sums = cuda.backward_reduce(dy, x, Transform(moments.mean, moments.m2), **options)
+    before = set(source._kernels)
+    if ranks == 1:
+        mean, invstd = cuda.local_forward(
+            x, y, None, None, 1e-5, residual3=residual, count=case.count, **options
+        )
+        transform = Transform(mean, invstd)
+        cuda.local_backward(dy, x, y, transform, count=case.count, **options)
+    else:
+        form = "recentred" if dtype == np.float64 else "pooled"
+        state = (
+            there(np.zeros(32, parameter_dtype(dtype))),
+            there(np.ones(32, parameter_dtype(dtype))),
+        )
+        statistics = cuda.finish_forward(
+            moments, form, x, y, None, None, 1e-5, residual3=residual, running=state, **options
+        )
+        cuda.backward_input(dy, x, Transform(*statistics), sums=sums, count=7, out3=y, **options)
+    assert set(source._kernels) == before

@@ -127,6 +127,46 @@ def test_ranks_get_what_numpy_gives(dtype, relu, n):
         assert ours[2] == exact[2] == 3
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 3, 3), (), (40, 20)], ids=["short rows", "columns", "rows"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_masks_of_ranks_beside_the_numpy_backend(dtype, shape, n):
+    """Of three, one has no mask, one nothing valid. Then all in evaluation; NaN where masked."""
+    x, r, dy = (normal((12, 5, *shape), dtype, seed) for seed in range(3))
+    mask = np.random.default_rng(3).integers(0, 2, (12, *shape)).astype(bool)
+    mask[1::n] &= n == 1
+
+    def rank(comm, device):
+        layer = layer_for(dtype, SyncBatchNorm, c=5, comm=comm, activation="relu").to(device)
+        place = put if device == "cuda" else np.asarray
+        mine, valid = [a[comm.rank :: n].copy() for a in (x, r, dy)], mask[comm.rank :: n]
+        given = {} if comm.rank == 2 else {"mask": place(valid)}
+        if given:
+            for a in mine:
+                np.moveaxis(a, 1, -1)[~valid] = np.nan
+        mine, results = list(map(place, mine)), []
+        for residual in (None, mine[1]):
+            y = layer(mine[0], residual, **given)
+            dx = layer.backward(mine[2])
+            results += map(copy_to_host, (y, dx) if residual is None else (y, *dx))
+        layer.eval()
+        results.append(copy_to_host(layer(mine[0], **given)))
+        if given:
+            assert not any(np.moveaxis(a, 1, -1)[~valid].any() for a in results)
+        return results, state(layer)
+
+    backends.use_cpu_backend("numpy")
+    try:
+        theirs = run_ranks(n, rank, "cpu")
+    finally:
+        backends.use_cpu_backend("auto")
+    for ours, exact in zip(run_ranks(n, rank, "cuda"), theirs, strict=True):
+        for a, b in zip(ours[0], exact[0], strict=True):
+            assert reference.error(a, b.astype(np.float64)) < TOLERANCE[dtype.name]
+        for (name, a), (_, b) in zip(ours[1], exact[1], strict=True):
+            assert reference.error(a, b.astype(np.float64)) < 1e-5, name
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_bound_step_of_a_layer_enters_few_functions(cupy, residual):
     cupy.do_nothing()
@@ -330,8 +370,9 @@ QUICK = "empty or running or message or pooled or without or outputs or public o
         ["test_gpu_layers.py"],
         ["test_gpu_transports.py"],
         ["test_gpu.py", "-k", f"({QUICK}) and not small and not one_launch"],
+        ["test_gpu.py", "-k", "every_mask and float32"],
     ],
-    ids=lambda given: given[0],
+    ids=lambda given: "-".join(given[::2]),
 )
 def test_the_tests_for_a_gpu_run_on_the_stand_in(given):
     """Streams that put off all work, CUDA graphs, allocators, two devices, ranks as threads."""

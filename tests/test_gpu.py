@@ -21,10 +21,11 @@ from itertools import product
 from math import prod
 from types import SimpleNamespace
 
+import kernel_cases
 import numpy as np
 import pytest
 from conftest import DTYPES, ROOT, TOLERANCE
-from cuda_variants import variants
+from cuda_variants import masked_variants, variants
 from kernel_cases import (
     CS,
     LARGE,
@@ -38,6 +39,7 @@ from kernel_cases import (
     in_two_launches,
     parameter_dtype,
     parameters,
+    resident,
 )
 
 from cupybn import functional as F
@@ -272,9 +274,12 @@ class Case:
         tiny, rounding = 1e-300, 4 * np.finfo(np.float64).eps * xp.abs(self.mean)
         limit = relative * xp.maximum(1, xp.abs(self.mean)) + rounding
         yield "mean", self._ratio(got.mean, self.mean, limit)
-        yield "var", self._ratio(got.var, self.var, relative * self.var + tiny)
-        invstd = 1 / xp.sqrt(got.var + self.eps)
-        yield "invstd", self._ratio(got.invstd, invstd, 1e-12 * invstd)
+        if got.var is None:
+            yield "invstd", self._ratio(got.invstd, self.invstd, relative * self.invstd)
+        else:
+            yield "var", self._ratio(got.var, self.var, relative * self.var + tiny)
+            invstd = 1 / xp.sqrt(got.var + self.eps)
+            yield "invstd", self._ratio(got.invstd, invstd, 1e-12 * invstd)
         scale = xp.abs(self.scale)[:, None]
         for part in parts(self.shape):
             y = self.before_activation(part)
@@ -346,6 +351,29 @@ def run(backend, case, constant=False):
     )  # fmt: skip
 
 
+def run_alone(backend, case, constant=False):
+    """The same as one rank, each direction in one launch where that is possible."""
+    xp, fused = case.xp, case.needs_bits
+    y, dx = case.field(case.offsets[3]), case.field(case.offsets[3])
+    dresidual = case.field(case.offsets[3]) if fused else None
+    bits = xp.full((case.x.size + 7) // 8, 0xAA, dtype=xp.uint8) if fused else None
+    options = {"relu": case.activation is not None, "relu_bits": bits}
+    dweight, dbias = xp.ones_like(case.weight), xp.ones_like(case.bias)
+    with resident("1"):
+        mean, invstd = backend.local_forward(
+            case.x, y, case.weight, case.bias, case.eps, **options, residual3=case.residual
+        )
+        backend.local_backward(
+            case.dy, case.x, dx, Transform(mean, invstd, case.weight, case.bias), **options,
+            count=0 if constant else case.count, dresidual3=dresidual, dweight=dweight,
+            dbias=dbias,
+        )  # fmt: skip
+    return SimpleNamespace(
+        mean=mean, var=None, invstd=invstd, y=y, relu_bits=bits, dx=dx, dresidual=dresidual,
+        dweight=dweight.astype(xp.float64) - 1, dbias=dbias.astype(xp.float64) - 1,
+    )  # fmt: skip
+
+
 def check_all(cases):
     """Runs (shape, dtype, mode, offsets) one after the other; fails with all that is wrong.
 
@@ -356,7 +384,9 @@ def check_all(cases):
         case = Case(shape, dtype, mode, OFFSETS[offsets], seed=sum(shape) % 50)
         for constant in (False, True) if offsets == "mixed" else (False,):
             failures += case.failures(run(cuda, case, constant), constant)
-            ran += 1
+            found = case.failures(run_alone(cuda, case, constant), constant)
+            failures += [f"as one rank: {line}" for line in found]
+            ran += 2
     fail_with(failures, ran)
 
 
@@ -388,7 +418,8 @@ def free_blocks():
 @pytest.fixture(scope="module")
 def compiled():
     """Every module there is, compiled into CuPy's cache on disk by several threads."""
-    every = [variant for dtype in DTYPES for variant in variants(dtype.name)]
+    kinds = variants, masked_variants
+    every = [v for dtype in DTYPES for variants_of in kinds for v in variants_of(dtype.name)]
     began = time.perf_counter()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(lambda v: source.compile_module(v.source, v.kernels), every))
@@ -476,6 +507,54 @@ def to_host(value):
     if isinstance(value, BackwardSums):
         return BackwardSums(*map(copy_to_host, value))
     return copy_to_host(value) if hasattr(value, "shape") else value
+
+
+# ---- masks ---------------------------------------------------------------------------------------
+
+
+def masked_failures(case):
+    """What of a case of kernel_cases.py is off on the device."""
+    f, n = case.forward, max(case.count, 1)  # which leaves the kink
+    found = kernel_cases._run(cuda, case, cp.asarray, cp)
+    got = {name: to_host(value) for name, value in found.items()}
+    got["running"] = [copy_to_host(state) for state in found["running"]]
+    kept = got["y"].astype(np.float64) > 0 if case.activation else None
+    b, relative = case.backward(kept), PER_CHANNEL[case.x.dtype.name]
+    state = (f.mean / 2, (1 + f.var * n / max(n - 1, 1)) / 2) if case.count else (0, 1)
+    wanted = {
+        "mean": (got["mean"], f.mean, relative),
+        "var": (got["var"], f.var, relative),
+        "running mean": (got["running"][0], state[0], relative),
+        "running var": (got["running"][1], state[1], relative),
+        "y": (got["y"], f.y, TOLERANCE[case.x.dtype.name]),
+        "dx": (got["dx"], b.dx, TOLERANCE[case.x.dtype.name]),
+    }
+    bad = [name for name, (a, e, limit) in wanted.items() if not off(a, e) <= limit]
+    if got["relu_bits"] is not None and (got["relu_bits"] != np.packbits(kept)).any():
+        bad.append("relu_bits")
+    nothing = np.broadcast_to(~case.valid, case.x.shape)
+    tensors = ("y", "dx", "dresidual") if case.needs_dresidual else ("y", "dx")
+    for name in tensors:
+        memory = got[name].view(f"u{case.x.itemsize}")
+        bad += [f"{name} where masked"] if memory[nothing].any() else []
+    return [f"{case.x.dtype} {case.x.shape}, {case.count} valid: {', '.join(bad)}"] if bad else []
+
+
+def off(got, expected):
+    got, expected = got.astype(np.float64), np.asarray(expected, np.float64)
+    return (np.abs(got - expected) / np.maximum(1, np.abs(expected))).max()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_shapes_in_every_mask(dtype):
+    """NaN and Inf where masked; for compute-sanitizer, too."""
+    shapes = [*LAYOUTS, (5, 6, 24), (7, 258, 2), (3000, 64, 1), (700, 8, 49)]
+    failures, cases = [], list(product(shapes[:2] if TINY else shapes, kernel_cases.MASKS))
+    for i, (shape, kind) in enumerate(cases):
+        mask = kernel_cases.mask_of(kind, shape, i)
+        failures += masked_failures(kernel_cases.Case(shape, dtype, MODES[i % 4], i, mask=mask))
+    fail_with(failures, len(cases))
 
 
 # ---- values --------------------------------------------------------------------------------------

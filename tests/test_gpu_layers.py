@@ -785,6 +785,48 @@ def test_a_cumulative_average_is_refused_under_capture():
     assert gpu.num_batches_tracked == 2
 
 
+def test_a_mask_is_refused_under_capture():
+    """The host reads how many values are valid."""
+    _, gpu = pair(FLOAT32, c=8)
+    stream, x = cp.cuda.Stream(non_blocking=True), cp.asarray(normal(SPLIT))
+    mask = cp.ones((SPLIT[0], *SPLIT[2:]), bool)
+    cp.cuda.Device().synchronize()
+    with stream:
+        gpu(x, mask=mask)
+        before = bits(gpu)
+        stream.begin_capture()
+        try:
+            with pytest.raises(RuntimeError, match="mask= cannot go into a CUDA graph"):
+                gpu(x, mask=mask)
+        finally:
+            stream.end_capture()
+        assert bits(gpu) == before
+        gpu(x, mask=mask)
+        stream.synchronize()
+
+
+def test_masks_and_the_backward_of_the_backward():
+    """Beside NumPy's; NaN where masked, and 0 in all that comes out."""
+    shape = (4, 5, 6, 7)
+    x, dy, ddx = (normal(shape, FLOAT32, seed) for seed in range(3))
+    mask = np.random.default_rng(4).integers(0, 2, (4, 6, 7)).astype(bool)
+    for array in (x, dy, ddx):
+        np.moveaxis(array, 1, -1)[~mask] = np.nan
+    layer, gpu = pair(FLOAT32, c=5, activation="relu")
+    results = []
+    for own, place in ((layer, np.asarray), (gpu, cp.asarray)):
+        y, saved = F.batch_norm_forward(
+            place(x), own.weight, own.bias, activation="relu", mask=place(mask)
+        )
+        double = F.batch_norm_double_backward(
+            place(ddx), place(np.ones(5, np.float32)), None, saved, place(dy)
+        )
+        results.append([copy_to_host(a) for a in (y, double.ddy, double.dx, double.dweight)])
+    for a, b in zip(*results, strict=True):
+        assert difference(b, a.astype(np.float64)) < 1e-4
+    assert not any(np.moveaxis(a, 1, -1)[~mask].any() for a in results[1][:3])
+
+
 # ---- several ranks, several devices --------------------------------------------------------------
 
 

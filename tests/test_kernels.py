@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import DTYPES, TOLERANCE
 from cuda_tools import need
-from cuda_variants import variants
+from cuda_variants import masked_variants, variants
 from kernel_cases import (
     CS,
     LARGE,
@@ -74,18 +74,20 @@ CASES = [
         for m in MODES
     ),
 ]
-# Shapes of every geometry; the masks, modes and offsets go by at their own pace.
-MASKED = [*LAYOUTS, (5, 6, 24), *ODD_ONES, *SPLIT[2:]]
+# Shapes and addresses of every geometry; the masks and modes go by at their own pace.
+SOME_VALID = [kind for kind in MASKS if kind != "none valid"]
+MASKED = [
+    *((shape, "aligned") for shape in [*LAYOUTS, (5, 6, 24), *ODD_ONES, *SPLIT[2:]]),
+    *product([*MOVED, (66, 24, 1)], OFFSETS),
+    *((shape, "aligned") for shape in product((5, 7), (258,), (2, 3))),  # narrow runs
+]
 MASKED_CASES = [
-    (
-        shape,
-        dtype,
-        MODES[(i + j) % 4],
-        list(OFFSETS)[i % 5 if shape in MOVED else 0],
-        list(MASKS)[i % len(MASKS)],
-    )
-    for j, dtype in enumerate(DTYPES)
-    for i, shape in enumerate([*MASKED, *(MOVED + [(65, 24, 1), (66, 24, 1)]) * 5])
+    *(
+        (shape, dtype, MODES[(i + j) % 4], offset, SOME_VALID[i % 5])
+        for j, dtype in enumerate(DTYPES)
+        for i, (shape, offset) in enumerate(MASKED)
+    ),
+    *((s, DTYPES[i % 4], MODES[3], "aligned", "none valid") for i, s in enumerate(LAYOUTS)),
 ]
 # `make test` runs a part of them, `make test-ptx` all.
 QUICK = 12
@@ -194,6 +196,23 @@ def test_masked_values_count_for_nothing(shape, dtype, mode, offset, kind):
     assert error(packed(got.dx, case.valid), expected.dx) < tolerance
 
 
+def masks_left():
+    """Kernels with a mask that no case launches: as below, moments of rows by the element."""
+    compiled = launched_by(
+        Case(*case[:3], offsets=OFFSETS[case[3]], mask=mask_of(case[4], case[0]))
+        for case in MASKED_CASES
+    )
+    every = {(v.source, k): v for d in DTYPES for v in masked_variants(d.name) for k in v.kernels}
+    assert {kernel for _, kernel in compiled - set(every)} == {"finalize_moments"}
+    by_element = ("RAGGED_VECTORS", 0), ("ROWS", 1), ("VECTOR", 1)
+    return {
+        (kernel, v.defines)
+        for (text, kernel), v in every.items()
+        if (text, kernel) not in compiled
+        and not (kernel == "batch_moments" and set(by_element) <= set(v.defines))
+    }
+
+
 @pytest.mark.ptx
 def test_every_variant_runs():
     """But for two that test_ptx_kernels.py runs: the one between two messages, and a tensor alone
@@ -208,6 +227,7 @@ def test_every_variant_runs():
     left = {
         (name, v.defines) for (text, name), v in kernels.items() if (text, name) not in compiled
     }
+    assert not masks_left()
     by_element = (("RAGGED_VECTORS", 0), ("ROWS", 1))
     assert {(name, defines[:2]) for name, defines in left} == {
         ("recentre_moments", ()), ("batch_moments", by_element),
@@ -240,6 +260,16 @@ def test_a_mean_far_from_zero(shape, dtype, ratio):
         values = values / 64
     x = placed(values + ratio * spread(values), dtype)
     check(Case(shape, dtype, "plain", x=x))
+
+
+@pytest.mark.parametrize("shape", [(6, 32, 49), (65, 24, 1), (4, 3, 784)], ids=name_of)
+@pytest.mark.parametrize("first", [1, 40, 10**6])
+def test_deviations_are_taken_from_a_valid_value(shape, first):
+    """Wherever the first one is; from 0 the variance would have lost all its digits."""
+    mask = mask_of("all valid", shape)
+    mask.flat[: min(first, mask.size - 5)] = 0
+    values = np.random.default_rng(3).standard_normal(shape) + 1e8
+    check(Case(shape, np.dtype(np.float64), "plain", x=values, mask=mask), against_numpy=False)
 
 
 @pytest.mark.ptx

@@ -20,12 +20,12 @@ from cupybn.backends.cuda import launch, plan, source
 
 LEFT_OUT = {
     "first": {"device", "pytorch", "kernels float64", "kernels bfloat16", "odd shapes float16"},
-    "why": {"resident beside streaming"},
+    "why": set(),
     "ranks": {"memcheck", "racecheck", "more than 2^31 elements"},
 }
 FIGURES = {
     "first": {"overhead", "six-shapes", "ResNet-50"},
-    "why": {"kernels-float16", "kernels-float32", "bench-float32"},
+    "why": {"resident-beside-streaming", "kernels-float16", "kernels-float32", "bench-float32"},
     "ranks": {"messages-2-ranks", "messages-4-ranks"},
 }
 

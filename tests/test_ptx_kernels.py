@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import DTYPES
 from cuda_tools import need
-from cuda_variants import variants
+from cuda_variants import masked_variants, variants
 from kernel_cases import Case, host_kernels, run, there
 from ptx.launch import missing
 
@@ -108,6 +108,32 @@ def test_architectures_give_the_same_bits(dtype, architecture):
                 ]
         results.append(found)
     assert results[0] == results[1]
+
+
+# ---- masks ---------------------------------------------------------------------------------------
+
+
+def of_masks(variant):
+    """Instructions of a module that come from the files for masks, and its kernels' parameters."""
+    kernels = program.read(nvrtc.compile_text(variant.source))
+    places = [place.rpartition("/")[2] for found in kernels.values() for place in found.places]
+    ours = [place for place in places if place.startswith(("mask.cuh", "masked_moments.cuh"))]
+    return ours, {name: len(found.parameters) for name, found in kernels.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_a_mask_there_is_no_instruction_for_it(dtype):
+    """Nor a parameter; tests/test_traffic.py sees that there is no byte more either."""
+    plain = {(v.kernels, v.defines): of_masks(v) for v in variants(dtype.name)}
+    assert not any(instructions for instructions, _ in plain.values())
+    found = 0
+    for variant in masked_variants(dtype.name):
+        instructions, parameters = of_masks(variant)
+        found += len(instructions)
+        before = plain[variant.kernels, variant.defines[1:]][1]
+        more = {name: count - before[name] for name, count in parameters.items()}
+        assert more == {name: 2 if name == "batch_moments" else 1 for name in more}
+    assert found > 100
 
 
 # ---- kernels that no pass of test_kernels.py launches --------------------------------------------

@@ -450,10 +450,10 @@ def prepare_forward(
     """
     if ranks == 1 and mask is None:
         return
-    c, recentred = x3.shape[1], x3.dtype == _FLOAT64
+    c, recentred = x3.shape[1], x3.dtype == _FLOAT64 and ranks > 1
     if recentred:
         channel_launch("recentre_moments", c)
-    if not (x3.size and recentred):
+    if not x3.size or (ranks > 1 and not recentred):
         channel_launch("finalize_moments", c, np.dtype(running_dtype or "float64"))
     if x3.size:
         kernel = "normalize_recentred" if recentred else "normalize"
