@@ -117,7 +117,7 @@ def worst(actual, expected):
     return max(np.abs(a - b).max() / np.abs(b).max() for a, b in pairs)
 
 
-def order(comm, step, *args, runs=3):
+def order(comm, step, *args, runs=2):
     """The labels of a few runs' messages, with caches cleared between: XLA may choose anew."""
     spy, orders = Spy(comm), []
     for _ in range(runs):
@@ -184,6 +184,51 @@ def check_float32(comm):
                     assert worst(sums, (expected.dweight, expected.dbias)) < 1e-5
                 saved.append(context.count)
     return saved
+
+
+def plain_masked(x, weight, bias, mask):
+    """In pure JAX, (N, C), of the rows that are valid."""
+    valid = mask[:, None] != 0
+    count = valid.sum()
+    mean = jnp.where(valid, x, 0).sum(0) / count
+    d = jnp.where(valid, x - mean, 0)
+    return jnp.where(valid, d / jnp.sqrt((d**2).sum(0) / count + EPS) * weight + bias, 0)
+
+
+def check_masks(comm):
+    """Of some ranks, with NaN where masked; a rank has none, and one has nothing valid."""
+    rng, sizes = np.random.default_rng(9), [7, 3, 4, 0][: comm.size]
+    x = rng.standard_normal((sum(sizes), WIDTH))
+    mask = rng.random(len(x)) < 0.6
+    mask[7:10], mask[10:] = True, False
+    dy = rng.standard_normal(x.shape)
+    weight, bias = 1 + rng.standard_normal((2, WIDTH))
+    expected = jax.grad(lambda *args: (plain_masked(*args, mask) * dy).sum(), (0, 1, 2))
+    expected = expected(x, weight, bias)
+    start = sum(sizes[: comm.rank])
+    mine = slice(start, start + sizes[comm.rank])
+    poisoned, of_y = np.where(mask[:, None], x, np.nan), np.where(mask[:, None], dy, np.inf)
+
+    def loss(x, weight, bias, mask, dy):
+        valid = None if comm.rank == 1 else mask
+        y, statistics = interop.batch_norm(x, weight, bias, comm=comm, name="a", mask=valid)
+        return jnp.vdot(jax.lax.stop_gradient(jnp.where(y == 0, 0, dy)), y), (y, statistics)
+
+    orders = []
+    for kind in (bool, np.uint8):
+        step = jax.jit(interop.ordered_value_and_grad(loss, (0, 1, 2), has_aux=True))
+        valid = mask[mine].astype(kind) * kind(2)
+        args = poisoned[mine], weight, bias, valid, of_y[mine]
+        (_, (y, statistics)), (dx, *sums) = step(*args)
+        assert statistics.count == mask.sum()
+        assert not np.any(np.asarray(y)[~mask[mine]])
+        assert not np.any(np.asarray(dx)[~mask[mine]])
+        if mask[mine].any():
+            assert np.abs(dx - expected[0][mine]).max() < 1e-12
+            assert worst(y, plain_masked(x, weight, bias, mask)[mine]) < 1e-12
+        assert worst(pooled(comm, sums), expected[1:]) < 1e-12
+        orders.append(float(statistics.count))
+    return orders
 
 
 def check_what_one_rank_ignores(comm):
@@ -283,8 +328,24 @@ def check_errors_reach_every_rank(comm):
     if last:
         bad[2]["weight"] = jnp.ones(CHANNELS + 1)
     text = raised(good, bad, x)
-    assert ("weight has shape (5,)" if last else f"PeerError: forward of 'branch2': rank "
-            f"{comm.size - 1} failed") in text, text  # fmt: skip
+    peer = f"rank {comm.size - 1} failed"
+    assert (
+        "weight has shape (5,)" if last else f"PeerError: forward of 'branch2': {peer}"
+    ) in text, text
+    jax.block_until_ready(good(params, x))
+
+    @jax.jit
+    @interop.in_order
+    def masked(x):
+        mask = jnp.ones(len(x), bool)
+        return interop.batch_norm(
+            x, comm=comm, name="masked", mask=mask[:, None] if last else mask
+        )[0]
+
+    text = raised(masked, jnp.ones((4, WIDTH)))
+    assert (
+        "mask has shape (4, 1)" if last else f"PeerError: forward of 'masked': {peer}"
+    ) in text, text
     jax.block_until_ready(good(params, x))
 
     spare = MpiCommunicator(MPI.COMM_WORLD.Dup())  # a mismatch closes it

@@ -29,6 +29,16 @@ class Spy:
         return self.comm.allreduce(message, label)
 
 
+class Two:
+    """A second rank with the same batch."""
+
+    rank, size = 0, 2
+
+    def allreduce(self, message, label=""):
+        message *= 2
+        return message
+
+
 def normal(shape, dtype=np.float64, seed=0, mean=0.5, std=2.0):
     values = np.random.default_rng(seed).standard_normal(shape) * std + mean
     return values.astype(np.float64 if dtype == np.float64 else np.float32).astype(dtype)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import NUMBA
-from rank_checks import Spy, bits, normal
+from rank_checks import Spy, Two, bits, normal
 
 import cupybn
 from cupybn import (
@@ -35,16 +35,6 @@ from cupybn.testing import run_ranks
 X = normal((8, 16), np.float32)
 DY = normal((8, 16), np.float32, seed=1)
 ROOTS = tuple(str(Path(module.__file__).parent) for module in (cupybn, np))
-
-
-class Two:
-    """A second rank with the same batch."""
-
-    rank, size = 0, 2
-
-    def allreduce(self, message, label=""):
-        message *= 2
-        return message
 
 
 def functions_entered(call):

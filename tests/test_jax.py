@@ -23,29 +23,51 @@ from cupybn.interop import jax as interop  # noqa: E402
 MPI = Path(__file__).parent / "mpi"
 ALONE = SelfCommunicator()
 CHECKS = (
-    "gradients", "what_one_rank_ignores", "forward_alone", "running_statistics",
+    "gradients", "masks", "what_one_rank_ignores", "forward_alone", "running_statistics",
     "errors_reach_every_rank", "refusals",
 )  # fmt: skip
 
 
-def check(mpirun, n, *names, **env):
+def run(mpirun, n, *names, timeout=110, **env):
     names = [f"check_{name}" for name in names]
     env = {"JAX_PLATFORMS": "cpu", "CUPYBN_TIMEOUT": "60", **env}
-    job = mpirun(n, MPI / "run_jax_checks.py", *names, timeout=110, env=env)
-    assert sorted(job.stdout.split()) == sorted(names)
+    return mpirun(n, MPI / "run_jax_checks.py", *names, timeout=timeout, env=env, check=False)
+
+
+def check(mpirun, n, *names, **env):
+    job = run(mpirun, n, *names, **env)
+    passed = [f"check_{name}" for name in names]
+    assert (job.returncode, sorted(job.stdout.split())) == (0, sorted(passed)), job.stderr
+
+
+@pytest.fixture(scope="module")
+def job_of_all(mpirun):
+    """All checks on n ranks, in one job: to start JAX takes longer than most of them."""
+    jobs = {}
+
+    def job(n):
+        if n not in jobs:
+            jobs[n] = run(mpirun, n, *CHECKS, timeout=280, JAX_ENABLE_X64="1")
+        return jobs[n]
+
+    return job
 
 
 @pytest.mark.mpi
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize("name", CHECKS)
-def test_over_mpi(mpirun, name, n):
-    check(mpirun, n, name, JAX_ENABLE_X64="1")
+def test_over_mpi(job_of_all, name, n):
+    """A check that fails ends the job, and those after it did not pass either."""
+    job = job_of_all(n)
+    assert f"check_{name}" in job.stdout.split(), job.stderr
+    assert job.returncode == 0 or name != CHECKS[-1]
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("n", [1, 3])
-def test_over_mpi_in_float32(mpirun, n):
-    check(mpirun, n, "gradients", "float32")
+@pytest.mark.parametrize(("n", "names"), [(1, ["float32"]), (3, ["gradients", "float32"])])
+def test_over_mpi_in_float32(mpirun, n, names):
+    check(mpirun, n, *names)
 
 
 @pytest.mark.mpi
@@ -97,6 +119,34 @@ def test_forward_and_gradients_of_one_process(dtype, compiled):
         np.testing.assert_allclose(
             grad.astype(np.float32), other, rtol=tolerance, atol=tolerance * abs(other).max()
         )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("options", [{}, {"channel_axis": -1}, {"activation": "relu"}], ids=str)
+def test_a_mask_leaves_the_valid_values(options, compiled):
+    """As if they had been packed; NaN and Inf elsewhere are in nothing."""
+    x, weight, bias = case()
+    dy = jax.random.normal(jax.random.key(1), x.shape)
+    mask = jax.random.bernoulli(jax.random.key(0), 0.6, (8, 5))
+    last = partial(jnp.moveaxis, source=1, destination=-1)
+    packed, packed_dy = last(x)[mask], last(dy)[mask]
+    x, dy = jnp.where(mask[:, None], x, jnp.nan), jnp.where(mask[:, None], dy, jnp.inf)
+    if "channel_axis" in options:
+        x, dy, last = last(x), last(dy), lambda array: array
+
+    def step(x, dy, mask, **options):
+        y, vjp = jax.vjp(partial(norm, mask=mask, **options), x, weight, bias)
+        return y, *vjp(dy)
+
+    run = partial(step, **options)
+    y, dx, *sums = (jax.jit(run) if compiled else run)(x, dy, mask)
+    relu = options.get("activation")
+    expected, expected_dx, *others = step(packed, packed_dy, None, activation=relu)
+    for found, wanted in ((y, expected), (dx, expected_dx)):
+        np.testing.assert_allclose(last(found)[mask], wanted, rtol=1e-5, atol=1e-5)
+        assert not last(found)[~mask].any()
+    for found, wanted in zip(sums, others, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_vjp_may_be_called_twice_and_keeps_arrays_alone():
@@ -173,7 +223,7 @@ def test_shards_and_other_devices_are_refused(monkeypatch):
         jax.jit(norm)(x)
 
 
-@pytest.mark.parametrize("bad", ["weight", "dtype", "ndim", "axis", "one value"])
+@pytest.mark.parametrize("bad", ["weight", "dtype", "ndim", "axis", "one value", "mask", "kind"])
 def test_errors_are_cupybns_in_jaxs(bad):
     x, weight, bias = case()
     options, text = {}, {
@@ -182,11 +232,15 @@ def test_errors_are_cupybns_in_jaxs(bad):
         "ndim": "ShapeError: expected at least 2D input (got 1D input)",
         "axis": "ValueError: channel_axis must be 1 or -1, got 2",
         "one value": "Expected more than 1 value per channel when training",
+        "mask": "ShapeError: mask has shape (8,), expected (8, 5)",
+        "kind": "DTypeError: mask is float32, expected bool or uint8",
     }[bad]  # fmt: skip
     if bad == "weight":
         weight = weight[:2]
     elif bad == "axis":
         options = {"channel_axis": 2}
+    elif bad in ("mask", "kind"):
+        options = {"mask": jnp.ones(8, bool) if bad == "mask" else jnp.ones((8, 5))}
     x = {"dtype": x.astype(int), "ndim": x[0, :, 0], "one value": x[:1, :, :1]}.get(bad, x)
     call = partial(norm, **options)
     for function in (call, jax.jit(call)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 
 import numpy as np
@@ -14,8 +15,10 @@ from cupybn.backends.cuda.plan import (
     MAX_SLICES,
     MAX_TILE_CHANNELS,
     MAX_TILES,
+    RESIDENT_THREADS,
     THREADS,
     plan_launch,
+    plan_resident,
 )
 
 ISSUE_SHAPES = [
@@ -193,3 +196,63 @@ def test_more_than_two_to_the_31_elements_fit_the_grid(shape):
 def test_a_tensor_beyond_the_grid_is_refused():
     with pytest.raises(ValueError, match="blocks"):
         plan_launch((1, 1 << 40, 1024), 4, 16, 16, 132)
+
+
+@pytest.mark.parametrize("shared", [48, 99, 227])
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_every_element_of_a_resident_launch_has_one_owner_and_one_place(itemsize, shared):
+    """In blocks whose tiles fit. A vector's place is its number in the tile: cuda/resident.cuh."""
+    found = 0
+    for shape, whole_bytes, tensors in product(ISSUE_SHAPES, (False, True), (1, 2)):
+        if shape[0] * shape[1] * shape[2] > 300_000:
+            continue
+        plan, why = plan_resident(
+            shape, itemsize, 16, 132, shared << 10, tensors, whole_bytes=whole_bytes, always=True
+        )
+        assert why.startswith("streams: " if plan is None else "resident: ")
+        if plan is None:
+            continue
+        found += 1
+        assert plan.slices == 1
+        assert plan.vector * itemsize == 16
+        assert not plan.ragged
+        assert not plan.flat
+        assert plan.threads <= RESIDENT_THREADS
+        assert plan.threads % 32 == 0
+        assert plan.resident_bytes(tensors) + plan.table_bytes <= shared << 10
+        assert plan.kept_vectors * 16 >= plan.tile_bytes
+        assert (visits(plan, shape, 0) == 1).all()
+        if plan.rows:
+            assert plan.step == plan.threads
+        else:
+            assert plan.step * plan.line_vectors <= plan.threads
+            unit = max(plan.vector, 8) if whole_bytes else plan.vector
+            assert plan.tile_channels * plan.line_samples * shape[2] % unit == 0
+        last = plan.kept_vectors - 1  # of the thread that comes last in the last round
+        step = plan.step if plan.rows else plan.step * plan.line_vectors
+        assert last // step == (plan.length - 1) // plan.step
+    assert found > 100
+
+
+@pytest.mark.parametrize(
+    ("shape", "tensors", "blocks", "channels"),
+    [
+        ((32, 256, 3136), 1, 256, 1),
+        ((32, 1024, 196), 1, 512, 2),  # as narrow as it goes: more blocks, as much for each
+        ((1568, 2048, 1), 1, 128, 16),  # 32 bytes a run, for as many multiprocessors
+        ((8, 70000, 1), 1, 274, 256),  # not in 4375 blocks of 256 bytes
+        ((512, 64, 1), 2, 4, 16),
+        ((8, 16, 1), 1, 1, 16),
+    ],
+)
+def test_the_tiles_of_a_resident_launch(shape, tensors, blocks, channels):
+    plan, why = plan_resident(shape, 2, 16, 132, 227 << 10, tensors)
+    assert plan is not None, why
+    assert (plan.tiles, plan.tile_channels) == (blocks, channels)
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 12544), (40, 24, 2352), (25088, 256, 1)])
+def test_what_would_leave_multiprocessors_idle_or_does_not_fit_streams(shape):
+    plan, why = plan_resident(shape, 2, 16, 132, 227 << 10, 1)
+    assert plan is None
+    assert re.match(r"streams: (takes \d+ bytes|\d+ tiles of \d+ bytes leave)", why)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import DTYPES, TOLERANCE
 from cuda_tools import need
-from cuda_variants import RESIDENT
+from cuda_variants import RESIDENT, variants
 from kernel_cases import (
     LARGE,
     MODES,
@@ -30,12 +30,13 @@ from test_kernels import CASES, LAYOUTS, OFFSETS, PER_CHANNEL, QUICK, name_of
 
 from cupybn.backends import cuda
 from cupybn.backends.cuda import launch
+from cupybn.backends.cuda.plan import RESIDENT_THREADS, plan_resident
 from cupybn.statistics import Transform
 
 if missing() is None:
     from ptx import nvrtc
-    from ptx.launch import Module, PtxError, compile_module, counting
-    from test_ptx_kernels import without
+    from ptx.launch import Module, PtxError, compile_module, counting, setting
+    from test_ptx_kernels import large, some_blocks, without
     from traffic import _split, aligned, counted_kernels
 
 pytestmark = pytest.mark.timeout(600)
@@ -322,6 +323,21 @@ def test_nan_and_inf_stay_in_their_channel(bad):
         assert np.isnan(got.y[:, 1].astype(np.float32)).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_static_shared_memory_and_threads_are_as_planned(dtype):
+    """What a block has beside its tile is taken from what the device gives."""
+    for variant in variants(dtype.name):
+        for name in set(variant.kernels) & set(KERNELS):
+            program = compile_module(variant.source).get_function(name).program
+            static = sum(end - begin for begin, end in program.shared)
+            rows, vector = (bool(dict(variant.defines)["ROWS"]), dict(variant.defines)["VECTOR"])
+            shape = (4, 8, 512) if rows else (64, 16, 1)
+            planned, _ = plan_resident(shape, dtype.itemsize, 16, 132, 227 << 10, 1, always=True)
+            assert (planned.rows, planned.vector) == (rows, vector)
+            assert 0 < static <= planned.table_bytes
+            assert program.limit == RESIDENT_THREADS
+
+
 # ---- planted faults ------------------------------------------------------------------------------
 
 FAULTY = {"rows": (16, 2, 784), "runs": (8, 8, 49), "columns": (700, 16, 1)}
@@ -404,6 +420,32 @@ def test_architectures_give_the_same_bits(architecture):
             with host_kernels(build), resident("1"):
                 found.append([x.tobytes() for x in run_alone(Case(shape, dtype, "residual relu"))])
         assert found[0] == found[1]
+
+
+@pytest.mark.ptx
+def test_more_than_2_to_31_elements():
+    """The first, the last and some other blocks: in bounds, and what they wrote is right."""
+    shape, dtype = (2, 9_000_000, 128), np.dtype(np.float16)
+    assert np.prod(shape) > 2**31
+    planned, other = (plan_resident(shape, 2, 16, 132, 227 << 10, n)[0] for n in (1, 2))
+    assert planned == other
+    blocks = some_blocks(planned.tiles)
+    x, dy, y, dx = (large(shape, dtype) for _ in range(4))
+    own = np.concatenate(
+        [np.arange(planned.tile_channels) + block * planned.tile_channels for block in blocks]
+    )
+    own = np.unique(own[own < shape[1]])
+    for tensor, seed in ((x, 1), (dy, 2)):
+        tensor[:, own] = np.random.default_rng(seed).standard_normal((2, own.size, 128))
+    with resident("1"), setting(blocks=some_blocks, races=False):
+        mean, invstd = cuda.local_forward(there(x), there(y), None, None, 1e-5)
+        cuda.local_backward(there(dy), there(x), there(dx), Transform(mean, invstd), count=256)
+    assert launched() == KERNELS
+    case = Case((2, own.size, 128), dtype, "plain", x=np.ascontiguousarray(x[:, own]))
+    case.dy, case.weight, case.bias = dy[:, own], np.ones(own.size), np.zeros(own.size)
+    assert error(back(mean)[own], case.forward.mean) < 1e-5
+    assert error(y[:, own], case.forward.y) < TOLERANCE["float16"]
+    assert error(dx[:, own], case.backward(None).dx) < TOLERANCE["float16"]
 
 
 # ---- traffic -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import test_compile
 from cuda_tools import need
-from cuda_variants import Variant, variants
+from cuda_variants import RESIDENT, Variant, variants
 from test_compile import compile_text, disassemble
 
 from benchmarks import model
@@ -230,3 +230,19 @@ def test_instructions_of_a_warp_for_512_bytes(kernel):
         )
     assert all(map(le, found, INSTRUCTIONS[kernel])), found
     assert any(count > limit - 2 for count, limit in zip(found, INSTRUCTIONS[kernel], strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("kernel", "rows"), list(product(RESIDENT, (0, 1))))
+def test_resident_tensors_pass_through_no_registers(dtype, kernel, rows):
+    """They are copied past the first-level cache, 16 bytes each, and waited for by batches."""
+    variant = variant_of(dtype, kernel, rows)
+    tensors, batches = (1, 7) if kernel == "local_forward" else (2, 3)
+    code = [line for block in listing(variant.source, kernel) for line in block]
+    copies = places(code, r"\bLDGSTS\.E\.BYPASS(\.\w+)*\.128\b")
+    assert len(copies) == 2 * 2 * tensors  # two vectors, of the first batches and of each later one
+    assert places(code, rf"\bDEPBAR\.LE SB0, 0x{batches}\b")
+    assert len(places(code, WIDE)) == (2 if kernel == "local_forward" else 0)  # of the residual
+    old = [line for block in listing(variant.source, kernel, "sm_75") for line in block]
+    assert not places(old, "LDGSTS|DEPBAR.LE SB0, 0x[37]")
+    assert len(places(old, WIDE)) > len(places(code, WIDE))

@@ -240,6 +240,18 @@ def test_constructors_names_and_text(name):
     assert isinstance(ours, torch.nn.modules.batchnorm._BatchNorm)
 
 
+class WithoutConstructor(interop.BatchNorm2d):
+    """A subclass of a user's, which has no constructor of its own."""
+
+
+@pytest.mark.parametrize("cls", [getattr(interop, name) for name in SHAPES] + [WithoutConstructor])
+def test_a_misspelt_keyword_is_told_with_the_class(cls):
+    for arguments, options in (((4,), {"epsilon": 1}), ((), {}), ((4, *range(20)), {})):
+        with pytest.raises(TypeError, match=rf"^{cls.__name__}\.__init__\(\) "):
+            cls(*arguments, **options)
+    assert isinstance(pickle.loads(pickle.dumps(cls(4))), cls)
+
+
 @pytest.mark.parametrize("name", list(SHAPES))
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_state_dicts_load_both_ways(name, options):

@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
+from rank_checks import Two  # noqa: E402
 from torch._subclasses import FakeTensorMode  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
@@ -33,16 +34,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
-
-
-class Two:
-    """A second rank with the same batch."""
-
-    rank, size = 0, 2
-
-    def allreduce(self, message, label=""):
-        message *= 2
-        return message
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
+from rank_checks import Two  # noqa: E402
 from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
 from torch.autograd.functional import hessian, jacobian  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -16,16 +17,6 @@ from cupybn.testing import run_ranks  # noqa: E402
 
 torch.set_num_threads(1)
 ALONE = SelfCommunicator()
-
-
-class Two:
-    """A second rank with the same batch."""
-
-    rank, size = 0, 2
-
-    def allreduce(self, message, label=""):
-        message *= 2
-        return message
 
 
 @pytest.fixture(autouse=True)

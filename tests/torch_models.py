@@ -119,6 +119,7 @@ def train(
     autocast=False,
     averaged=None,
     order=0,
+    parts=None,
     steps=STEPS,
 ):
     """Steps of SGD on this rank's share of each batch; the state afterwards.
@@ -128,6 +129,7 @@ def train(
         comm: of the ranks; gradients are summed over it, unless they are `averaged` by somebody
             else, over so many ranks. None is one process, with the whole batch.
         order: 0, or the seed of a permutation of each batch.
+        parts: how many samples of a batch have a backward of their own, one part after the other.
     """
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
     total = sum(sizes)
@@ -141,8 +143,11 @@ def train(
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits = model(images)
-        loss = cross_entropy(logits.to(dtype), labels, reduction="sum") / total
-        (loss * (averaged or 1)).backward()
+        lengths = [size for size in parts if size] if parts else [len(labels)]
+        pieces = (tensor.split(lengths) for tensor in (logits, labels))
+        for logit, label in zip(*pieces, strict=True):
+            loss = cross_entropy(logit.to(dtype), label, reduction="sum") / total
+            (loss * (averaged or 1)).backward(retain_graph=parts is not None)
         if comm is not None and averaged is None:
             interop.allreduce_gradients(model, comm, op="sum")
         optimizer.step()

@@ -60,7 +60,7 @@ class Statistics(NamedTuple):
 
     Attributes:
         mean, var: (C,), float32, or float64 with x of float64; var is biased.
-        count: (), values per channel, of the same dtype.
+        count: (), (valid) values per channel, of the same dtype.
     """
 
     mean: jax.Array
@@ -101,6 +101,7 @@ def batch_norm(
     eps: float = 1e-5,
     channel_axis: int = 1,
     activation: str | None = None,
+    mask: jax.Array | None = None,
 ) -> tuple[jax.Array, Statistics]:
     """Normalises x with the statistics of the batch of all ranks of `comm`.
 
@@ -111,6 +112,9 @@ def batch_norm(
         comm: an mpi4py or cupybn communicator; None is ``MPI.COMM_WORLD``.
         name: of the layer, equal on all ranks; layers that must not be confused have different
             names.
+        mask: bool or uint8, of x's shape without its channels, nonzero where x is valid (True is
+            valid, as in Flax): everything is that of the valid values alone, and y and the gradient
+            of x are 0 elsewhere. None: all are valid; other ranks may have one.
         The others: as :func:`cupybn.functional.batch_norm_forward`, which computes it.
 
     Returns:
@@ -125,9 +129,10 @@ def batch_norm(
         jax.errors.JaxRuntimeError: what ``batch_norm_forward`` raises is in its text.
     """
     x, communicator = jnp.asarray(x), resolve(comm)
+    mask = mask if mask is None else jnp.asarray(mask)
     call = _Call(communicator, id(communicator), name, eps, channel_axis, activation)
     token = _token()
-    traced = any(isinstance(array, jax.core.Tracer) for array in (x, weight, bias))
+    traced = any(isinstance(array, jax.core.Tracer) for array in (x, weight, bias, mask))
     if token is None and traced and communicator.size > 1:
         raise RuntimeError(
             f"batch_norm {name or ''} is traced where the order of its messages is not the same on "
@@ -135,7 +140,8 @@ def batch_norm(
             "there is no gradient, in in_order, inside jax.jit"
         )
     _check_place(x, name)
-    y, statistics, after = _batch_norm(call, x, weight, bias, _zero() if token is None else token)
+    arrays = x, weight, bias, mask, _zero() if token is None else token
+    y, statistics, after = _batch_norm(call, *arrays)
     if token is not None:
         _open.token = after
     return y, Statistics(*map(jax.lax.stop_gradient, statistics))
@@ -387,25 +393,33 @@ _tie.defvjp(lambda value, token: (_after(token, value), token), lambda token, gr
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _batch_norm(call: _Call, x: Any, weight: Any, bias: Any, token: Any) -> Any:
-    y, statistics, _, token = _forward(call, x, weight, bias, token)
+def _batch_norm(call: _Call, x: Any, weight: Any, bias: Any, mask: Any, token: Any) -> Any:
+    y, statistics, _, token = _forward(call, x, weight, bias, mask, token)
     return y, statistics, token
 
 
-def _batch_norm_forward(call: _Call, x: Any, weight: Any, bias: Any, token: Any) -> Any:
-    y, statistics, kept, token = _forward(call, x, weight, bias, token)
-    return (y, statistics, token), (x, weight, bias, kept)
+def _batch_norm_forward(call: _Call, x: Any, weight: Any, bias: Any, mask: Any, token: Any) -> Any:
+    y, statistics, kept, token = _forward(call, x, weight, bias, mask, token)
+    return (y, statistics, token), (x, weight, bias, mask, kept)
 
 
 def _batch_norm_backward(call: _Call, residuals: Any, cotangents: Any) -> Any:
-    (x, weight, bias, kept), (dy, _, token) = residuals, cotangents
-    return _backward(call, x, weight, bias, kept, dy, token)
+    dy, _, token = cotangents
+    like = (
+        *(
+            None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype)
+            for array in residuals[:3]
+        ),
+        _TOKEN,
+    )
+    *grads, token = _on_host(_host(_host_backward, call), like, *residuals, dy, token)
+    return *grads, None, token
 
 
 _batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 
-def _forward(call: _Call, x: Any, weight: Any, bias: Any, token: Any) -> Any:
+def _forward(call: _Call, x: Any, weight: Any, bias: Any, mask: Any, token: Any) -> Any:
     """y, statistics, what the backward needs of them, and the next token."""
     # What does not fit is refused in its turn, where the other ranks hear of it: on the host.
     channels = x.shape[call.channel_axis] if x.ndim > 1 and call.channel_axis in (1, -1) else 0
@@ -415,16 +429,7 @@ def _forward(call: _Call, x: Any, weight: Any, bias: Any, token: Any) -> Any:
     # float64 and int64 as pairs of uint32, which JAX holds without x64 too.
     kept = jax.ShapeDtypeStruct((4 * channels + 2,), np.uint32)
     results = jax.ShapeDtypeStruct(x.shape, x.dtype), statistics, kept, _TOKEN
-    return _on_host(_host(_host_forward, call), results, x, weight, bias, token)
-
-
-def _backward(call: _Call, x: Any, weight: Any, bias: Any, kept: Any, dy: Any, token: Any) -> Any:
-    like = (
-        None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype)
-        for array in (x, weight, bias)
-    )
-    host = _host(_host_backward, call)
-    return _on_host(host, (*like, _TOKEN), x, weight, bias, kept, dy, token)
+    return _on_host(_host(_host_forward, call), results, x, weight, bias, mask, token)
 
 
 def _wide(x: Any) -> Any:
@@ -437,8 +442,8 @@ def _host(function: Callable[..., Any], call: _Call) -> Callable[..., Any]:
     return partial(function, call)
 
 
-def _host_forward(call: _Call, x: Any, weight: Any, bias: Any, token: Any) -> Any:
-    x, weight, bias = _arrays(x, weight, bias)
+def _host_forward(call: _Call, x: Any, weight: Any, bias: Any, mask: Any, token: Any) -> Any:
+    x, weight, bias, mask = _arrays(x, weight, bias, mask)
     y, saved = functional.batch_norm_forward(
         x,
         weight,
@@ -448,6 +453,7 @@ def _host_forward(call: _Call, x: Any, weight: Any, bias: Any, token: Any) -> An
         name=call.name,
         channel_axis=call.channel_axis,
         activation=call.activation,
+        mask=mask,
         save=False,
     )
     wide = _wide(x)
@@ -464,9 +470,9 @@ def _host_forward(call: _Call, x: Any, weight: Any, bias: Any, token: Any) -> An
 
 
 def _host_backward(
-    call: _Call, x: Any, weight: Any, bias: Any, kept: Any, dy: Any, token: Any
+    call: _Call, x: Any, weight: Any, bias: Any, mask: Any, kept: Any, dy: Any, token: Any
 ) -> Any:
-    x, weight, bias, kept, dy = _arrays(x, weight, bias, kept, dy)
+    x, weight, bias, mask, kept, dy = _arrays(x, weight, bias, mask, kept, dy)
     mean, invstd = kept[:-2].view(np.float64).reshape(2, -1)
     saved = functional.Saved.from_arrays(
         x,
@@ -480,6 +486,7 @@ def _host_backward(
         name=call.name,
         channel_axis=call.channel_axis,
         activation=call.activation,
+        mask=mask,
     )
     grads = functional.batch_norm_backward(dy, saved)
     return np.ascontiguousarray(grads.dx), grads.dweight, grads.dbias, np.float32(0)

@@ -79,7 +79,7 @@ ARGUMENTS = """
 """
 
 
-def _named(function: Any, qualname: str) -> Any:
+def named(function: Any, qualname: str) -> Any:
     """The same function under another name: that by which TypeErrors call it."""
     named = FunctionType(function.__code__, function.__globals__, closure=function.__closure__)
     named.__dict__.update(function.__dict__)
@@ -190,7 +190,7 @@ class BatchNorm(Layer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__init__" not in vars(cls) and isinstance(cls.__init__, FunctionType):
-            cls.__init__ = _named(cls.__init__, f"{cls.__qualname__}.__init__")  # type: ignore[method-assign]
+            cls.__init__ = named(cls.__init__, f"{cls.__qualname__}.__init__")  # type: ignore[method-assign]
         if "_binds" not in vars(cls) and not _ASKED_WHEN_BINDING.isdisjoint(vars(cls)):
             cls._binds = False
 

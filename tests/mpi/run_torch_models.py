@@ -12,10 +12,11 @@ import time
 
 import torch
 from mpi4py import MPI
+from rank_checks import Two
 from torch import distributed
 from torch_models import build, difference, train
 
-from cupybn.communicators import MpiCommunicator
+from cupybn.communicators import MpiCommunicator, SelfCommunicator
 from cupybn.interop import torch as interop
 
 torch.set_num_threads(1)
@@ -79,19 +80,10 @@ def sharded(kind):
     return train(model, SIZES, comm=comm, averaged=world.size), alone(kind, SIZES)
 
 
-class Mirror:
-    """A communicator of two ranks, of which the other always has the same."""
-
-    rank, size = 0, 2
-
-    def allreduce(self, message, label=""):
-        return message + message
-
-
 def inductor(kind):
     # Rank 0 compiles for a step; the others find in its cache what they need.
     if world.rank == 0:
-        train(torch.compile(synchronised(kind, Mirror()), dynamic=True), FULL[:1], steps=1)
+        train(torch.compile(synchronised(kind, Two()), dynamic=True), FULL[:1], steps=1)
     wait_asleep()
     over = interop.ProcessGroupCommunicator()  # whose ranks sleep while they wait for compilers
     model = torch.compile(synchronised(kind, over), dynamic=True)
@@ -99,19 +91,36 @@ def inductor(kind):
 
 
 def autocast(kind):
-    """In bf16: how far from PyTorch, and from float64; and PyTorch with its batch permuted."""
+    """In bf16: how far states are from plain PyTorch's after 2 steps, and after 20.
+
+    Of one process with our batch norms, beside plain PyTorch with its batches permuted. Of the
+    ranks, which round the gradients of their parts to bf16 each, before these are added up, beside
+    plain PyTorch that does so too, with its batches permuted.
+    """
     options = {"dtype": torch.float32, "autocast": True}
-    state = train(synchronised(kind, comm, torch.float32), SIZES, comm=comm, **options)
-    plain, exact = alone(kind, SIZES, **options), alone(kind, SIZES)
-    permuted = [alone(kind, SIZES, order=order, **options) for order in range(1, 9)]
-    if world.rank:
-        return None, None
-    return {
-        "ranks": float((state - plain).norm()),
-        "permuted": [float((s - plain).norm()) for s in permuted],
-        "ranks from float64": float((state - exact).norm()),
-        "permuted from float64": [float((s - exact).norm()) for s in permuted],
-    }, None
+    runs = [("plain", {}), ("one process", {"ours": True})]
+    runs += [("permuted", {"order": order}) for order in range(1, 9)]
+    runs += [("in parts", {"order": order, "parts": SIZES}) for order in range(1, 9)]
+    distances = {}
+    for steps in (2, 20):
+        shares = synchronised(kind, comm, torch.float32)
+        states = [("ranks", train(shares, SIZES, comm=comm, steps=steps, **options))]
+        for name, more in runs[world.rank :: world.size]:  # each rank has some of them
+            model = build(kind, torch.float32)
+            if more.get("ours"):
+                model = interop.convert_sync_batchnorm(model, SelfCommunicator())
+            more = {key: value for key, value in more.items() if key != "ours"}
+            states.append((name, train(model, SIZES, steps=steps, **more, **options)))
+        wait_asleep()
+        states = world.gather(states)
+        if world.rank == 0:
+            states = [states[0][0], *(pair for some in states for pair in some[1:])]
+            plain = dict(states)["plain"]
+            of = {name: [] for name, _ in states}
+            for name, state in states:
+                of[name].append(float((state - plain).norm()))
+            distances[steps] = of
+    return distances or None, None
 
 
 kind, path, *ways = sys.argv[1:]

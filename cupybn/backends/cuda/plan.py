@@ -307,9 +307,10 @@ def plan_resident(
     plans = [p for p in plans if p.resident_bytes(tensors) <= available]
     if not plans:
         return None, f"streams: takes {least} bytes of shared memory, a block has {available}"
-    runs = [(_ceil(p.tiles, multiprocessors) * p.tile_bytes, p) for p in plans]
-    busiest, plan = min(runs, key=lambda run: (run[0], _is_short(run[1])))
-    moved = (tensors + 1) * busiest
+    # blocks of the busiest multiprocessor; smaller ones take as long
+    shares = [_ceil(p.tiles, multiprocessors) * max(p.tile_bytes, _SLICE_BYTES) for p in plans]
+    _, _, plan = min(zip(shares, map(_is_short, plans), plans, strict=True), key=lambda x: x[:2])
+    moved = (tensors + 1) * _ceil(plan.tiles, multiprocessors) * plan.tile_bytes
     streamed = _ceil((2 * tensors + 1) * shape[0] * shape[1] * shape[2] * itemsize, multiprocessors)
     if moved > streamed + _LAUNCH_BYTES and not always:
         why = f"{plan.tiles} tiles of {plan.tile_bytes} bytes leave multiprocessors idle"

@@ -23,6 +23,7 @@ from ...forward_backward import (
     momentum_settings,
     running_factor,
 )
+from ...layers.batchnorm import named
 from ...layers.sync import Synchronised
 from ...statistics import message_length
 from .autograd import apply
@@ -73,6 +74,8 @@ class BatchNorm(TorchBatchNorm):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "__init__" not in vars(cls):
+            cls.__init__ = named(cls.__init__, f"{cls.__qualname__}.__init__")  # type: ignore[method-assign]
         asked = {"communicator", "label", "_check_input", "_check_input_dim"}
         cls._communicates = cls._communicates or "communicator" in vars(cls)
         if cls.__module__ != __name__ and not asked.isdisjoint(vars(cls)):
@@ -371,12 +374,11 @@ class SyncBatchNorm(Synchronised, BatchNorm):
         dtype: Any = None,
         *,
         name: str | None = None,
-        **keywords: Any,
+        bias: bool = True,
     ) -> None:
         comm = check_comm(comm)
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, **keywords
-        )
+        given = num_features, eps, momentum, affine, track_running_stats, device, dtype
+        super().__init__(*given, bias=bias)
         self.comm = comm
         self.name = name
 
