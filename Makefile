@@ -75,7 +75,7 @@ test-nvrtc:
 	.venv-nvrtc/bin/python -m pytest tests/test_compile.py tests/test_sass.py
 
 # The kernels on the CPU, in the machine for PTX of tests/ptx: all; `make test` has a quick choice.
-KERNELS = check_finite cuda_backend cuda_layers kernels ptx ptx_graphs ptx_kernels traffic
+KERNELS = check_finite cuda_backend cuda_layers kernels ptx ptx_graphs ptx_kernels resident traffic
 test-ptx: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu' \
 		$(KERNELS:%=tests/test_%.py)

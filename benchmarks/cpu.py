@@ -1,12 +1,13 @@
 """The CPU backends beside PyTorch and JAX on the CPU: forward + backward in training mode, us.
 
-`numba` and `numpy` are layers; `torch` is PyTorch's module with autograd, `compiled` the same under
-``torch.compile`` (inductor), on the same memory; `interop` and `interop-compiled` are cupybn's
-module for PyTorch in the same two ways, with the backend that is taken where none is named; `jax`
-is one jitted function that returns y, the gradients and the running statistics. All have the same
-number of threads, ``--threads``, and take turns. A turn begins with 20 ms of calls that are not
-timed, as in a loop of training; with several threads after a pause, in which the other's threads
-stop to spin.
+`numba` and `numpy` are layers; `torch` is PyTorch's module with autograd, `compiled` the same
+under ``torch.compile`` (inductor), on the same memory; `interop` and `interop-compiled` are
+cupybn's module for PyTorch in the same two ways, with the backend that is taken where none is
+named; `jax` is one jitted function that returns y, the gradients and the running statistics.
+`masked`, only where ``--paths`` names it, is `numba` with a mask of half of the positions. All
+have the same number of threads, ``--threads``, and take turns. A turn begins with 20 ms of calls
+that are not timed, as in a loop of training; with several threads after a pause, in which the
+other's threads stop to spin.
 
 A ratio is the median, over the repetitions, of one path's time over that of another in its turn:
 below 1 the first is faster; the last line has the geometric means over the cases. With ``--against
@@ -40,6 +41,7 @@ from .report import ROOT, Report
 from .timing import Parts, Turn, Worker, figures, interleave, turn_of, without_failing
 
 BACKENDS = ("numba", "numpy")
+MASKED = "masked"
 _SHAPES = (
     "32x64x56x56 64x256x14x14 32x512x7x7 32x64x112x112 256x512 "
     "4096x1024 64x2048 64x4x112x112 4x256x16x16 8x16"
@@ -76,7 +78,7 @@ def measure_cpu(args: argparse.Namespace, report: Report) -> None:
     section = report.begin("cpu", f"CPU: forward + backward, us, {args.threads} thread(s)")
     here = [name for name, (module, _) in MAKERS.items() if module == "numpy" or find_spec(module)]
     slow = {"compiled", "interop-compiled", "jax"} if args.quick else set()  # to compile
-    names = args.paths or [name for name in here if name not in slow]
+    names = args.paths or [name for name in here if name not in {*slow, MASKED}]
     if unknown := sorted({*names} - {*MAKERS}):
         raise SystemExit(f"--paths: must be of {', '.join(MAKERS)}, got {', '.join(unknown)}")
     workers = {}
@@ -86,6 +88,7 @@ def measure_cpu(args: argparse.Namespace, report: Report) -> None:
     pairs = [(name, "torch") for name in names if name != "torch"]
     pairs += [(name, "compiled") for name in names if name.startswith("interop")]
     pairs += [(name.removesuffix(" before"), name) for name in befores]
+    pairs += [(MASKED, "numba")] if {MASKED, "numba"} <= {*names} else []
     repeat, seconds = (min(5, args.repeat), 0.3) if args.quick else (args.repeat, _SECONDS)
     rest = _REST if args.threads > 1 else 0.0
     section["cases"] = records = []
@@ -147,10 +150,18 @@ def path(name: str, tensors: Tensors, case: Case) -> Path:
     timed = turn_of(parts, warm=_WARM)
 
     def turn(calls: int) -> dict[str, float]:
-        use_cpu_backend(name if name in BACKENDS else _asked_for())
+        backend = "numba" if name == MASKED else name
+        use_cpu_backend(backend if backend in BACKENDS else _asked_for())
         return timed(calls)
 
-    return Path(turn, lambda: error(tensors, *results()))
+    found = partial(error, tensors, mask=half_of(case) if name == MASKED else None)
+    return Path(turn, lambda: found(*results()))
+
+
+def half_of(case: Case) -> Any:
+    """A mask of about half of the positions, at random."""
+    positions = case.shape[:1] + case.shape[2:]
+    return np.random.default_rng(0).random(positions) < 0.5
 
 
 _turns = itertools.count()
@@ -163,13 +174,14 @@ def served(name: str, names: tuple[str, ...], case: Case, calls: int) -> Any:
     return times if calls else path.error()
 
 
-def of_layer(_: str, t: Tensors, case: Case) -> Made:
+def of_layer(name: str, t: Tensors, case: Case) -> Made:
     kind = getattr(cupybn, f"BatchNorm{max(1, len(case.shape) - 2)}d")
     layer = kind(case.shape[1], EPS, MOMENTUM, dtype=case.parameters)
+    options = {"mask": half_of(case)} if name == MASKED else {}
     results = {}
 
     def forward() -> None:
-        results["y"] = layer.forward(t.x)
+        results["y"] = layer.forward(t.x, **options)
 
     def backward() -> None:
         results["dx"] = layer.backward(t.dy)
@@ -232,6 +244,7 @@ def of_jax(_: str, t: Tensors, case: Case) -> Made:
 MAKERS: dict[str, tuple[str, Callable[[str, Tensors, Case], Made]]] = {
     "numba": ("numba", of_layer),
     "numpy": ("numpy", of_layer),
+    MASKED: ("numba", of_layer),
     "torch": ("torch", of_torch),
     "compiled": ("torch", of_torch),
     "interop": ("torch", of_torch),
@@ -241,11 +254,13 @@ MAKERS: dict[str, tuple[str, Callable[[str, Tensors, Case], Made]]] = {
 OF_TORCH = {name for name, (module, _) in MAKERS.items() if module == "torch"}
 
 
-def error(t: Tensors, y: Any, dx: Any) -> float:
-    """The larger of the relative L2 errors of y and dx."""
+def error(t: Tensors, y: Any, dx: Any, mask: Any = None) -> float:
+    """The larger of the relative L2 errors of y and dx, over the valid values."""
     channels = slice(0, max(1, _CHECKED * t.x.shape[1] // prod(t.x.shape)))
     wide = np.longdouble if t.x.dtype == np.float64 else np.float64
     x, dy, y, dx = (a[:, channels].astype(wide) for a in (t.x, t.dy, y, dx))
+    if mask is not None:
+        x, dy, y, dx = (np.moveaxis(a, 1, -1)[mask] for a in (x, dy, y, dx))
     mean = partial(np.mean, axis=(0, *range(2, x.ndim)), keepdims=True)
     xmu = x - mean(x)
     invstd = 1 / np.sqrt(mean(xmu**2) + EPS)

@@ -75,6 +75,16 @@ def test_the_picture_of_the_docs_is_drawn_from_their_figures(tmp_path):
     assert "a file of --json" in run("--of", "nothing.json", "--plot", picture, code=2).stderr
 
 
+@pytest.mark.skipif(find_spec("numba") is None, reason="Numba is not installed")
+def test_masked_calls_beside_those_without(tmp_path):
+    path = tmp_path / "out.json"
+    run("cpu", "--shapes", "8x16", "--paths", "numba", "masked", "--repeat", 3, "--json", path)
+    (record,) = json.loads(path.read_text())["cpu"]["cases"]
+    assert set(record["us"]) == {"numba", "masked"}
+    assert 0 < record["ratio"]["masked / numba"] < 10
+    assert record["error"]["masked"] < 1e-6
+
+
 def test_beside_other_frameworks(tmp_path):
     peers = {"torch": "torch", "compiled": "torch", "interop": "torch", "jax": "jax"}
     paths = [name for name, module in peers.items() if find_spec(module)]

@@ -20,6 +20,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from conftest import rank_environment
+from masked_sequences import build_network as build_masked
+from masked_sequences import load_data as load_sequences
+from masked_sequences import padded
 from network import SGD, Conv2d, Flatten, Linear, ReLU, softmax_cross_entropy
 from train_digits import build_network, load_data
 from training import Training
@@ -174,6 +177,38 @@ def test_fifty_steps_are_those_of_one_process_only_when_synchronised(mpirun, tmp
             scale = np.maximum(1, np.abs(a))
             assert (np.abs(b - a) / scale).max() < 1e-9, kind
             assert (np.abs(c - a) / scale).max(axis=1).min() > 1e-3, kind
+
+
+@pytest.mark.mpi
+def test_masked_sequences(mpirun, tmp_path):
+    picture, script = tmp_path / "curves.png", EXAMPLES / "masked_sequences.py"
+    output = mpirun(2, script, "--epochs", 3, "--plot", picture).stdout
+    (a, loss_a, share_a), (b, loss_b, share_b) = rows_of(output)
+    assert (a, b) == ("(a)", "(b)")
+    assert loss_a < 0.9 * loss_b
+    assert share_a > share_b
+    off = [float(percent) for percent in re.findall(r"off by (\S+)%", output)]
+    assert off[0] < 0.01
+    assert off[1] > 30
+    assert picture.stat().st_size > 10_000
+
+
+def test_padding_changes_a_masked_network_by_rounding_alone():
+    """Forward and backward of a batch, and of the same with more padding, in training mode."""
+    sequences, labels = load_sequences()
+    x, mask = padded(sequences[:12])
+    more = [np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, 40)]) for array in (x, mask)]
+    changes = []
+    for masked in (True, False):
+        results = []
+        for values, valid in ((x, mask), more):
+            network = build_masked(cupybn.SelfCommunicator(), masked)
+            logits = network.forward(values, mask=valid)
+            network.backward(softmax_cross_entropy(logits, labels[:12], 12)[1])
+            results.append([logits, *(grad for _, grad in network.named_gradients())])
+        changes.append(max(np.abs(m - t).max() for m, t in zip(*results, strict=True)))
+    assert changes[0] < 1e-5
+    assert changes[1] > 0.01
 
 
 def generator():

@@ -18,6 +18,7 @@ from ..backends import cpu as backend
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DATA_TYPES, help="of the data; all")
+    parser.add_argument("--masks", action="store_true", help="also what a mask needs")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,16 +32,18 @@ def run(args: argparse.Namespace) -> int:
         print("bfloat16 needs ml_dtypes: pip install ml_dtypes")
         names.remove("bfloat16")
     kernels.announced.update(names)  # the bar says it
-    work = list(product(names, (False, True), backend.DIRECTIONS))
+    masks = (False, True) if args.masks else (False,)
+    work = list(product(names, (False, True), backend.DIRECTIONS, masks))
     bar: Any = None
     if find_spec("tqdm") is not None:
         bar = import_module("tqdm").tqdm(total=len(work), unit="call")
     total = 0
-    for name, columns, direction in work:
-        what = f"{name} {'columns' if columns else 'rows'} {direction}"
+    for name, columns, direction, masked in work:
+        what = f"{name} {'columns' if columns else 'rows'} {direction}{' masked' * masked}"
         if bar is not None:
             bar.set_description(what)
-        compiled, seconds = backend.rehearse(direction, dtype_named(name, "it"), columns)
+        dtype = dtype_named(name, "it")
+        compiled, seconds = backend.rehearse(direction, dtype, columns, masked=masked)
         total += compiled
         if bar is None:
             print(f"{what}: {compiled} compiled in {seconds:.1f} s")

@@ -25,7 +25,7 @@ from ...statistics import BackwardSums, Moments, Transform
 from .. import numpy as reference
 from ..numpy import Data, PerChannel
 from ..plain import call_plainly, copy_back, is_plain, plain
-from .plan import SHORT, bits_items, plan_for
+from .plan import LINE, SHORT, bits_items, plan_for, repeated
 from .pool import spread
 
 DIRECTIONS = ("forward", "backward")
@@ -34,7 +34,8 @@ _FORMS = {"local": 0, "pooled": 1, "recentred": 2}
 _MOMENTS, _FINALIZE, _NORMALIZE = 1, 2, 4  # stages of the forward
 _SUMS, _MERGE, _GRADIENTS, _INPUT = 1, 2, 4, 8  # and of the backward
 _WHOLE_FORWARD, _WHOLE_BACKWARD = 7, 15
-_UNMASKED: tuple[Any, Any] = None, None  # in place of a mask, and of what is counted in it
+_UNMASKED: tuple[Any, ...] = None, True  # in place of a mask's bytes, and None
+_UNCOUNTED: tuple[Any, ...] = None, None, True
 _INT64, _UINT8 = np.dtype(np.int64), np.dtype(np.uint8)
 _NO_NUMBERS, _NO_STATE, _NO_BITS = (np.empty(0, t) for t in (np.float64, np.float32, np.uint8))
 _log = logging.getLogger("cupybn")
@@ -96,10 +97,13 @@ def _bound(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Bound:
     return _Bound(forward, backward, plan.counts, seen, no_data, no_parameter)
 
 
-def _bytes(mask: Data) -> Data:
-    """The mask as the kernels take it."""
-    flat: Data = plain(mask).reshape(-1)
-    return flat
+def _bytes(mask: Data, shape: tuple[int, int, int]) -> Data:
+    """The mask as the kernels take it, for x of that shape; see ``masked.py``."""
+    (n, length), wanted = mask.shape, repeated(*shape)
+    whole = np.zeros(2 * LINE + n * wanted, np.uint8)
+    inside = whole[LINE : LINE + n * wanted]
+    inside.reshape(n, wanted // max(length, 1), length)[...] = mask[:, None]
+    return whole
 
 
 # ---- the primitives ------------------------------------------------------------------------------
@@ -129,10 +133,10 @@ def batch_moments(
     single = len(bound.counts) == 1
     numbers = mean, m2, mean, m2, message if single else _NO_NUMBERS
     arrays = x3, x3, bound.no_data, none, none, none, none, *numbers
-    counts, masked, total = bound.counts, _UNMASKED, n * length
+    counts, masked, total = bound.counts, _UNCOUNTED, n * length
     if mask is not None:
         counts, total = np.zeros(segments), count_valid(mask) if count is None else count
-        masked = _bytes(mask), counts
+        masked = _bytes(mask, x3.shape), counts, None
     settings = _MOMENTS, 0, False, 0.0, float(total), 0.0
     bound.forward(np.zeros(2, _INT64), *arrays, *settings, *masked)
     if not single:
@@ -185,7 +189,7 @@ def normalize(
     weight, bias = none if weight is None else weight, none if bias is None else bias
     arrays = out.view(seen), x3.view(seen), residual, weight, bias, none, none
     numbers = mean, invstd, mean, invstd, _NO_NUMBERS
-    masked = _UNMASKED if mask is None else (_bytes(mask), _NO_NUMBERS)
+    masked = _UNCOUNTED if mask is None else (_bytes(mask, x3.shape), _NO_NUMBERS, None)
     settings = _NORMALIZE, 0, relu, 0.0, 0.0, 0.0
     bound.forward(np.zeros(2, _INT64), *arrays, *numbers, *settings, *masked)
     if relu_bits is not None:
@@ -224,9 +228,9 @@ def backward_reduce(
     single = len(bound.counts) == 1
     sums = none, none, sum_dy, sum_dy_xmu, sum_dy, sum_dy_xmu
     stages = _SUMS | _MERGE if single else _SUMS
-    masked = None if mask is None else _bytes(mask)
-    arrays = nothing, nothing, *arrays, *sums
-    bound.backward(np.zeros(2, _INT64), *arrays, stages, relu, 0.0, masked)
+    masked = _UNMASKED if mask is None else (_bytes(mask, x3.shape), None)
+    settings = stages, relu, 0.0, *masked
+    bound.backward(np.zeros(2, _INT64), nothing, nothing, *arrays, *sums, *settings)
     if not single:
         load().merge_sums(sum_dy, sum_dy_xmu, mean, none)
     if payload is not None:
@@ -277,8 +281,8 @@ def backward_input(
         stages = _GRADIENTS | _INPUT
     elif local is not None:
         load().add_gradients(*into, *own, invstd)
-    masked = None if mask is None else _bytes(mask)
-    bound.backward(np.zeros(2, _INT64), *arrays, stages, relu, divisor, masked)
+    masked = _UNMASKED if mask is None else (_bytes(mask, x3.shape), None)
+    bound.backward(np.zeros(2, _INT64), *arrays, stages, relu, divisor, *masked)
     return dx3
 
 
@@ -326,7 +330,7 @@ def finish_forward(
         of_all = first, second, float(moments.count), float(eps), _FORMS[form]
         load().finalize_moments(*of_all, *written, float(factor))
     states = running_mean, running_var, mean, invstd
-    masked = _UNMASKED if mask is None else (_bytes(mask), _NO_NUMBERS)
+    masked = _UNCOUNTED if mask is None else (_bytes(mask, x3.shape), _NO_NUMBERS, None)
     settings = stages, _FORMS[form], relu, *numbers
     bound.forward(turns, *arrays, *states, *pooled, *settings, *masked)
     if relu_bits is not None:
@@ -379,10 +383,10 @@ def local_forward(
     if (seen := bound.seen) is not None:
         arrays = y3.view(seen), x3.view(seen), residual.view(seen), *arrays[3:]
     mean, invstd, turns = np.empty(c), np.empty(c), np.zeros(2, _INT64)
-    masked, total = _UNMASKED, n * length
+    masked, total = _UNCOUNTED, n * length
     if mask is not None:
         total = count_valid(mask) if count is None else count
-        masked = _bytes(mask), np.zeros(1)
+        masked = _bytes(mask, x3.shape), np.zeros(1), None
     numbers = float(eps), float(total), float(factor)
     moments = mean, invstd, _NO_NUMBERS  # m2, then invstd in its place
     settings = _WHOLE_FORWARD, 0, relu, *numbers
@@ -440,8 +444,8 @@ def local_backward(
         data = dx3.view(seen), dresidual.view(seen), dy3.view(seen), x3.view(seen)
         arrays = *data, *arrays[4:]
     sums, turns = (np.empty(c), np.empty(c)), np.zeros(2, _INT64)
-    masked = None if mask is None else _bytes(mask)
-    bound.backward(turns, *arrays, *sums, *sums, _WHOLE_BACKWARD, relu, float(count), masked)
+    masked = _UNMASKED if mask is None else (_bytes(mask, x3.shape), None)
+    bound.backward(turns, *arrays, *sums, *sums, _WHOLE_BACKWARD, relu, float(count), *masked)
 
 
 def _pack_bits(y: Data, relu_bits: Data) -> None:

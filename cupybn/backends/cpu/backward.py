@@ -29,6 +29,7 @@ from .intrinsics import (
     pointer,
     store_line,
     store_part,
+    strided,
     take,
     times,
     where_positive,
@@ -37,12 +38,10 @@ from .intrinsics import (
 )
 from .masked import (
     add_products,
+    bytes_of_four,
     bytes_of_run,
-    fill_four,
     masked_sums,
     next_place,
-    place,
-    samples_in,
     valid_rows,
 )
 from .moments import ROWS, add_columns
@@ -154,9 +153,9 @@ def _column_sums(sums, dy, x, relu_bits, item, relu, coefficients, kept):
 
 
 @inside
-def _masked_row_sums(sums, dy, x, relu_bits, item, a, b, relu, coefficients, kept, mask):
+def _masked_row_sums(sums, arrays, item, a, b, relu, coefficients, mask):
     """As ``_row_sums``, over the valid positions."""
-    sum_dy, sum_dy_xmu = sums
+    (sum_dy, sum_dy_xmu), (dy, x, relu_bits, kept) = sums, arrays
     segment, _, channels, length, _, _, n0, n1, l0, l1, _, _ = item
     for c in range(segment + a, segment + b):
         sum_dy[c] = 0.0
@@ -168,23 +167,21 @@ def _masked_row_sums(sums, dy, x, relu_bits, item, a, b, relu, coefficients, kep
                 begin, size = (n * channels + c) * length + i, min(WIDE, l1 - i)
                 g, v, at = moved(dy, begin), moved(x, begin), n * length + i
                 if relu == 0:
-                    total, products = masked_sums(g, v, mask, at, size, of[0])
+                    total, products = masked_sums(g, v, mask[0], at, size, of[0])
                 else:
                     _apply_relu_grad(kept, g, v, relu_bits, begin, size, relu, of)
-                    total, products = masked_sums(kept, v, mask, at, size, of[0])
+                    total, products = masked_sums(kept, v, mask[0], at, size, of[0])
                 sum_dy[segment + c] += total
                 sum_dy_xmu[segment + c] += products
 
 
 @inside
-def _masked_column_sums(
-    sums, dy, x, relu_bits, item, relu, coefficients, kept, channels, mask, valid
-):
-    """As ``_column_sums``, over the valid positions. `kept` and `valid` are of four rows."""
+def _masked_column_sums(sums, arrays, item, relu, coefficients, channels, masked):
+    """As ``_column_sums``, over the valid positions. `kept` and `memory` are of four rows."""
     (sum_dy, sum_dy_xmu), high = sums, coefficients[0]
+    (dy, x, relu_bits, kept), (mask, memory) = arrays, masked
     segment, start, _, width, c0, c1, m0, m1, j0, j1, step, _ = item
     size = j1 - j0
-    samples, first = samples_in(item, channels)
     totals, products, rows = double_buffer(x), double_buffer(x), index_buffer(x)
     partial, partial_products = buffer(x), buffer(x)
     for j in range(size):
@@ -192,12 +189,12 @@ def _masked_column_sums(
         products[j] = 0.0
     for block in range(m0, m1, ROWS):
         last = min(block + ROWS, m1)
-        taken, _ = valid_rows(rows, mask, first, samples * step, block, last)
+        taken, _ = valid_rows(rows, mask, item, channels, block, last)
         for j in range(size):
             partial[j] = zero(x)
             partial_products[j] = zero(x)
         for k in range(0, taken, 4):
-            period = fill_four(valid, mask, rows, k, taken, first, step, channels, samples)
+            valid, period = bytes_of_four(memory, mask, rows, k, taken, item, channels)
             if relu > 0:
                 for r in range(4):
                     begin, own = start + rows[k + r] * width + j0, moved(kept, r * BUFFER)
@@ -209,7 +206,7 @@ def _masked_column_sums(
                 start + rows[k + 2] * width + j0,
                 start + rows[k + 3] * width + j0,
             )
-            at = j0 % period
+            at = 0
             for j in range(0, size, lanes(x)):
                 add_products(
                     (dy, x, kept), begins, j, at, size, relu, high, valid, partial, partial_products
@@ -224,6 +221,14 @@ def _masked_column_sums(
         sum_dy_xmu[segment + c0 + c] = products[c * step]
 
 
+@shared
+def _masked(columns, sums, arrays, item, a, b, relu, coefficients, channels, masked):
+    if columns is None:
+        _masked_row_sums(sums, arrays, item, a, b, relu, coefficients, masked[0])
+    else:
+        _masked_column_sums(sums, arrays, item, relu, coefficients, channels, masked)
+
+
 @inside
 def _input_line(dx, i, d, v, constant, coefficients):
     """The line at dx[i], from one of dy and one of x."""
@@ -234,12 +239,11 @@ def _input_line(dx, i, d, v, constant, coefficients):
 
 
 @inside
-def _input_run(
-    arrays, size, streaming, staged, fused, constant, coefficients, valid, begin, period
-):
+def _input_run(arrays, size, streaming, staged, fused, constant, coefficients, found):
+    valid, period = found
     dx, dresidual, dy, x, kept = arrays
     head, last = whole_lines(dx, size, streaming)
-    at = place(begin, head, period)
+    at = head
     for i in range(head, last, lanes(dx)):
         d = line(dx, kept, i) if staged else line(dx, dy, i)
         d = where_valid(valid, at, d)
@@ -250,22 +254,22 @@ def _input_run(
         store_line(dx, i, d, streaming)
         at = next_place(at, lanes(dx), period)
     i = head - lanes(dx) if head > 0 else last
+    at_edge = i if head > 0 else at
     while i < size:
-        at = place(begin, i, period)
         d = line(dx, kept, i) if staged else part(dx, dy, i, size)
-        d = where_valid(valid, at, d)
+        d = where_valid(valid, at_edge, d)
         v = part(dx, x, i, size)
         if fused:
             store_part(dresidual, i, d, size)
-        d = where_valid(valid, at, _input_line(dx, i, d, v, constant, coefficients))
+        d = where_valid(valid, at_edge, _input_line(dx, i, d, v, constant, coefficients))
         store_part(dx, i, d, size)
-        i = max(last, i + lanes(dx))
+        i, at_edge = max(last, i + lanes(dx)), at
 
 
 @inside
-def _input(columns, arrays, relu_bits, item, a, b, relu, constant, coefficients, kept, mask, valid):
+def _input(columns, arrays, item, a, b, relu, coefficients, more):
     """The gradient of x, of the channels a to b of an item."""
-    dx, dresidual, dy, x = arrays
+    (dx, dresidual, dy, x), (constant, relu_bits, kept, (mask, valid)) = arrays, more
     _, start, channels, length, _, _, n0, n1, l0, l1, _, _ = item
     streaming, fused = streams(dx, l1 - l0), dresidual.size > 0
     staged = relu > 0
@@ -279,11 +283,19 @@ def _input(columns, arrays, relu_bits, item, a, b, relu, constant, coefficients,
                 if staged:
                     _apply_relu_grad(kept, g, v, relu_bits, begin, size, relu, of)
                 run = pointer(dx, begin), pointer(dresidual, begin), g, v, kept
-                again = c > first and l1 - l0 <= WIDE
-                at, period = bytes_of_run(valid, mask, columns, item, x.shape[1], n, i, size, again)
-                _input_run(run, size, streaming, staged, fused, constant, of, valid, at, period)
+                found = bytes_of_run(valid, mask, columns, item, x.shape[1], n, i)
+                _input_run(run, size, streaming, staged, fused, constant, of, found)
 
 
+@inside
+def _use_sums(stages, sum_dy, sum_dy_xmu, mean, invstd, weight, dweight, dbias, a, b):
+    if stages & MERGE:
+        merge_segments(sum_dy, sum_dy_xmu, mean, weight, a, b)
+    if stages & GRADIENTS:
+        add_some(dweight, dbias, sum_dy, sum_dy_xmu, invstd, a, b)
+
+
+# Gradients are of the sums, dx of the totals. A `count` of 0: the statistics are constants.
 @kernel
 def backward(
     helper,
@@ -309,19 +321,18 @@ def backward(
     relu,
     count,
     mask,
+    unmasked,
 ):
-    """Gradients are of the sums, dx of the totals. A `count` of 0: the statistics are constants."""
     given = dx, dresidual, dy, x, relu_bits, mean, invstd, weight, bias, dweight, dbias
     own = sum_dy, sum_dy_xmu, total_dy, total_dy_xmu
     taking, lent = enter(turns, helper, (*given, *own, mask))
     dx, dresidual, dy, x, relu_bits, mean, invstd, weight, bias, dweight, dbias = lent[:11]
-    sum_dy, sum_dy_xmu, total_dy, total_dy_xmu = lent[11], lent[12], lent[13], lent[14]
-    valid_bytes, valid = pointer(lent[15], 0), byte_buffers(x, mask)
+    (sum_dy, sum_dy_xmu), totals = lent[11:13], lent[13:15]
+    masked = strided(lent[15], x), byte_buffers(x, mask)
     high, scale, shift, slope, offset = buffer(x), buffer(x), buffer(x), buffer(x), buffer(x)
-    coefficients, kept = (high, scale, shift, slope, offset), buffers(x, mask)
-    sums, totals = (sum_dy, sum_dy_xmu), (total_dy, total_dy_xmu)
+    coefficients, kept, sums = (high, scale, shift, slope, offset), buffers(x, mask), lent[11:13]
     dys, xs, bits = pointer(dy, 0), pointer(x, 0), pointer(relu_bits, 0)
-    kind = (2 if relu_bits.size > 0 else 1) if relu else 0
+    kind = 0 if not relu else 2 if relu_bits.size > 0 else 1
     at = take(turns) if taking else len(items)
     while at < len(items):
         _, _, _, _, c0, c1, _, _, l0, l1, step, group = item = items[at]
@@ -331,49 +342,18 @@ def backward(
             fill_affine(high, scale, shift, size, step, mean, invstd, weight, bias, a, b)
             if stages & SUMS:
                 if mask is not None:
-                    if columns is None:
-                        _masked_row_sums(
-                            sums, dys, xs, bits, item, a, b, kind, coefficients, kept, valid_bytes
-                        )
-                    else:
-                        _masked_column_sums(
-                            sums,
-                            dys,
-                            xs,
-                            bits,
-                            item,
-                            kind,
-                            coefficients,
-                            kept,
-                            x.shape[1],
-                            valid_bytes,
-                            valid,
-                        )
+                    sources, numbers = (dys, xs, bits, kept), (x.shape[1], masked)
+                    _masked(columns, sums, sources, item, a, b, kind, coefficients, *numbers)
+                if unmasked is None:
+                    pass
                 elif columns is None:
                     _row_sums(sums, dys, xs, bits, item, a, b, kind, coefficients, kept)
                 else:
                     _column_sums(sums, dys, xs, bits, item, kind, coefficients, kept)
-            if stages & MERGE:
-                merge_segments(sum_dy, sum_dy_xmu, mean, weight, a, b)
-            if stages & GRADIENTS:
-                add_some(dweight, dbias, sum_dy, sum_dy_xmu, invstd, a, b)
+            _use_sums(stages, sum_dy, sum_dy_xmu, mean, invstd, weight, dweight, dbias, a, b)
             if stages & INPUT:
                 fill_slope(high, slope, offset, size, step, mean, invstd, totals, count, a, b)
-                arrays = dx, dresidual, dy, x
-                constant, of = count == 0, coefficients
-                _input(
-                    columns,
-                    arrays,
-                    bits,
-                    item,
-                    a,
-                    b,
-                    kind,
-                    constant,
-                    of,
-                    kept,
-                    valid_bytes,
-                    valid,
-                )
+                arrays, more = (dx, dresidual, dy, x), (count == 0, bits, kept, masked)
+                _input(columns, arrays, item, a, b, kind, coefficients, more)
         at = take(turns)
     leave(turns, helper)

@@ -26,16 +26,15 @@ from .intrinsics import (
     rectified,
     store_line,
     store_part,
+    strided,
     take,
     unaligned,
     where_valid,
 )
 from .masked import (
     bytes_of_run,
-    masked_column_moments,
-    masked_row_moments,
+    masked_moments,
     next_place,
-    place,
 )
 from .moments import column_moments, row_moments
 from .plan import WIDE
@@ -69,11 +68,10 @@ def _normalized(y, i, z, r, fused, relu, coefficients, valid, at):
 
 
 @inside
-def _normalize_run(
-    y, x, residual, size, streaming, fused, relu, coefficients, valid, begin, period
-):
+def _normalize_run(y, x, residual, size, streaming, fused, relu, coefficients, found):
+    valid, period = found
     head, last = whole_lines(y, size, streaming)
-    at = place(begin, head, period)
+    at = head
     for i in range(head, last, lanes(y)):
         z = line(y, x, i)
         r = line(y, residual, i) if fused else z
@@ -81,19 +79,19 @@ def _normalize_run(
         store_line(y, i, z, streaming)
         at = next_place(at, lanes(y), period)
     i = head - lanes(y) if head > 0 else last
+    at_edge = i if head > 0 else at
     while i < size:  # what is no whole line
         z = part(y, x, i, size)
         r = part(y, residual, i, size) if fused else z
-        at = place(begin, i, period)
-        z = _normalized(y, i, z, r, fused, relu, coefficients, valid, at)
+        z = _normalized(y, i, z, r, fused, relu, coefficients, valid, at_edge)
         store_part(y, i, z, size)
-        i = max(last, i + lanes(y))
+        i, at_edge = max(last, i + lanes(y)), at
 
 
 @inside
-def _normalize(columns, arrays, item, a, b, relu, coefficients, mask, valid):
+def _normalize(columns, arrays, item, a, b, relu, coefficients, masked):
     """y of the channels a to b of an item."""
-    y, x, residual = arrays
+    (y, x, residual), (mask, valid) = arrays, masked
     _, start, channels, length, _, _, n0, n1, l0, l1, _, _ = item
     streaming, fused = streams(y, l1 - l0), residual.size > 0
     first, last = (a, b) if columns is None else (0, 1)
@@ -103,11 +101,13 @@ def _normalize(columns, arrays, item, a, b, relu, coefficients, mask, valid):
             for i in range(l0, l1, WIDE):
                 begin, size = start + (n * channels + c) * length + i, min(WIDE, l1 - i)
                 there, v, r = pointer(y, begin), pointer(x, begin), pointer(residual, begin)
-                again = c > first and l1 - l0 <= WIDE
-                at, period = bytes_of_run(valid, mask, columns, item, x.shape[1], n, i, size, again)
-                _normalize_run(there, v, r, size, streaming, fused, relu, of, valid, at, period)
+                found = bytes_of_run(valid, mask, columns, item, x.shape[1], n, i)
+                _normalize_run(there, v, r, size, streaming, fused, relu, of, found)
 
 
+# `columns` is None for items of rows. `first` and `second` are the moments, as `form` says.
+# `mask` and `counts`, which takes the valid values of each segment, are None, or `unmasked` is.
+# Numba leaves out what is under the `is not None` of a None: a kernel has the code of its case.
 @kernel
 def forward(
     helper,
@@ -134,16 +134,13 @@ def forward(
     factor,
     mask,
     counts,
+    unmasked,
 ):
-    """`columns` is None for items of rows. `first` and `second` are the moments, as `form` says.
-
-    `mask` and `counts` are None, or bytes and the valid values of each segment, which are filled.
-    """
     given = y, x, residual, weight, bias, running_mean, running_var, mean, invstd
     taking, lent = enter(turns, helper, (*given, first, second, payload, mask, counts))
     y, x, residual, weight, bias, running_mean, running_var, mean, invstd = lent[:9]
-    first, second, payload = lent[9], lent[10], lent[11]
-    valid_bytes, valid_counts, valid = pointer(lent[12], 0), lent[13], byte_buffers(x, mask)
+    first, second, payload, positions, counts = lent[9], lent[10], lent[11], lent[12], lent[13]
+    masked = strided(positions, x), byte_buffers(x, mask)
     high, scale, shift, var = buffer(x), buffer(x), buffer(x), double_buffer(x)
     at = take(turns) if taking else len(items)
     while at < len(items):
@@ -152,16 +149,10 @@ def forward(
             b = min(a + group, c1)
             if stages & MOMENTS:
                 if mask is not None:
-                    if columns is None:
-                        values = pointer(x, 0)
-                        masked_row_moments(
-                            values, first, second, item, a, b, valid_bytes, valid_counts
-                        )
-                    else:
-                        values, channels = pointer(x, start + l0), x.shape[1]
-                        masked_column_moments(
-                            values, first, second, item, channels, valid_bytes, valid_counts
-                        )
+                    values, numbers = pointer(x, 0), (x.shape[1], masked[0], counts)
+                    masked_moments(columns, values, first, second, item, a, b, *numbers)
+                if unmasked is None:
+                    pass
                 elif columns is None:
                     row_moments(pointer(x, 0), first, second, item, a, b)
                 else:
@@ -175,8 +166,7 @@ def forward(
                 size = b - a if columns is None else l1 - l0
                 fill_affine(high, scale, shift, size, step, mean, invstd, weight, bias, a, b)
                 of = high, scale, shift
-                arrays = y, x, residual
-                _normalize(columns, arrays, item, a, b, relu, of, valid_bytes, valid)
+                _normalize(columns, (y, x, residual), item, a, b, relu, of, masked)
         at = take(turns)
     leave(turns, helper)
 

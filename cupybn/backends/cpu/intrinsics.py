@@ -18,9 +18,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 from .compiler import inside
-from .plan import TURNS, WIDE
+from .plan import LINE, TURNS, WIDE
 
-LINE = 64  # bytes of a cache line
 BUFFER = WIDE + LINE  # values from a buffer to the next
 _ONE_BYTE = ir.IntType(32)(1)  # an alignment
 
@@ -34,18 +33,38 @@ def _arithmetic(dtype):
 
 @intrinsic
 def pointer(_, array, i):
-    """To value i. The array must be an argument of the kernel: those live long enough.
-
-    Of None, None.
-    """
-    if array is types.none:
-        return types.none(array, types.intp), lambda context, *_: context.get_dummy_value()
+    """To value i. The array must be an argument of the kernel: those live long enough."""
 
     def code(context, builder, signature, arguments):
         data = context.make_array(array)(context, builder, arguments[0]).data
         return builder.gep(data, [arguments[1]])
 
     return types.CPointer(array.dtype)(array, types.intp), code
+
+
+@intrinsic
+def strided(_, mask, x):
+    """The pointer to a mask's bytes, and how many there are for each sample of x; of None, None.
+
+    Before and behind the bytes the array has another line.
+    """
+    if mask is types.none:
+        return types.none(mask, x), lambda context, *_: context.get_dummy_value()
+    kinds = types.Tuple((types.CPointer(mask.dtype), types.intp))
+
+    def code(context, builder, signature, arguments):
+        given, data = (
+            context.make_array(kind)(context, builder, value)
+            for kind, value in zip(signature.args, arguments, strict=True)
+        )
+        samples = builder.extract_value(data.shape, 0)
+        one = context.get_constant(types.intp, 1)
+        samples = builder.select(builder.icmp_signed("<", samples, one), one, samples)
+        line = context.get_constant(types.intp, LINE)
+        each = builder.sdiv(builder.sub(given.nitems, builder.add(line, line)), samples)
+        return context.make_tuple(builder, kinds, (builder.gep(given.data, [line]), each))
+
+    return kinds(mask, x), code
 
 
 @intrinsic

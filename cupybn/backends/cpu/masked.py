@@ -1,8 +1,10 @@
 """The loops of moments and of sums over the valid positions alone, and what all masked loops need.
 
-A mask has a byte for each position, nonzero where it is valid. Columns are read a line at a time
-beside a pattern of such bytes: those of one sample repeat with each channel. A row of columns that
-is masked altogether is not read.
+A mask is a pointer to bytes, nonzero where a position is valid, and how many there are from one
+sample to the next; a line before and one behind them may be read, too. Columns are read a line at
+a time, each beside as many bytes. The bytes of a sample repeat with each channel; where a row of
+columns is one sample, they come repeated already (``repeated`` of ``plan.py``). Sums leave out
+rows of columns that are masked altogether.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from .channels import merge_one
 from .compiler import inside, shared, summed
 from .intrinsics import (
     BUFFER,
-    LINE,
     added,
     buffer,
     byte_buffers,
@@ -30,8 +31,10 @@ from .intrinsics import (
     where_valid,
     zero,
 )
-from .moments import ROWS, RUN, SAMPLE, add_columns
-from .plan import WIDE
+from .moments import ROWS, RUN, add_columns
+from .plan import LINE, WIDE
+
+SOME = 4  # values that make a pivot, at least: as many positions have to be looked for
 
 
 @shared
@@ -47,12 +50,12 @@ def valid_in(mask, begin, end):
 
 
 @shared
-def _sample(places, taken, mask, begin, end, number):
-    """Adds up to `number` valid positions to `places`, spread out; all there are if few."""
-    for k in range(number):
-        for i in range(
-            begin + (end - begin) * k // number, begin + (end - begin) * (k + 1) // number
-        ):
+def _sample(places, taken, mask, begin, end):
+    """Adds up to SOME valid positions to `places`, spread out; one at least if there is one."""
+    step = max(1, (end - begin) // SOME)
+    for k in range(SOME):
+        first = begin + k * step
+        for i in range(first, end if k == SOME - 1 else min(first + step, end)):
             if mask[i] != 0:
                 places[taken] = i
                 taken += 1
@@ -89,7 +92,7 @@ def masked_row_moments(x, mean, m2, item, c0, c1, mask, counts):
     """As ``row_moments``; also how many values of a channel the segment has, into counts."""
     segment, _, channels, length, _, _, n0, n1, l0, l1, _, _ = item
     pivot, sums, squares = buffer(x), double_buffer(x), double_buffer(x)
-    places = index_buffer(x)
+    places, values = index_buffer(x), mask[0]
     for c in range(segment + c0, segment + c1):
         mean[c] = 0.0
         m2[c] = 0.0
@@ -103,9 +106,9 @@ def masked_row_moments(x, mean, m2, item, c0, c1, mask, counts):
             valid = 0
             for k in range(n, last):
                 at, before = k * length + j, taken
-                valid += valid_in(mask, at, at + run)
-                if taken < SAMPLE:
-                    taken = _sample(places, taken, mask, at, at + run, SAMPLE)
+                valid += valid_in(values, at, at + run)
+                if taken < SOME:
+                    taken = _sample(places, taken, values, at, at + run)
                 for p in range(before, taken):
                     places[p] += k * (channels - 1) * length
             if valid > 0:
@@ -117,7 +120,7 @@ def masked_row_moments(x, mean, m2, item, c0, c1, mask, counts):
                 for k in range(n, last):
                     for c in range(c1 - c0):
                         begin, at = (k * channels + c0 + c) * length + j, k * length + j
-                        total, square = _deviations(x, begin, mask, at, run, pivot[c])
+                        total, square = _deviations(x, begin, values, at, run, pivot[c])
                         sums[c] += total
                         squares[c] += square
                 for c in range(c1 - c0):
@@ -145,31 +148,21 @@ def masked_sums(dy, x, mask, at, size, high):
 
 
 @shared
-def fill_valid(valid, mask, at, length, channels, samples):
-    """The bytes of a row of columns that begins at position `at`; returns after how many they
-    repeat.
+def bytes_of_row(valid, mask, sample, length, channels, samples):
+    """(the bytes of a row of columns, after how many they repeat); its first sample is `sample`.
 
-    Of one sample its `length` bytes for each channel, a line of them or more; of several samples,
-    all columns of theirs.
+    Of several samples they are put together in `valid`.
     """
-    if samples == 1:
-        period = length * (1 + (LINE - 1) // length)
-        if length == 1:
-            for k in range(2 * LINE):
-                valid[k] = mask[at]
-        else:
-            for k in range(length):
-                valid[k] = mask[at + k]
-            for k in range(length, period + LINE):
-                valid[k] = valid[k - length]
-        return period
+    values, stride = mask
+    if stride > length:
+        return moved(values, sample * stride), stride // 2
     k = 0
-    for n in range(at, at + samples * length, length):
+    for n in range(sample * length, (sample + samples) * length, length):
         for _ in range(channels):
             for i in range(n, n + length):
-                valid[k] = mask[i]
+                valid[k] = values[i]
                 k += 1
-    return 2 * WIDE
+    return moved(valid, 0), 2 * WIDE
 
 
 @inside
@@ -180,49 +173,45 @@ def next_place(at, step, period):
 
 
 @inside
-def place(at, i, period):
-    """Where those of column i of a run begin; i may be up to a line below 0."""
-    return (at + i) % period if i > 0 else at + i
-
-
-@inside
 def samples_in(item, channels):
-    """(samples in a row of columns, the first position of the first row)."""
+    """(samples in a row of columns, the first sample of the first row)."""
     _, start, _, width, _, _, _, _, _, _, length, _ = item
-    return width // (channels * length), start // channels
+    return width // (channels * length), start // (channels * length)
 
 
 @summed
-def bytes_of_run(valid, mask, columns, item, channels, n, i, size, again):
-    """(where those of a run of columns from i on begin, after how many they repeat): into valid.
+def bytes_of_run(valid, mask, columns, item, channels, n, i):
+    """(those of a run of columns from i on, after how many they repeat).
 
-    `again`: they are there already. Nothing where there is no mask.
+    `valid` is memory for those of several samples, None without a mask. A run of columns begins
+    with a channel, so with the first byte of its sample.
     """
-    at, period = 0, 2 * WIDE
+    found, period = valid, 2 * WIDE
     if mask is not None:
+        _, _, _, width, _, _, _, _, _, _, length, _ = item
         if columns is None:
-            _, _, _, length, _, _, _, _, _, _, _, _ = item
-            for k in range(0 if again else size):
-                valid[k] = mask[n * length + i + k]
+            found = moved(mask[0], n * width + i)
         else:
-            _, _, _, _, _, _, _, _, _, _, length, _ = item
             samples, first = samples_in(item, channels)
-            first += n * samples * length
-            period = fill_valid(valid, mask, first, length, channels, samples)
-            at = i % period
-    return at, period
+            sample = first + n * samples
+            found, period = bytes_of_row(valid, mask, sample, length, channels, samples)
+    return found, period
 
 
 @shared
-def valid_rows(rows, mask, first, size, begin, end):
+def valid_rows(rows, mask, item, channels, begin, end):
     """(how many rows from `begin` to `end` have valid positions, how many positions): into rows.
 
     Three more at the end are the first one again, so that they can be taken four at a time.
     """
+    _, _, _, _, _, _, _, _, _, _, length, _ = item
+    samples, first = samples_in(item, channels)
+    values, stride = mask
     taken = 0
     count = 0
     for m in range(begin, end):
-        found = valid_in(mask, first + m * size, first + (m + 1) * size)
+        at = (first + m * samples) * stride
+        found = valid_in(values, at, at + samples * length)
         rows[taken] = m
         count += found
         taken += found > 0
@@ -232,16 +221,21 @@ def valid_rows(rows, mask, first, size, begin, end):
 
 
 @shared
-def fill_four(valid, mask, rows, k, taken, first, length, channels, samples):
-    """The bytes of rows[k] to rows[k + 3], and none of those that there are not."""
-    period = 0
-    for r in range(4):
-        at = first + rows[k + r] * samples * length
-        period = fill_valid(moved(valid, r * BUFFER), mask, at, length, channels, samples)
-        if k + r >= taken:
-            for i in range(BUFFER):
-                valid[r * BUFFER + i] = 0
-    return period
+def bytes_of_four(valid, mask, rows, k, taken, item, channels):
+    """(the bytes of rows[k] to rows[k + 3], after how many they repeat): none if not `taken`."""
+    _, _, _, _, _, _, _, _, _, _, length, _ = item
+    samples, first = samples_in(item, channels)
+    for i in range(BUFFER if k + 4 > taken else 0):
+        valid[3 * BUFFER + i] = 0
+    none, s = moved(valid, 3 * BUFFER), first + rows[k] * samples
+    a, period = bytes_of_row(valid, mask, s, length, channels, samples)
+    s, own = first + rows[k + 1] * samples, moved(valid, BUFFER)
+    b = bytes_of_row(own, mask, s, length, channels, samples)[0] if k + 1 < taken else none
+    s, own = first + rows[k + 2] * samples, moved(valid, 2 * BUFFER)
+    c = bytes_of_row(own, mask, s, length, channels, samples)[0] if k + 2 < taken else none
+    s = first + rows[k + 3] * samples
+    d = bytes_of_row(none, mask, s, length, channels, samples)[0] if k + 3 < taken else none
+    return (a, b, c, d), period
 
 
 @shared
@@ -249,12 +243,14 @@ def _fill_pivot(x, pivot, width, item, channels, mask):
     """A value near the mean of each channel, from some of the valid positions."""
     _, _, _, _, c0, c1, m0, m1, j0, j1, step, _ = item
     samples, first = samples_in(item, channels)
-    size, places = samples * step, index_buffer(x)
-    taken = _sample(places, 0, mask, first + m0 * size, first + m1 * size, SAMPLE)
+    values, stride = mask
+    begin, end = first + m0 * samples, first + m1 * samples
+    places = index_buffer(x)
+    taken = _sample(places, 0, values, begin * stride, end * stride)
     for k in range(taken):
-        at = places[k] - first
-        row, rest = at // size, at % size
-        places[k] = row * width + rest // step * channels * step + rest % step
+        sample, position = places[k] // stride - first, places[k] % stride % step
+        row, rest = sample // samples, sample % samples
+        places[k] = row * width + rest * channels * step + position
     repeat = (c1 - c0) * step
     for j in range(0, repeat, step):
         near = _near_mean(moved(x, j), places, taken) if taken > 0 else zero(x)
@@ -281,10 +277,8 @@ def _four(y, values, begins, i, size):
 def _add_deviations(x, j, at, lines, pivot, valid, partial, squares):
     x0, x1, x2, x3 = lines
     p = line(x, pivot, j)
-    d0 = where_valid(valid, at, minus(x0, p))
-    d1 = where_valid(valid, at + BUFFER, minus(x1, p))
-    d2 = where_valid(valid, at + 2 * BUFFER, minus(x2, p))
-    d3 = where_valid(valid, at + 3 * BUFFER, minus(x3, p))
+    d0, d1 = where_valid(valid[0], at, minus(x0, p)), where_valid(valid[1], at, minus(x1, p))
+    d2, d3 = where_valid(valid[2], at, minus(x2, p)), where_valid(valid[3], at, minus(x3, p))
     total = added(line(x, partial, j), added(added(d0, d1), added(d2, d3)))
     store_line(partial, j, total, False)
     square = added(added(times(d0, d0), times(d1, d1)), added(times(d2, d2), times(d3, d3)))
@@ -296,10 +290,9 @@ def masked_column_moments(x, mean, m2, item, channels, mask, counts):
     """As ``column_moments``; also how many values of a channel the segment has, into counts."""
     segment, _, _, width, c0, c1, m0, m1, j0, j1, step, _ = item
     columns, repeat = j1 - j0, (c1 - c0) * step
-    samples, first = samples_in(item, channels)
     pivot, sums, squares = buffer(x), double_buffer(x), double_buffer(x)
     partial, partial_squares = buffer(x), buffer(x)
-    rows, valid = index_buffer(x), byte_buffers(x, mask)
+    rows, memory = index_buffer(x), byte_buffers(x, mask)
     _fill_pivot(x, pivot, width, item, channels, mask)
     for j in range(columns):
         sums[j] = 0.0
@@ -307,20 +300,20 @@ def masked_column_moments(x, mean, m2, item, channels, mask, counts):
     count = 0
     for block in range(m0, m1, ROWS):
         last = min(block + ROWS, m1)
-        taken, found = valid_rows(rows, mask, first, samples * step, block, last)
+        taken, found = valid_rows(rows, mask, item, channels, block, last)
         count += found
         for j in range(columns):
             partial[j] = zero(x)
             partial_squares[j] = zero(x)
         for k in range(0, taken, 4):
-            period = fill_four(valid, mask, rows, k, taken, first, step, channels, samples)
+            valid, period = bytes_of_four(memory, mask, rows, k, taken, item, channels)
             begins = (
                 rows[k] * width,
                 rows[k + 1] * width,
                 rows[k + 2] * width,
                 rows[k + 3] * width,
             )
-            at = j0 % period
+            at = 0
             for j in range(0, columns, lanes(x)):
                 lines = _four(x, x, begins, j, columns)
                 _add_deviations(x, j, at, lines, pivot, valid, partial, partial_squares)
@@ -339,6 +332,16 @@ def masked_column_moments(x, mean, m2, item, channels, mask, counts):
     counts[segment // channels] = float(count)
 
 
+@shared
+def masked_moments(columns, x, mean, m2, item, a, b, channels, mask, counts):
+    """Of the channels a to b of an item."""
+    if columns is None:
+        masked_row_moments(x, mean, m2, item, a, b, mask, counts)
+    else:
+        begin = moved(x, item[1] + item[8])
+        masked_column_moments(begin, mean, m2, item, channels, mask, counts)
+
+
 @inside
 def add_products(arrays, begins, j, at, size, relu, high, valid, partial, products):
     """Adds dy, or what of it a ReLU kept, and dy * (x - high), of four rows' lines at column j."""
@@ -350,13 +353,11 @@ def add_products(arrays, begins, j, at, size, relu, high, valid, partial, produc
     else:
         g0, g1, g2, g3 = _four(x, dy, begins, j, size)
     h = line(x, high, j)
-    g0, d0 = where_valid(valid, at, g0), where_valid(valid, at, minus(x0, h))
-    at += BUFFER
-    g1, d1 = where_valid(valid, at, g1), where_valid(valid, at, minus(x1, h))
-    at += BUFFER
-    g2, d2 = where_valid(valid, at, g2), where_valid(valid, at, minus(x2, h))
-    at += BUFFER
-    g3, d3 = where_valid(valid, at, g3), where_valid(valid, at, minus(x3, h))
+    a, b, c, d = valid
+    g0, d0 = where_valid(a, at, g0), where_valid(a, at, minus(x0, h))
+    g1, d1 = where_valid(b, at, g1), where_valid(b, at, minus(x1, h))
+    g2, d2 = where_valid(c, at, g2), where_valid(c, at, minus(x2, h))
+    g3, d3 = where_valid(d, at, g3), where_valid(d, at, minus(x3, h))
     total = added(line(x, partial, j), added(added(g0, g1), added(g2, g3)))
     store_line(partial, j, total, False)
     product = added(added(times(g0, d0), times(g1, d1)), added(times(g2, d2), times(g3, d3)))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 SHORT = 96  # runs below this are done by columns
+LINE = 64  # bytes of a cache line
 WIDE = 1024  # columns or channels at a time, at most: what is known of each stays in L1
 _NARROW = 1024  # columns below this are done several rows at a time
 _LITTLE = 1 << 12  # values that are not worth the trouble
@@ -77,6 +78,19 @@ def plan_for(n: int, channels: int, length: int) -> Plan:
     threads = max(1, min(len(items), n * channels * length // _SHARE))
     table = np.array(items, np.int64).reshape(-1, len(WorkItem._fields))
     return Plan(columns, table, np.array(counts), threads)
+
+
+@lru_cache(maxsize=1024)
+def repeated(n: int, channels: int, length: int) -> int:
+    """How many bytes of a mask the loops want of each sample: its own, or those repeated.
+
+    Repeated where a row of columns is one sample: so often that a line can begin anywhere in the
+    first half of them.
+    """
+    plan = plan_for(n, channels, length)
+    if not plan.columns or not len(plan.items) or plan.items[0, 3] > channels * length:
+        return length
+    return 2 * length * (1 + (LINE - 1) // length)
 
 
 @lru_cache(maxsize=1024)

@@ -61,6 +61,10 @@ def _or_nothing(tensor: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(0) if tensor is None else tensor
 
 
+def _empty_like(tensor: Tensor, x: Tensor) -> Tensor:
+    return _or_nothing(None if tensor is None else torch.empty_like(tensor), x)
+
+
 def _run_forward(
     x: Tensor,
     weight: Tensor,
@@ -104,8 +108,7 @@ def _fake_forward(
 ) -> tuple[Tensor, ...]:
     statistics = x.new_empty((2, x.shape[1]), dtype=torch.float64)
     buffers = running_mean, running_var, num_batches_tracked
-    new = [None if buffer is None else torch.empty_like(buffer) for buffer in buffers]
-    return (_new_like(x), statistics, *(_or_nothing(tensor, x) for tensor in new))
+    return (_new_like(x), statistics, *(_empty_like(buffer, x) for buffer in buffers))
 
 
 def _run_backward(
@@ -133,8 +136,7 @@ def _fake_backward(
     eps: float,
     mask: Tensor = None,
 ) -> tuple[Tensor, ...]:
-    per_channel = (None if p is None else torch.empty_like(p) for p in (weight, bias))
-    return (_new_like(x), *(_or_nothing(tensor, x) for tensor in per_channel))
+    return _new_like(x), _empty_like(weight, x), _empty_like(bias, x)
 
 
 def _run_double_backward(
@@ -169,8 +171,7 @@ def _fake_double_backward(
     eps: float,
     mask: Tensor = None,
 ) -> tuple[Tensor, ...]:
-    dweight = None if weight is None else torch.empty_like(weight)
-    return _new_like(x), _new_like(x), _or_nothing(dweight, x)
+    return _new_like(x), _new_like(x), _empty_like(weight, x)
 
 
 # ---- derivatives ---------------------------------------------------------------------------------
