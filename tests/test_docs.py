@@ -50,3 +50,8 @@ def test_the_tests_that_a_document_names_are_there(path):
     tests = "\n".join(p.read_text() for p in (ROOT / "tests").rglob("*.py"))
     for name in re.findall(r"`((?:test|check)_\w+)", path.read_text()):
         assert name in {"check_finite", "check_gradients"} or name.rstrip("_.") in tests, name
+
+
+def test_the_documents_stay_short():
+    words = {path.name: len(path.read_text().split()) for path in COUNTED}
+    assert sum(words.values()) <= MOST_WORDS, words

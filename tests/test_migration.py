@@ -96,10 +96,22 @@ def test_a_layer_of_your_own(mpirun, ranks):
     assert output.splitlines() == ["(8, 64, 5, 5) ['scale.factor', 'bn.weight', 'bn.bias']"] * ranks
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("name", ["functions", "torch", "jax"])
+def test_what_embeds_it(mpirun, name, ranks):
+    if name != "functions":
+        pytest.importorskip(name)
+    mpirun(ranks, EXAMPLES / f"{name}_mpi.py", env={"JAX_PLATFORMS": "cpu"})
+
+
+def test_an_upgraded_state():
+    run_alone(EXAMPLES / "upgrade_state.py")
+
+
 def test_the_pages_show_these_scripts():
-    pages = ("architecture.md", "migration.md", "tutorial.md")
-    shown = "".join((ROOT / "docs" / page).read_text() for page in pages)
+    shown = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
     included = re.findall(r"\{literalinclude\} (\S+)", shown)
-    assert len(included) == 8
+    assert len(included) == 12
     for name in included:
         assert os.path.exists(ROOT / "docs" / name), name

@@ -27,7 +27,7 @@ LAUNCHER = 10  # seconds in which it ends by itself, or stays
 
 LONG = " --epochs 1000 --save-every 5"
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 
 def signal_ranks(number):
@@ -136,7 +136,8 @@ def test_under_srun_without_k_the_timeout_ends_the_others(mpi):
     (where / "job.sh").write_text(text.replace(" -K ", " "))
     job = jobs.submit(where, LONG)
     seconds = after("killed", where)
-    print(f"{mpi}, srun without -K: ranks gone after {seconds:.0f} s, {jobs.ended(job, 120)}")
+    state = jobs.ended(job, jobs.WHOLE)
+    print(f"{mpi}, srun without -K: ranks gone after {seconds:.0f} s, {state}")
 
 
 @quickly("killed", "stopped", "host gone")
@@ -145,7 +146,7 @@ def test_under_srun(fault, mpi):
     (where / "job.sh").write_text(shorter((where / "job.sh").read_text(), fault))
     job = jobs.submit(where, LONG)
     seconds = after(fault, where)
-    state = jobs.ended(job, 120)
+    state = jobs.ended(job, jobs.WHOLE)
     output = (where / "job.out").read_text()
     print(f"{mpi}, srun, {fault}: ranks gone after {seconds:.0f} s, {state}")
     assert state in ("FAILED", "NODE_FAIL"), output

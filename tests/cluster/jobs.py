@@ -18,7 +18,8 @@ ROOT = HERE.parent.parent
 DOCUMENT = (ROOT / "docs" / "clusters.md").read_text()
 BLOCKS = dict(re.findall(r"```\w+ (\S+)\n(.*?)```", DOCUMENT, re.DOTALL))
 VENVS = dict(pair.split("=") for pair in os.environ["CUPYBN_CLUSTER"].split())
-START = 120  # seconds that a job may take until it has saved once, on a busy machine
+START = 240  # seconds that a job may take until it has saved once, on a busy machine
+WHOLE = 240  # and until it is over
 SCRIPT = "examples/train_digits.py"
 
 
@@ -40,7 +41,7 @@ def block(name: str, mpi: str) -> str:
     return BLOCKS[name].replace("--mpi=pmi2", "--mpi=pmix" if mpi == "openmpi" else "--mpi=pmi2")
 
 
-def shell(command: str, where: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def shell(command: str, where: Path, timeout: float = WHOLE) -> subprocess.CompletedProcess[str]:
     """Runs a command in a folder as a user of the login host would."""
     return subprocess.run(
         ["timeout", "--kill-after=1", str(timeout), "bash", "-c", command], cwd=where,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jobs
 import pytest
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 ALONE = "the launcher started 2 processes (SLURM_STEP_NUM_TASKS), but each of them is alone"
 
 

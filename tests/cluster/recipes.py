@@ -12,7 +12,7 @@ import cupybn
 EPOCHS = 1
 ROW = "(b) 2 ranks, synchronised"
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(params=list(jobs.VENVS))
@@ -85,7 +85,7 @@ def test_processes_alone_are_an_error(mpi, where):
 
 def test_a_job_trains_like_one_process(mpi, where, one_process, uninterrupted):
     job = jobs.submit(where, "--epochs", EPOCHS)
-    assert jobs.ended(job, 120) == "COMPLETED"
+    assert jobs.ended(job, jobs.WHOLE) == "COMPLETED"
     assert ROW in (where / "job.out").read_text()
     assert_close(where / "state.npz", one_process)
     uninterrupted[mpi] = content(where / "state.npz")
@@ -107,7 +107,7 @@ def test_a_job_near_its_end_saves_and_is_queued_again(mpi, where, uninterrupted)
     assert "--resume state.npz goes on from there" in output
     assert ROW not in output
     assert steps_in(where / "state.npz") < 225
-    assert jobs.ended(job, 120) == "COMPLETED"
+    assert jobs.ended(job, jobs.WHOLE) == "COMPLETED"
     assert ROW in (where / "job.out").read_text()
     assert content(where / "state.npz") == uninterrupted[mpi]
 
@@ -118,7 +118,7 @@ def test_a_cancelled_job_saves_and_goes_on_when_sent_again(mpi, where, uninterru
     assert jobs.ended(job, 30) == "CANCELLED"
     assert "--resume state.npz goes on from there" in (where / "job.out").read_text()
     assert steps_in(where / "state.npz") < 225
-    assert jobs.ended(jobs.submit(where, "--epochs", EPOCHS), 120) == "COMPLETED"
+    assert jobs.ended(jobs.submit(where, "--epochs", EPOCHS), jobs.WHOLE) == "COMPLETED"
     assert content(where / "state.npz") == uninterrupted[mpi]
 
 
@@ -131,7 +131,7 @@ def test_ssh(mpi, where, one_process):
             variables = Path(f"/proc/{rank}/environ").read_text().split("\0")
             assert "CUPYBN_TIMEOUT=300" in variables
             assert "OMP_NUM_THREADS=1" in variables
-        assert launcher.wait(120) == 0, (where / "out").read_text()
+        assert launcher.wait(jobs.WHOLE) == 0, (where / "out").read_text()
     assert ROW in (where / "out").read_text()
     assert_close(where / "state.npz", one_process)
 
