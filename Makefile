@@ -42,8 +42,8 @@ test-openmpi:
 # What needs PyTorch or JAX (Numba is in the other environments too); then what looks different with
 # Numba computing.
 FRAMEWORKS = any_array bench binding docs double_backward jax migration names primitives pytorch \
-	reference torch torch_direct torch_graphs torch_groups torch_models torch_ranks torch_table torch_tensors \
-	torch_tools torch_transforms
+	reference torch torch_direct torch_graphs torch_groups torch_masks torch_models torch_ranks \
+	torch_table torch_tensors torch_tools torch_transforms
 NUMBA = binding check_finite collective double_backward functional layers sync
 test-frameworks:
 	$(MAKE) VENV=.venv-frameworks .venv-frameworks/frameworks.stamp
