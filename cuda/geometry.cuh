@@ -207,10 +207,9 @@ using Valid = ValidElements<V>;
 // Blocks of a multiprocessor for which ptxas has to save registers: as many as it finds without
 // spilling, for any architecture. A thread that writes holds more than one that sums. With a mask it
 // holds the bytes of its vectors and counts, too.
-constexpr bool SUMS_MORE = MASK_LOADS != UNMASKED && V > 2;
-constexpr bool WRITES_MORE =
-    MASK_LOADS == EACH_BYTE || (MASK_LOADS == AT_ONCE && Walk::CHANNELS > 1);
-constexpr int SUMMING_BLOCKS = (Walk::CHANNELS == 1 ? 4 : 3) - SUMS_MORE;
+constexpr bool HOLDS_MORE = MASK_LOADS != UNMASKED && V > 1;
+constexpr bool WRITES_MORE = HOLDS_MORE && (Walk::CHANNELS > 1 || MASK_LOADS == EACH_BYTE);
+constexpr int SUMMING_BLOCKS = (Walk::CHANNELS == 1 ? 4 : 3) - HOLDS_MORE;
 constexpr int WRITING_BLOCKS = Walk::CHANNELS == 8 || WRITES_MORE ? 2 : 3;
 
 template <typename T> __device__ __forceinline__ int misalignment_of(const T* tensor) {

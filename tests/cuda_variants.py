@@ -80,3 +80,4 @@ def variants(dtype: str) -> Iterator[Variant]:
     if dtype == "float64":
         yield Variant(("normalize_recentred_flat",), (scalar,))
         yield Variant(("recentre_moments",), ())
+        yield Variant(("count_valid",), ())

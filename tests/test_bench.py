@@ -268,7 +268,7 @@ def test_turns_are_taken_and_times_are_of_one_call():
     assert 4000 <= a["forward"] < a["backward"] >= 12000
     assert 16000 <= a["fastest"] <= a["both"] <= a["slowest"]
     assert 100 <= b["call"] == b["both"] < a["forward"]
-    assert 1 < found["ratio"]["a / b"] < 160
+    assert found["ratio"]["a / b"] > 1
     assert len(timing.interleave(turns, 50, seconds=0)["a"]["forward"]) == 3
 
 
@@ -276,7 +276,7 @@ def test_each_turn_begins_with_calls_that_are_not_timed():
     order = []
     call = {"call": lambda: (order.append("call"), time.sleep(0.002))}
     ready, finish = (lambda: order.append("ready")), (lambda: time.sleep(0.01))
-    assert 0.012 <= timing.turn_of(call, ready, finish, warm=0.05)(1)["call"] < 0.05
+    assert 0.012 <= timing.turn_of(call, ready, finish, warm=0.5)(1)["call"] < 0.5
     assert re.fullmatch("(call ){5,}ready call", " ".join(order))
 
 

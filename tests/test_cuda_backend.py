@@ -456,8 +456,11 @@ def masked_case(shape, dtype=np.float32, kind="half", mode="residual relu"):
 
 
 def test_valid_positions_are_counted():
-    mask = mask_of("half", (5, 1, 67))
-    assert cuda.count_valid(there(mask)) == np.count_nonzero(mask) > 0
+    for shape in ((5, 1, 67), (1, 1, 1), (300, 1, 1), (0, 1, 4)):
+        mask = mask_of("half", shape, 3)
+        assert cuda.count_valid(there(mask)) == np.count_nonzero(mask)
+    assert cuda.count_valid(there(mask_of("all valid", (40, 1, 67)))) == 40 * 67
+    assert cuda.count_valid(there(mask_of("all valid", (40, 1, 67))[:, ::2])) == 40 * 34
 
 
 @pytest.mark.parametrize("shape", LAYOUTS, ids=str)

@@ -215,8 +215,8 @@ def masks_left():
 
 @pytest.mark.ptx
 def test_every_variant_runs():
-    """But for two that test_ptx_kernels.py runs: the one between two messages, and a tensor alone
-    is never read by the element for the sake of others.
+    """But for two that test_ptx_kernels.py runs, the one between two messages, and a tensor alone
+    is never read by the element for the sake of others; and one of test_cuda_backend.py.
     """
     compiled = launched_by(
         Case(*case[:3], offsets=OFFSETS[case[3]], constant=case[4]) for case in CASES
@@ -230,9 +230,9 @@ def test_every_variant_runs():
     assert not masks_left()
     by_element = (("RAGGED_VECTORS", 0), ("ROWS", 1))
     assert {(name, defines[:2]) for name, defines in left} == {
-        ("recentre_moments", ()), ("batch_moments", by_element),
+        ("recentre_moments", ()), ("count_valid", ()), ("batch_moments", by_element),
     }  # fmt: skip
-    assert len(left) == 1 + len(DTYPES)
+    assert len(left) == 2 + len(DTYPES)
 
 
 @pytest.mark.slow

@@ -232,6 +232,34 @@ def check_frozen_parts(comm):
     assert module.weight.grad is None
 
 
+def check_masks(comm):
+    """Other masks on each rank, none on the second, nothing valid on the third."""
+    sizes = [3, 2, 2, 5][: comm.size]
+    x, dy = (tensor((sum(sizes), 2, 3), seed) for seed in (1, 2))
+    mask = tensor((sum(sizes), 3), 3) > 0
+    mask[3:5], mask[5:7] = True, False
+    reference, module = torch.nn.BatchNorm1d(2, dtype=DOUBLE), interop.SyncBatchNorm(2, comm=comm)
+    packed, packed_dy = (t.movedim(1, -1)[mask].clone().requires_grad_() for t in (x, dy))
+    y = reference(packed)
+    y.backward(packed_dy)
+    for t in (x, dy):
+        t.movedim(1, -1)[~mask] = float("nan")
+    mine = [shard(t, comm, sizes).clone() for t in (x, dy, mask)]
+    valid, given = mine[2], mine[0].requires_grad_()
+    out = module.double()(given, None if comm.rank == 1 else valid)
+    out.backward(mine[1])
+    ours = slice(int(mask[: sum(sizes[: comm.rank])].sum()), None)
+    for found, expected in ((out, y), (given.grad, packed.grad)):
+        found = found.detach().movedim(1, -1)
+        assert not found[~valid].any()
+        expected = expected.detach()[ours][: int(valid.sum())]
+        torch.testing.assert_close(found[valid], expected, rtol=1e-10, atol=1e-10)
+    interop.allreduce_gradients(module, comm, op="sum")
+    torch.testing.assert_close(module.weight.grad, reference.weight.grad, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(module.running_var, reference.running_var, rtol=1e-10, atol=1e-10)
+    return module.running_var.numpy().tobytes()
+
+
 def check_distributed(comm):
     """Parameters from one rank, bit for bit; gradients pooled, with one that is missing."""
     net = synchronised(comm)

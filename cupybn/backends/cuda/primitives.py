@@ -48,7 +48,11 @@ update_running = reference.update_running
 
 def count_valid(mask: Array) -> int:
     """How many positions are valid; the one function here that waits for the device."""
-    return int(np.count_nonzero(mask))
+    total = sys.modules["cupy"].zeros(1, np.uint64)
+    if mask.size:
+        launch = channel_launch("count_valid", mask.size)
+        launch.run((total, mask if _is_dense(mask) else mask.copy(), *launch.sizes))
+    return int(total[0])
 
 
 def batch_moments(

@@ -65,27 +65,19 @@ def _empty_like(tensor: Tensor, x: Tensor) -> Tensor:
     return _or_nothing(None if tensor is None else torch.empty_like(tensor), x)
 
 
-def _run_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor,
-    momentum: float | None,
-    eps: float,
-    mask: Tensor = None,
-) -> tuple[Tensor, ...]:
+def _run_forward(x: Tensor, weight: Tensor, bias: Tensor, *others: Any) -> tuple[Tensor, ...]:
     """(y, statistics, new running mean, new running variance, new counter).
 
-    The statistics are (2, C) float64: mean and invstd. In place of None, empty tensors come back.
+    `others` are running mean, running variance, counter, momentum, eps, and a mask if there is one;
+    the dispatcher leaves out what is a default. The statistics are (2, C) float64: mean and invstd.
+    In place of None, empty tensors come back.
     """
-    buffers = running_mean, running_var, num_batches_tracked
+    *buffers, momentum, eps, mask = (*others, None)[:6]
     new = [None if buffer is None else buffer.clone() for buffer in buffers]
     factor = None
-    if running_mean is not None:
-        counts = momentum is not None or num_batches_tracked is not None
-        factor = running_factor(momentum, num_batches_tracked) if counts else 0.0
+    if buffers[0] is not None:
+        counts = momentum is not None or buffers[2] is not None
+        factor = running_factor(momentum, buffers[2]) if counts else 0.0
     with on_stream_of(x):
         bound = _bound(x, weight, bias, eps, factor)
         y, saved = run_forward(None, bound, x, array_of_tensor(x), (weight, bias, *new), mask, True)
@@ -95,20 +87,9 @@ def _run_forward(
     return (y, statistics, *(_or_nothing(tensor, x) for tensor in new))
 
 
-def _fake_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor,
-    momentum: float | None,
-    eps: float,
-    mask: Tensor = None,
-) -> tuple[Tensor, ...]:
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, *others: Any) -> tuple[Tensor, ...]:
     statistics = x.new_empty((2, x.shape[1]), dtype=torch.float64)
-    buffers = running_mean, running_var, num_batches_tracked
-    return (_new_like(x), statistics, *(_empty_like(buffer, x) for buffer in buffers))
+    return (_new_like(x), statistics, *(_empty_like(buffer, x) for buffer in others[:3]))
 
 
 def _run_backward(
@@ -147,10 +128,10 @@ def _run_double_backward(
     x: Tensor,
     weight: Tensor,
     statistics: Tensor,
-    eps: float,
-    mask: Tensor = None,
+    *others: Any,
 ) -> tuple[Tensor, ...]:
     """(ddy, dx, dweight); in place of None, an empty tensor comes back."""
+    eps, mask = (*others, None)[:2]
     with on_stream_of(x):
         saved = _saved(x, weight, ddbias, mask, statistics, eps)  # a bias has a gradient
         call = CollectiveCall(ALONE, "double backward of a batch norm", 0)
@@ -168,8 +149,7 @@ def _fake_double_backward(
     x: Tensor,
     weight: Tensor,
     statistics: Tensor,
-    eps: float,
-    mask: Tensor = None,
+    *others: Any,
 ) -> tuple[Tensor, ...]:
     return _new_like(x), _new_like(x), _empty_like(weight, x)
 
