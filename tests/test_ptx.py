@@ -550,7 +550,7 @@ def test_copies_that_are_waited_for(order):
     with setting(**ORDERS[order]):
         assert copied().tolist() == list(range(256))
         assert copied(WAIT.replace("wait_group 0", "wait_all")).tolist() == list(range(256))
-        assert not copied(given=0, size=4).any()  # of nothing, zeros
+        assert not copied(given=0).any()  # of nothing, zeros
 
 
 @pytest.mark.parametrize(
@@ -560,6 +560,7 @@ def test_copies_that_are_waited_for(order):
         ({"wait": WAIT.replace("group 0", "group 1")}, "a cp.async still writes"),
         ({"barrier": ""}, "race in shared memory: it reads|a cp.async still writes"),
         ({"size": 252}, "out of bounds"),
+        ({"given": 0, "size": 252}, "out of bounds"),
     ],
 )
 def test_a_planted_fault_of_a_copy_is_named(options, message):

@@ -491,10 +491,11 @@ def copy(s, r, m, ins, slot, warp):
         if bits(m, lane):
             thread, x = warp * 32 + lane, bits(s.masks, 64 + lane)
             given = min(size, np.int64(bits(r, word(ins, C) * 32 + lane)))
+            # An address of nothing has to be valid, too.
+            which = range_of(s, x, x + np.uint64(max(given, 1)))
+            if which < 0:
+                return fault(s, 2, lane, x)
             if given:
-                which = range_of(s, x, x + np.uint64(given))
-                if which < 0:
-                    return fault(s, 2, lane, x)
                 wrong = check_global(s, slot, warp, lane, x, given, which, 0)
                 if wrong:
                     return wrong
