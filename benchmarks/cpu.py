@@ -104,7 +104,7 @@ def measure_cpu(args: argparse.Namespace, report: Report) -> None:
         both = {name: found["us"].get(name, {}).get("both") for name in [*names, *befores]}
         errors = {f"err {name}": found["error"].get(name) for name in names}
         report.row(str(case), both | found["ratio"] | errors, failed)
-    if len(records) > 1 and pairs:
+    if len(records) > 1 and means(records):
         report.row("geometric mean", dict.fromkeys(both) | means(records) | dict.fromkeys(errors))
     for worker in workers.values():
         worker.pool.shutdown()
