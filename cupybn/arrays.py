@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,12 @@ Array: TypeAlias = Any
 
 _CPU_DEVICES = (1, 3)  # DLPack's kDLCPU and kDLCUDAHost
 _GPU_DEVICES = (2, 10, 13)  # kDLCUDA, kDLROCM and kDLCUDAManaged: what CuPy takes
+_LARGE = 1 << 22  # bytes, as NumPy has it
+_HUGE_PAGES = 14  # MADV_HUGEPAGE
+_madvise: Any = None
+if sys.platform == "linux":
+    _madvise = ctypes.CDLL(None).madvise
+    _madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
 
 class DataType(NamedTuple):
@@ -142,9 +149,16 @@ def array_of_tensor(x: Any, what: str = "input") -> Array:
 def memory_of(tensor: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """The memory of a PyTorch tensor on the CPU that is dense, in the order in which it lies there.
 
-    For new tensors: nothing is checked, and the caller keeps the tensor alive.
+    For new tensors: nothing is checked, and the caller keeps the tensor alive. Linux is asked for
+    huge pages where it is large, as NumPy asks for its own arrays. PyTorch does not, and pages that
+    are new in each step take as long as its arithmetic.
     """
-    return np.ndarray(shape, dtype, Bytes.from_address(tensor.data_ptr()))
+    address = tensor.data_ptr()
+    array = np.ndarray(shape, dtype, Bytes.from_address(address))
+    if array.nbytes >= _LARGE and _madvise is not None:
+        begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+        _madvise(begin, address + array.nbytes - begin, _HUGE_PAGES)  # only advice: it may fail
+    return array
 
 
 def _of_tensor_elsewhere(x: Any, what: str) -> Array:
