@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from conftest import rank_environment  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import cupybn  # noqa: E402
-from cupybn import DeviceError, DTypeError, PeerError, SelfCommunicator  # noqa: E402
+from cupybn import DeviceError, DTypeError, PeerError, SelfCommunicator, arrays  # noqa: E402
 from cupybn import functional as F  # noqa: E402
 from cupybn.interop import torch as interop  # noqa: E402
 from cupybn.interop.names import convert_state_dict  # noqa: E402
@@ -372,3 +373,18 @@ def test_a_recomputed_y_keeps_its_bits(shape, dtype, mean):
 
     for n in (1, 2):
         assert run_ranks(n, rank, timeout=30) == [(True, 2)] * n
+
+
+@pytest.mark.parametrize(("shape", "asked"), [((16, 256, 32, 32), 2), ((16, 256, 8, 8), 0)])
+def test_large_outputs_ask_for_huge_pages(shape, asked, monkeypatch):
+    """For whole pages of their own memory alone: y in forward, dx in backward."""
+    calls = []
+    monkeypatch.setattr(arrays, "_madvise", lambda *given: calls.append(given))
+    x = torch.randn(shape, requires_grad=True)
+    y = interop.BatchNorm2d(shape[1])(x)
+    y.sum().backward()
+    assert len(calls) == asked
+    for (begin, size, advice), tensor in zip(calls, (y, x.grad), strict=False):
+        assert (begin % mmap.PAGESIZE, advice) == (0, 14)
+        assert 0 <= begin - tensor.data_ptr() < mmap.PAGESIZE
+        assert begin + size == tensor.data_ptr() + tensor.nbytes
