@@ -60,8 +60,8 @@ class MpiCommunicator(OfOneProcess):
     * ``"host"``: copied to ordinary host memory and back.
 
     Args:
-        mpi_comm: an mpi4py intracommunicator. It is duplicated once a process, so that its other
-            traffic never meets ours; the duplicate is kept with it, and freed with it.
+        mpi_comm: a :class:`mpi4py.MPI.Intracomm`. It is duplicated once a process, so that its
+            other traffic never meets ours; the duplicate is kept with it, and freed with it.
         transport: one of these, or ``"auto"``: "device" where it is possible, else "pinned".
         timeout: seconds to wait for the other ranks before the job is ended with code 124;
             None reads ``CUPYBN_TIMEOUT`` (default 600), 0 waits for ever.

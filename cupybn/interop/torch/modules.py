@@ -326,28 +326,30 @@ class BatchNorm(TorchBatchNorm):
 
 
 class BatchNorm1d(BatchNorm, torch.nn.BatchNorm1d):
-    """``torch.nn.BatchNorm1d`` with this library's training mode, over this process alone.
+    """:class:`torch.nn.BatchNorm1d` with this library's training mode, over this process alone.
 
     Of (N, C) or (N, C, L) input. Arguments, dtypes and errors: as :class:`SyncBatchNorm`.
     """
 
 
 class BatchNorm2d(BatchNorm, torch.nn.BatchNorm2d):
-    """``torch.nn.BatchNorm2d`` with this library's training mode, over this process alone.
+    """:class:`torch.nn.BatchNorm2d` with this library's training mode, over this process alone.
 
     Of (N, C, H, W) input. Arguments, dtypes and errors: as :class:`SyncBatchNorm`.
     """
 
 
 class BatchNorm3d(BatchNorm, torch.nn.BatchNorm3d):
-    """``torch.nn.BatchNorm3d`` with this library's training mode, over this process alone.
+    """:class:`torch.nn.BatchNorm3d` with this library's training mode, over this process alone.
 
     Of (N, C, D, H, W) input. Arguments, dtypes and errors: as :class:`SyncBatchNorm`.
     """
 
 
 class SyncBatchNorm(Synchronised, BatchNorm):
-    """``torch.nn.SyncBatchNorm`` over a process group or MPI, on the CPU too; 2 or more dimensions.
+    """:class:`torch.nn.SyncBatchNorm` over a process group or MPI, on the CPU too.
+
+    Input has 2 or more dimensions.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as in
