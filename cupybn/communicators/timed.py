@@ -48,6 +48,9 @@ class Timed(OfOneProcess):
         comm: as for SyncBatchNorm; None is ``MPI.COMM_WORLD``. Making an MPI communicator is
             collective.
 
+    Raises:
+        As :func:`resolve`.
+
     Attributes:
         comm: the other communicator.
         totals: a :class:`Total` for each label, of this rank. ``totals.clear()`` starts anew.

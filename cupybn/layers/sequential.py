@@ -14,6 +14,12 @@ class LayerList(Layer):
     """Layers as a list that is a child: ``LayerList([a, b])``, with the names "0", "1", ...
 
     It has no forward of its own: the layer that it belongs to runs its layers, as it runs others.
+
+    Args:
+        layers: in their order; more can be appended.
+
+    Raises:
+        TypeError: one of them is no Layer.
     """
 
     def __init__(self, layers: Iterable[Layer] = ()) -> None:

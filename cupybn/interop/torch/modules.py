@@ -326,15 +326,24 @@ class BatchNorm(TorchBatchNorm):
 
 
 class BatchNorm1d(BatchNorm, torch.nn.BatchNorm1d):
-    """``torch.nn.BatchNorm1d`` with this library's training mode, over this process alone."""
+    """``torch.nn.BatchNorm1d`` with this library's training mode, over this process alone.
+
+    Of (N, C) or (N, C, L) input. Arguments, dtypes and errors: as :class:`SyncBatchNorm`.
+    """
 
 
 class BatchNorm2d(BatchNorm, torch.nn.BatchNorm2d):
-    """``torch.nn.BatchNorm2d`` with this library's training mode, over this process alone."""
+    """``torch.nn.BatchNorm2d`` with this library's training mode, over this process alone.
+
+    Of (N, C, H, W) input. Arguments, dtypes and errors: as :class:`SyncBatchNorm`.
+    """
 
 
 class BatchNorm3d(BatchNorm, torch.nn.BatchNorm3d):
-    """``torch.nn.BatchNorm3d`` with this library's training mode, over this process alone."""
+    """``torch.nn.BatchNorm3d`` with this library's training mode, over this process alone.
+
+    Of (N, C, D, H, W) input. Arguments, dtypes and errors: as :class:`SyncBatchNorm`.
+    """
 
 
 class SyncBatchNorm(Synchronised, BatchNorm):
@@ -353,7 +362,12 @@ class SyncBatchNorm(Synchronised, BatchNorm):
 
     In training mode forward and backward are collective, for ranks without samples (N = 0) too. If
     no rank has any, nothing is updated, ``num_batches_tracked`` included. Evaluation mode never
-    communicates.
+    communicates. Input is float16, bfloat16, float32 or float64; parameters and statistics, (C,)
+    each, have its dtype, or float32 for 16-bit input. The formulas stand in
+    :mod:`cupybn.functional`.
+
+    Raises:
+        TypeError, ValueError: bad options. Those of a forward: see :meth:`forward`.
     """
 
     _communicates = True
