@@ -34,6 +34,19 @@ __device__ __forceinline__ acc_t passing(acc_t dy, acc_t x, const Affine& affine
   return passes(x, affine, again, bits, j) ? dy : acc_t(0);
 }
 
+// Of a vector behind a ReLU: one branch for all of its elements.
+template <typename AffineOf>
+__device__ __forceinline__ void pass(acc_t (&dy)[V], const acc_t (&x)[V], bool again, unsigned bits,
+                                     AffineOf affine_of) {
+  if (again) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) dy[j] = passing(dy[j], x[j], affine_of(j), true, bits, j);
+  } else {
+#pragma unroll
+    for (int j = 0; j < V; ++j) dy[j] = passing(dy[j], x[j], affine_of(j), false, bits, j);
+  }
+}
+
 // dx = (dy - sum_dy * share - (x - mean) * invstd^2 * sum_dy_xmu * share) * invstd * weight, as
 // (d + (x - high) * slope + offset) * scale.
 struct Gradient {

@@ -40,17 +40,18 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
   Walk walk(shape, gridDim.x - 1 - blockIdx.x, gridDim.y - 1 - blockIdx.y, misalignment_of(dy));
   __shared__ Gradient table[MAX_TILE_CHANNELS];
   Gradient gradient[Walk::CHANNELS];
+  auto gradient_of = [&](int j) { return gradient[Walk::CHANNELS == 1 ? 0 : j]; };
   bool first = true;
 #pragma unroll 1
   do {
     Slot slot[UNROLL];
-    Pack<scalar_t, V> pack_x[UNROLL] = {}, pack_dy[UNROLL];
+    Pack<scalar_t, V> pack_x[UNROLL], pack_dy[UNROLL];
     unsigned bits[UNROLL];
     Valid valid[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
     load_slots(pack_dy, dy, slot);
-    if (needs_x) load_slots(pack_x, x, slot);
+    load_slots(pack_x, x, slot, needs_x);
     load_valid(valid, mask, slot, walk);
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) bits[u] = stored ? load_bits(relu_bits, slot[u]) : ~0u;
@@ -66,19 +67,27 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      acc_t passed[V], inputs[V];
+      i64 offset = slot[u].offset;
+      acc_t value[V], d[V];
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const Gradient& own = gradient[Walk::CHANNELS == 1 ? 0 : j];
-        acc_t value = widen(pack_x[u].v[j]);
-        acc_t d = passing(widen(pack_dy[u].v[j]), value, own.affine, again, bits[u], j);
-        passed[j] = valid[u][j] ? d : acc_t(0);
-        if (sum_dy) d = fused(value - own.affine.high, own.slope, d) + own.offset;
-        inputs[j] = valid[u][j] ? d * own.affine.scale : acc_t(0);
+        value[j] = widen(pack_x[u].v[j]);
+        d[j] = valid[u][j] ? widen(pack_dy[u].v[j]) : acc_t(0);
       }
-      i64 offset = slot[u].offset;
-      store_pack_if<V>(slot[u].active, dx + offset, narrowed(inputs));
-      if (dresidual) store_pack_if<V>(slot[u].active, dresidual + offset, narrowed(passed));
+      if (relu) pass(d, value, again, bits[u], [&](int j) { return gradient_of(j).affine; });
+      if (dresidual) store_pack_if<V>(slot[u].active, dresidual + offset, narrowed(d));
+      if (sum_dy) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          const Gradient own = gradient_of(j);
+          d[j] = fused(value[j] - own.affine.high, own.slope, d[j]) + own.offset;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        d[j] = valid[u][j] ? d[j] * gradient_of(j).affine.scale : acc_t(0);
+      }
+      store_pack_if<V>(slot[u].active, dx + offset, narrowed(d));
     }
   } while (walk.left > 0);
 

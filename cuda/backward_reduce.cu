@@ -21,6 +21,7 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
   __shared__ Affine table[MAX_TILE_CHANNELS];
   Affine affine[Walk::CHANNELS];
   acc_t of_dy[V] = {}, of_dy_xmu[V] = {};
+  auto affine_of = [&](int j) { return affine[Walk::CHANNELS == 1 ? 0 : j]; };
   bool first = true;
 #pragma unroll 1
   do {
@@ -48,15 +49,17 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       if (!slot[u].active) continue;
+      acc_t value[V], d[V];
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const Affine& own = affine[Walk::CHANNELS == 1 ? 0 : j];
-        bool counts = valid[u][j];
-        acc_t value = counts ? widen(pack_x[u].v[j]) : acc_t(0);
-        acc_t d = counts ? widen(pack_dy[u].v[j]) : acc_t(0);
-        d = passing(d, value, own, again, bits[u], j);
-        of_dy[j] += d;
-        of_dy_xmu[j] = fused(d, value - own.high, of_dy_xmu[j]);
+        value[j] = valid[u][j] ? widen(pack_x[u].v[j]) : acc_t(0);
+        d[j] = valid[u][j] ? widen(pack_dy[u].v[j]) : acc_t(0);
+      }
+      if (relu) pass(d, value, again, bits[u], affine_of);
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        of_dy[j] += d[j];
+        of_dy_xmu[j] = fused(d[j], value[j] - affine_of(j).high, of_dy_xmu[j]);
       }
     }
   } while (walk.left > 0);

@@ -39,6 +39,7 @@ batch_moments(double* mean, double* m2, double* weighted, double* about_zero, do
       fill_table(pivots, walk, c, [&](bool active, i64 channel) {
         return static_cast<double>(widen(load_if(active, pivot + channel * l)));
       });
+      moments.begin(pack, slot);
       first = false;
     }
     moments.add(pack, slot, valid);

@@ -39,47 +39,68 @@ struct Single {
   int channel;
 };
 
+// Numbers of the vectors of a row: rows of 2^31 are read by the element, as the plan says.
+template <int V> struct Index { using type = int; };
+template <> struct Index<1> { using type = i64; };
+
 template <int V_, bool RAGGED_> struct Rows {
   static constexpr int V = V_;
   static constexpr bool RAGGED = RAGGED_;
   static constexpr int CHANNELS = 1;  // that the elements of one vector can belong to
 
-  i64 base, k, slots, left, length, row_pitch, step_base, singles, place, step_place;
+  using index_t = typename Index<V>::type;
+
+  i64 base, length, row_pitch, step, wrap, singles, place, step_place, wrap_place;
   i64 tile, slice;
-  int step_k, misalignment;
+  index_t k, slots;
+  int left, step_k, misalignment;
 
   // `misalignment`: elements from the last vector boundary in memory to the tensor, as of all tensors
   __device__ Rows(const Shape& shape, i64 tile, i64 slice, int misalignment)
       : length(shape.l), row_pitch(shape.c * shape.l), singles(shape.n * 2 * V), tile(tile),
         slice(slice), misalignment(misalignment) {
     slots = length / V;  // ragged: at most
-    i64 begin = slice * shape.slice_length;
-    left = shape.n * slots - begin;
-    if (left > shape.slice_length) left = shape.slice_length;
-    i64 index = begin + threadIdx.x;
+    i64 begin = slice * shape.slice_length, rest = shape.n * slots - begin;
+    left = rest < shape.slice_length ? rest : shape.slice_length;
+    i64 index = begin + threadIdx.x, row = index / slots;
     k = index % slots;
-    base = index / slots * row_pitch + tile * length;
-    place = index / slots * length;
     unsigned threads = blockDim.x, short_slots = slots > threads ? threads + 1 : slots;
+    int step_rows = threads / short_slots;
     step_k = threads % short_slots;
-    step_base = threads / short_slots * row_pitch;
-    step_place = threads / short_slots * length;
+    base = row * row_pitch + tile * length;
+    place = row * length;
+    step = step_rows * row_pitch;
+    step_place = step_rows * length;
+    wrap = row_pitch;
+    wrap_place = length;
+    if (!RAGGED) move_to_vectors();
+  }
+
+  // Where a row begins with a vector, `base` is that of the thread; else it is its row.
+  __device__ __forceinline__ void move_to_vectors() {
+    base += static_cast<i64>(k) * V;
+    place += static_cast<i64>(k) * V;
+    step += step_k * V;
+    step_place += step_k * V;
+    wrap -= length;
+    wrap_place = 0;
   }
 
   // elements of a row in front of its first whole vector
   __device__ __forceinline__ int head(i64 row) const { return -(row + misalignment) & (V - 1); }
 
   __device__ __forceinline__ Slot next() {
-    i64 start = k * V + (RAGGED ? head(base) : 0);
-    Slot slot{base + start, threadIdx.x < left && (!RAGGED || start + V <= length), place + start};
+    i64 start = RAGGED ? static_cast<i64>(k) * V + head(base) : 0;
+    bool mine = static_cast<int>(threadIdx.x) < left;
+    Slot slot{base + start, mine && (!RAGGED || start + V <= length), place + start};
     left -= blockDim.x;
-    base += step_base;
+    base += step;
     place += step_place;
     k += step_k;
     if (k >= slots) {
       k -= slots;
-      base += row_pitch;
-      place += length;
+      base += wrap;
+      place += wrap_place;
     }
     return slot;
   }
@@ -109,11 +130,11 @@ template <int V_, bool RAGGED_> struct Runs {
   static constexpr int CHANNELS = V;
   static constexpr int singles = 8;  // a byte of ReLU bits: it is stored at once
 
-  i64 left, offset, step, total, positions, place, step_place;
+  i64 offset, step, total, positions, place, step_place;
   i64 tile, slice, all_channels;
+  int left, first, step_samples;  // samples of the slice, and the thread's
   int slots, lanes, k, lane, length, tile_channels_, line_samples;
   unsigned relatives[(V + 1) / 2];  // two in a word, which saves registers
-  bool on;
 
   __device__ Runs(const Shape& shape, i64 tile, i64 slice, int)
       : total(shape.size()), positions(shape.n * shape.l), tile(tile), slice(slice), all_channels(shape.c), length(shape.l),
@@ -124,13 +145,17 @@ template <int V_, bool RAGGED_> struct Runs {
     lane = threadIdx.x / slots;
     i64 rest = all_channels - tile * tile_channels_;
     i64 present = rest < tile_channels_ ? rest : tile_channels_;
-    on = lane < lanes && k * V < present * line_samples * length;
-    i64 begin = slice * shape.slice_length;
-    left = shape.n - begin * line_samples;  // samples: no 64-bit division
-    if (left > shape.slice_length * line_samples) left = shape.slice_length * line_samples;
+    bool on = lane < lanes && k * V < present * line_samples * length;
+    i64 begin = slice * shape.slice_length, samples = shape.slice_length * line_samples;
+    i64 last = shape.n - begin * line_samples;  // samples: no 64-bit division
+    left = last < samples ? last : samples;
+    first = on ? lane * line_samples : 0x7fffffff;
+    step_samples = lanes * line_samples;
     i64 pitch = line_samples * all_channels * length;
     offset = (begin + lane) * pitch + tile * tile_channels_ * length + k * V;
     step = lanes * pitch;
+    keep_ready(step);
+    keep_ready(step_samples);
     MASKED(find_positions(begin);)
   }
 
@@ -156,8 +181,8 @@ template <int V_, bool RAGGED_> struct Runs {
 
   __device__ __forceinline__ Slot next() {
     bool whole = !RAGGED || offset < total - total % singles;
-    Slot slot{offset, on && lane * line_samples < left && whole, place};
-    left -= lanes * line_samples;
+    Slot slot{offset, first < left && whole, place};
+    left -= step_samples;
     offset += step;
     place += step_place;
     return slot;
@@ -207,7 +232,7 @@ using Valid = ValidElements<V>;
 // Blocks of a multiprocessor for which ptxas has to save registers: as many as it finds without
 // spilling, for any architecture. A thread that writes holds more than one that sums. With a mask it
 // holds the bytes of its vectors and counts, too.
-constexpr bool HOLDS_MORE = MASK_LOADS != UNMASKED && V > 1;
+constexpr bool HOLDS_MORE = MASK_LOADS != UNMASKED && (V > 1 || !ROWS);
 constexpr bool WRITES_MORE = HOLDS_MORE && (Walk::CHANNELS > 1 || MASK_LOADS == EACH_BYTE);
 constexpr int SUMMING_BLOCKS = (Walk::CHANNELS == 1 ? 4 : 3) - HOLDS_MORE;
 constexpr int WRITING_BLOCKS = Walk::CHANNELS == 8 || WRITES_MORE ? 2 : 3;
@@ -218,10 +243,10 @@ template <typename T> __device__ __forceinline__ int misalignment_of(const T* te
 
 template <int COUNT, typename T>
 __device__ __forceinline__ void load_slots(Pack<T, V> (&packs)[COUNT], const T* tensor,
-                                           const Slot* slots) {
+                                           const Slot* slots, bool wanted = true) {
 #pragma unroll
   for (int u = 0; u < COUNT; ++u) {
-    packs[u] = load_pack_if<V>(slots[u].active, tensor + slots[u].offset);
+    packs[u] = load_pack_if<V>(wanted && slots[u].active, tensor + slots[u].offset);
   }
 }
 

@@ -16,6 +16,8 @@ template <int UNROLL> struct MaskedMoments {
 
   __device__ __forceinline__ int& count_of(int channel) { return count[COUNTS == 1 ? 0 : channel]; }
 
+  __device__ __forceinline__ void begin(const packs_t&, const slots_t&) {}
+
   __device__ __forceinline__ void add(const packs_t& x, const slots_t&, const valid_t& valid) {
     bool missing = false;
 #pragma unroll

@@ -32,6 +32,10 @@ template <typename T> __device__ __forceinline__ T* opaque(T* address) {
   return address;
 }
 
+// A value that stays in a register: left to itself, the compiler makes it again in every round of a loop.
+__device__ __forceinline__ void keep_ready(int& value) { asm volatile("" : "+r"(value)); }
+__device__ __forceinline__ void keep_ready(i64& value) { asm volatile("" : "+l"(value)); }
+
 // Element i of an array that may be null. The compiler must not see that it is null in all rounds of a
 // loop or in none: it would make a copy of the loop for each.
 template <typename T> __device__ __forceinline__ T* element(T* array, i64 i) {

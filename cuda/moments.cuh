@@ -72,8 +72,13 @@ template <int UNROLL> struct ThreadMoments {
     }
   }
 
+  // With a thread's first vectors. If none of them is active, none is behind them, but in ragged rows.
+  __device__ __forceinline__ void begin(const packs_t& x, const slots_t& slot) {
+    if (!(rows && Walk::RAGGED)) start(x, slot);
+  }
+
   __device__ __forceinline__ void add(const packs_t& x, const slots_t& slot, const Valid*) {
-    if (!started) start(x, slot);
+    if (rows && Walk::RAGGED && !started) start(x, slot);
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) add(x[u], slot[u]);
   }

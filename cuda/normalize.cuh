@@ -54,9 +54,17 @@ __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         values[j] = affine[Walk::CHANNELS == 1 ? 0 : j].apply(widen(pack[u].v[j]));
-        if (residual) values[j] += widen(added[u].v[j]);
-        values[j] = valid[u][j] ? activate(values[j], relu) : acc_t(0);
       }
+      if (residual) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) values[j] += widen(added[u].v[j]);
+      }
+      if (relu) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) values[j] = activate(values[j], true);
+      }
+#pragma unroll
+      for (int j = 0; j < V; ++j) values[j] = valid[u][j] ? values[j] : acc_t(0);
       Pack<scalar_t, V> out = narrowed(values);
       store_pack_if<V>(slot[u].active, y + slot[u].offset, out);
       if (OWNS_BYTES && relu_bits) store_bits(relu_bits, slot[u], out);

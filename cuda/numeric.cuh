@@ -51,31 +51,30 @@ __device__ __forceinline__ void narrow(float v, bfloat16& out) {
 #endif
 }
 
-// Two at once, in one instruction where there is one.
-template <typename T>
-__device__ __forceinline__ void narrow(acc_t v, acc_t w, T& first, T& second) {
-  narrow(v, first);
-  narrow(w, second);
+// Two neighbours at once, in one instruction where there is one.
+template <typename T> __device__ __forceinline__ void narrow(acc_t v, acc_t w, T* pair) {
+  narrow(v, pair[0]);
+  narrow(w, pair[1]);
 }
 
 #if __CUDA_ARCH__ >= 800
-__device__ __forceinline__ void narrow(float v, float w, float16& first, float16& second) {
+__device__ __forceinline__ void narrow(float v, float w, float16* pair) {
   unsigned both;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(w), "f"(v));
-  first.bits = both, second.bits = both >> 16;
+  memcpy(pair, &both, sizeof(both));
 }
 
-__device__ __forceinline__ void narrow(float v, float w, bfloat16& first, bfloat16& second) {
+__device__ __forceinline__ void narrow(float v, float w, bfloat16* pair) {
   unsigned both;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(w), "f"(v));
-  first.bits = both, second.bits = both >> 16;
+  memcpy(pair, &both, sizeof(both));
 }
 #endif
 
 template <int N> __device__ __forceinline__ Pack<scalar_t, N> narrowed(const acc_t (&values)[N]) {
   Pack<scalar_t, N> pack;
 #pragma unroll
-  for (int j = 0; j + 1 < N; j += 2) narrow(values[j], values[j + 1], pack.v[j], pack.v[j + 1]);
+  for (int j = 0; j + 1 < N; j += 2) narrow(values[j], values[j + 1], pack.v + j);
   if (N % 2) narrow(values[N - 1], pack.v[N - 1]);
   return pack;
 }
