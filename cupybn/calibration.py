@@ -106,7 +106,7 @@ def recalibrate(
     Raises:
         ValueError: there is no batch on any rank; a layer is synchronised over more ranks than
             `comm` has; or a running statistic is read-only.
-        TypeError: `layer` is no Layer; or a batch is no pair, with `masked`.
+        TypeError: `layer` is not a Layer; or a batch is not a pair, with `masked`.
         PeerError: another rank failed, in a batch norm or in its `batches`; without synchronised
             layers, anywhere. An exception in other code on one rank leaves the others waiting in
             the next synchronised layer, as in training.
@@ -170,7 +170,7 @@ def fold(layer: BatchNorm) -> tuple[typing.Array, typing.Array]:
     shift``.
 
     Raises:
-        TypeError: layer is no batch norm.
+        TypeError: layer is not a batch norm.
         ValueError: it has no running statistics.
     """
     if not isinstance(layer, BatchNorm):

@@ -71,7 +71,7 @@ def check_written(what: str, array: Array, x: Array, layout: Layout) -> None:
 
 
 def check_writeable(what: str, array: Array) -> None:
-    """Raises DTypeError if it is no array, ValueError if it is read-only."""
+    """Raises DTypeError if it is not an array, ValueError if it is read-only."""
     if not getattr(as_array(array, what).flags, "writeable", True):  # CuPy's have no such flag
         raise ValueError(f"{what} is read-only")
 

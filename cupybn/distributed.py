@@ -61,7 +61,7 @@ def allreduce_gradients(layer: Layer, comm: Any = None, op: str = "mean") -> Non
     Raises:
         ValueError: another op.
         DTypeError: a gradient that is not floating. ValueError: one that is read-only.
-        TypeError: `layer` is no Layer.
+        TypeError: `layer` is not a Layer.
         PeerError, CollectiveMismatchError: see above. The gradients are unchanged then.
     """
     _check_tree(layer)
@@ -110,7 +110,7 @@ def broadcast_parameters(layer: Layer, comm: Any = None, root: int = 0) -> None:
 
     Raises:
         ValueError: there is no such rank, or an array is read-only.
-        TypeError: `layer` is no Layer.
+        TypeError: `layer` is not a Layer.
         PeerError, CollectiveMismatchError: see above. Nothing is changed then.
     """
     broadcast_arrays(_state_arrays(layer), comm, root)
@@ -152,7 +152,7 @@ def verify_sync(layer: Layer, comm: Any = None) -> None:
         CollectiveMismatchError: on every rank, naming the first array that differs, or the trees
             where they do.
         PeerError: another rank failed.
-        TypeError: `layer` is no Layer.
+        TypeError: `layer` is not a Layer.
     """
     verify_arrays(_state_arrays(layer), comm)
 
@@ -194,7 +194,7 @@ def split_comm(comm: Any, group_size: int) -> Any:
         ThreadCommunicator.
 
     Raises:
-        ValueError: group_size is no integer of at least 1; the other ranks raise PeerError.
+        ValueError: group_size is not an integer of at least 1; the other ranks raise PeerError.
         TypeError: comm is none of these.
         CollectiveMismatchError: the ranks have different group sizes.
     """

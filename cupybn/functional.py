@@ -230,7 +230,7 @@ def batch_norm_double_backward(
     They are those of ``sum(ddx * dx) + sum(ddweight * dweight) + sum(ddbias * dbias)``, summed over
     the ranks, with dx, dweight and dbias of ``batch_norm_backward(dy, saved)``: dweight and dbias
     are each rank's own sums, and ddweight and ddbias may differ from rank to rank. One message of
-    7C sums. The formulas and where they come from stand in ``cupybn/double_backward.py``. A ReLU
+    7C sums. The formulas and where they come from are in ``cupybn/double_backward.py``. A ReLU
     counts as straight on either side of 0. By array expressions on the CPU and on devices.
 
     Args:
@@ -312,7 +312,7 @@ def update_running(
     Raises:
         ShapeError, DTypeError: the arrays are not (C,), or not floating.
         ValueError: momentum is not in [0, 1], or an array is read-only.
-        TypeError: `saved` is something else than a context. Nothing is written then.
+        TypeError: `saved` is not a context. Nothing is written then.
     """
     check_momentum(momentum)
     check_saved(saved)

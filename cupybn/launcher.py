@@ -56,7 +56,7 @@ def local_rank() -> int:
     """This rank's number among those on its machine, from the launcher's variables; 0 if unset.
 
     Raises:
-        ValueError: a launcher's variable is no number.
+        ValueError: a launcher's variable is not a number.
     """
     for variable, text in local_rank_variables().items():
         if text.isdecimal():
