@@ -165,7 +165,7 @@ def _masked(given: SimpleNamespace) -> dict[str, Any]:
 def recentre_moments(local: Moments, weighted: ArrayLike, count: int, payload: ArrayLike) -> None:
     """Writes ``m2 + local.count * (mean - weighted / count)**2`` into `payload`, (C,) float64.
 
-    The second message of float64 data; `weighted` and `count` are what came back of the first. See
+    The second message of float64 data; `weighted` and `count` are the results of the first. See
     :mod:`cupybn.functional`.
     """
     _check_moments("local", local)
