@@ -562,23 +562,25 @@ def test_items_cover_every_value_once(n, c, length):
     n = min(n, max(1, 20_000_000 // (c * length)))
     plan = plans.plan_for(n, c, length)
     assert sum(plan.counts) == n * length
-    seen = np.zeros(n * c * length, np.uint8)
-    per_segment = np.zeros(len(plan.counts))
-    for item in map(plans.WorkItem._make, plan.items):
-        row = item.length if plan.columns else item.channels * item.length
-        whole = seen[item.start :][: seen[item.start :].size // row * row]
-        c0, c1 = (0, 1) if plan.columns else (item.c0, item.c1)
-        block = whole.reshape(-1, row // item.length, item.length)
-        block = block[item.n0 : item.n1, c0:c1, item.l0 : item.l1]
-        block += 1
-        per_segment[item.segment // c] += block.size
-        assert (item.l1 - item.l0 if plan.columns else item.step) <= plans.WIDE
-        if plan.columns:
-            of = np.arange(item.l0, item.l1) // length % c  # the channel of each column
-            assert (of.min(), of.max() + 1) == (item.c0, item.c1)
-            assert item.step == length
-    assert (seen == 1).all()
-    np.testing.assert_array_equal(per_segment, np.array(plan.counts) * c)
+    for items in (plan.items, plan.alone):
+        seen = np.zeros(n * c * length, np.uint8)
+        per_segment = np.zeros(len(plan.counts))
+        for item in map(plans.WorkItem._make, items):
+            row = item.length if plan.columns else item.channels * item.length
+            whole = seen[item.start :][: seen[item.start :].size // row * row]
+            c0, c1 = (0, 1) if plan.columns else (item.c0, item.c1)
+            block = whole.reshape(-1, row // item.length, item.length)
+            block = block[item.n0 : item.n1, c0:c1, item.l0 : item.l1]
+            block += 1
+            per_segment[item.segment // c] += block.size
+            assert (item.l1 - item.l0 if plan.columns else item.step) <= plans.WIDE
+            if plan.columns:
+                of = np.arange(item.l0, item.l1) // length % c  # the channel of each column
+                assert (of.min(), of.max() + 1) == (item.c0, item.c1)
+                assert item.step == length
+        assert (seen == 1).all()
+        np.testing.assert_array_equal(per_segment, np.array(plan.counts) * c)
+    assert len(plan.alone) <= len(plan.items)
 
 
 # ---- compiling -----------------------------------------------------------------------------------

@@ -57,12 +57,18 @@ def set_threads(number: int | None) -> None:
 
 
 def spread(
-    kernel: Callable[..., Any], at_most: int, constant: tuple[Any, ...], turns: Any, *arguments: Any
+    kernel: Callable[..., Any],
+    at_most: int,
+    constant: tuple[Any, ...],
+    turns: Any,
+    *arguments: Any,
+    alone: tuple[Any, ...] | None = None,
 ) -> None:
     """``kernel(False, *constant, turns, *arguments)``, helped by other threads.
 
     So that there are as many threads as there may be, `at_most` so many; fewer where the system
     starts no more. Each call takes work items, by a counter in `turns`, until there are none.
+    Without helpers the kernel is given `alone`, if there is that, in place of `constant`.
     """
     helpers = _start(min(thread_count(), at_most) - 1)
     if helpers:
@@ -70,6 +76,8 @@ def spread(
         call = kernel, (*constant, turns, *map(_absent, arguments)), _current_core()
         for _ in range(helpers):
             _calls.put(call)
+    elif alone is not None:
+        constant = alone
     kernel(False, *constant, turns, *arguments)
 
 
