@@ -149,7 +149,7 @@ def has_errors(thing):
 
 @pytest.mark.parametrize("full", sorted(ENTRIES))
 def test_every_parameter_is_explained_and_every_error(full):
-    """Where it stands in the reference, or in what that names."""
+    """In its own docstring, or in one that this refers to."""
     thing = found(full)
     if thing is None:
         pytest.skip(f"{full} needs a framework that is not installed")

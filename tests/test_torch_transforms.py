@@ -123,7 +123,7 @@ def test_one_rank_alone_with_gradients_in_a_batch_does_not_hang_the_other():
 
 
 class Tagged(torch.Tensor):
-    """A subclass as PyTorch makes them by itself: results are of the class too."""
+    """A subclass in PyTorch's usual way: its results are of the class, too."""
 
 
 def test_a_subclass_comes_out_as_it_went_in():

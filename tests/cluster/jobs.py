@@ -104,7 +104,7 @@ def ended(job: str, seconds: float) -> str:
 
 
 def clean_up() -> None:
-    """Both hosts are there and idle again, whatever a test has done to them."""
+    """Brings both hosts back, idle, after any test."""
     subprocess.run(["scancel", "--user=root"])
     for host in ("n1", "n2"):
         subprocess.run(["ip", "link", "set", f"p{host[1]}", "up"], stderr=subprocess.DEVNULL)
