@@ -43,12 +43,10 @@ class Communicator(Protocol):
     @property
     def rank(self) -> int:
         """The number of this rank, from 0."""
-        ...
 
     @property
     def size(self) -> int:
         """How many ranks there are."""
-        ...
 
     def allreduce(self, message: Array, label: str = "") -> Array:
         """The elementwise sum of the ranks' messages, which are contiguous and of one dimension.
