@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-SHORT = 96  # runs below this are done by columns
+SHORT = 96  # shorter runs are done by columns
 LINE = 64  # bytes of a cache line
-WIDE = 1024  # columns or channels at a time, at most: what is known of each stays in L1
-_NARROW = 1024  # columns below this are done several rows at a time
-_LITTLE = 1 << 12  # values that are not worth the trouble
+WIDE = 1024  # columns or channels at a time, at most: their coefficients stay in L1
+_NARROW = 1024  # with fewer columns, several rows are done at a time
+_LITTLE = 1 << 12  # values; so few are done row by row
 _ITEM = 1 << 18  # values of a work item, about
 _ALONE = 1 << 20  # the same where one thread does all: x and dy are read again from its cache
 _LEAST = 1 << 16  # values per channel that are worth a segment
@@ -33,8 +33,8 @@ class WorkItem(NamedTuple):
     `step` side by side, and all channels may be repeated; c0 and c1 say which channels they are of.
 
     Attributes:
-        segment: where the sums of its segment begin: the number of the segment times C.
-        group: so many channels are done together; more of them lie side by side in longer runs.
+        segment: the start of the sums of its segment: the segment's number times C.
+        group: the number of channels done together; more of them lie side by side in longer runs.
     """
 
     segment: int
@@ -55,11 +55,11 @@ class Plan(NamedTuple):
     """The work on a shape.
 
     Attributes:
-        columns: which loops.
+        columns: whether the loops for columns run, or those for rows.
         items: one a row, in the order of ``WorkItem``.
         alone: the same work for one thread, in fewer items.
         counts: values per channel of each segment. Sums over a segment are merged in this order.
-        threads: at most, that are of use.
+        threads: the largest number that is of use.
     """
 
     columns: bool
@@ -71,7 +71,7 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def plan_for(n: int, channels: int, length: int) -> Plan:
-    """The plan for an (n, channels, length) array; one without items where it is empty."""
+    """The plan for an (n, channels, length) array; without items if that is empty."""
     columns = length < SHORT
     items: list[WorkItem] = []
     alone: list[WorkItem] = []
@@ -92,10 +92,10 @@ def _table(items: list[WorkItem]) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 @lru_cache(maxsize=1024)
 def repeated(n: int, channels: int, length: int) -> int:
-    """How many bytes of a mask the loops want of each sample: its own, or those repeated.
+    """The number of a mask's bytes that the loops need of each sample: its own, or repeated.
 
-    Repeated where a row of columns is one sample: so often that a line can begin anywhere in the
-    first half of them.
+    They are repeated if a row of columns is one sample, so often that a line can begin anywhere in
+    the first half of them.
     """
     plan = plan_for(n, channels, length)
     if not plan.columns or not len(plan.items) or plan.items[0, 3] > channels * length:
