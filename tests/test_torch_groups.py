@@ -12,6 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
+from conftest import NUMBA  # noqa: E402
 from torch import distributed  # noqa: E402
 
 import cupybn  # noqa: E402
@@ -86,17 +87,33 @@ def test_another_version_is_an_error_on_every_rank(mpirun, tmp_path):
     lines = told(mpirun, tmp_path, "version", 3)
     assert len(lines) == 3
     assert len({line.partition(": ")[2] for line in lines}) == 1
-    assert "CollectiveMismatchError: the ranks run versions of cupybn that do not" in lines[0]
+    assert "CollectiveMismatchError: features.bn: the ranks run versions of cupybn that" in lines[0]
     assert "ranks 0, 1: cupybn" in lines[0]
     assert "rank 2: cupybn" in lines[0]
 
 
 @pytest.mark.mpi
-def test_where_one_rank_cannot_use_numba_all_compute_with_numpy(mpirun, tmp_path):
-    lines = told(mpirun, tmp_path, "numba", 3)
-    assert lines[-1].startswith("rank 0: Numba is installed, but not all ranks can use it")
-    problems = [(line.partition(":")[0], line.rpartition(", ")[2]) for line in lines[:-1]]
-    assert problems == [("  rank 2", "bad code object"), ("  ranks 0, 1", "no problem")]
+@pytest.mark.skipif(not NUMBA, reason="Numba is not installed")
+@pytest.mark.parametrize(("ranks", "kind"), [(2, "layer"), (3, "module")])
+def test_where_one_rank_cannot_use_numba_all_compute_with_numpy(mpirun, tmp_path, ranks, kind):
+    """From the first forward on, for they agree before anything is computed."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "numba.py").write_text("raise SystemError('bad code object')\n")
+    said = {}
+    for backend in ("auto", "numpy"):
+        command = MPI / "broken_numba.py", tmp_path / backend, kind
+        env = {"CUPYBN_CPU_BACKEND": backend}
+        output = mpirun(ranks, *command, env=env, aborting=False).stdout
+        said[backend] = [line.split(" | ") for line in sorted(output.splitlines()) if line]
+    assert [line[:3] for line in said["auto"]] == [line[:3] for line in said["numpy"]]
+    assert [line[1] for line in said["auto"]] == [""] * ranks  # nothing came from Numba
+    warned = [line[3:] for line in said["auto"]]
+    assert warned[1:] == [[]] * (ranks - 1)
+    (text,) = warned[0]
+    assert text.startswith("Numba is installed, but not all ranks can use it, so NumPy computes on")
+    assert "no problem" in text
+    assert f"rank {ranks - 1}: " in text
+    assert text.endswith("SystemError: bad code object")
 
 
 @pytest.mark.mpi
