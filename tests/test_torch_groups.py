@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,3 +227,58 @@ def test_mpi_is_as_it_was(group, monkeypatch):
     monkeypatch.setenv("PMI_RANK", "0")
     assert isinstance(resolve(None), MpiCommunicator)
     assert resolve(MPI.COMM_SELF).mpi_comm is MPI.COMM_SELF
+
+
+class OnDevice:
+    """A message of CuPy's, as far as a communicator looks at it, in host memory."""
+
+    def __init__(self, values):
+        self.values = np.array(values)
+        self.device = contextlib.nullcontext()
+        self.device.id = 3
+
+    def __dlpack__(self, **options):
+        return self.values.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.values.__dlpack_device__()
+
+
+@pytest.mark.parametrize("backend", ["cuda:nccl", "cpu:gloo,cuda:nccl"])
+def test_nccl_sums_on_the_stream_and_device_of_the_message(group, monkeypatch, backend):
+    """A stand-in for NCCL, which needs GPUs: what it is given, where, and on which stream."""
+    cuda = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=77))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(ndarray=OnDevice, cuda=cuda))
+    streams, summed = [], []
+
+    @contextlib.contextmanager
+    def on(stream):
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    def all_reduce(tensor, op=distributed.ReduceOp.SUM, group=None):
+        summed.append((getattr(tensor, "copied", False), op, [*streams]))
+        if op == distributed.ReduceOp.SUM:
+            tensor *= 2
+
+    def copied(tensor):
+        tensor = tensor.clone()
+        tensor.copied = True
+        return tensor
+
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda ptr, device: (ptr, str(device)))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.Tensor, "cuda", copied)
+    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
+    comm = interop.ProcessGroupCommunicator(group)
+    comm.backend = backend
+    message, host = OnDevice([1.0, 2.5]), np.array([3, 4])
+    assert comm.allreduce(message) is message
+    assert message.values.tolist() == [2.0, 5.0]  # in place, in the memory of the message
+    assert comm.allreduce(host) is host
+    assert host.tolist() == [6, 8]
+    through_device = "cpu:" not in backend  # a group of NCCL alone has nothing for host memory
+    total, least = distributed.ReduceOp.SUM, distributed.ReduceOp.MIN
+    expected = [(through_device, least, []), (False, total, [(77, "cuda:3")])]
+    assert summed == [*expected, (through_device, total, [])]
