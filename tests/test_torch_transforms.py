@@ -193,6 +193,33 @@ def test_a_wrapper_is_asked_about_the_operator():
     assert module.num_batches_tracked == 0
 
 
+def test_a_dtensor_is_refused_by_name_and_its_local_part_is_taken():
+    """It knows no strategy for the operator; over ranks it is refused before that."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        x = distribute_tensor(torch.randn(4, 2), mesh, [Shard(0)])
+        for distributed in (False, True):
+            module = interop.SyncBatchNorm(2, comm=ALONE)
+            module = distribute_module(module, mesh) if distributed else module
+            match = r"cupybn\.batch_norm\.default .*(mixed .*DTensor|strategy)"
+            with pytest.raises((RuntimeError, NotImplementedError), match=match):
+                module(x)
+            assert int(module.num_batches_tracked) == 0
+        module = interop.SyncBatchNorm(2, comm=Two(), name="bn")
+        with pytest.raises(RuntimeError, match=r"bn: a DTensor cannot.* pass \.to_local\(\)"):
+            module(x)
+        module(x.to_local())  # the advice
+        assert module.num_batches_tracked == 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_sparse_and_nested_input_is_told_to_all_ranks():
     bad = [
