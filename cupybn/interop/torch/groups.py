@@ -1,4 +1,4 @@
-"""Ranks that are processes of a ``torch.distributed`` process group: gloo, NCCL, or another."""
+"""Communicators over a ``torch.distributed`` process group: gloo, NCCL, or another."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from ...layers.sync import CommReference
 from ...statistics import PROTOCOL, pack_texts, unpack_texts
 
 if distributed.is_available():
-    # If it is imported later (by an optimizer's first step), defaults of its functions keep the
-    # group of then, and gloo's threads may abort a process that ends with a group.
+    # If an optimizer's first step imports it later, defaults of its functions keep that time's
+    # group, and gloo's threads may abort a process that ends with a group.
     import torch.distributed.nn.functional
 
 
 class ProcessGroupCommunicator(OfOneProcess):
     """Sums messages with ``torch.distributed.all_reduce`` over a process group.
 
-    NumPy messages are summed in place where the group has a backend for CPU tensors (gloo), and
-    through the current CUDA device where it has none (NCCL alone). CuPy messages are summed in
-    place, on the current stream, where it has one for CUDA tensors, and in host memory otherwise.
+    NumPy messages are summed in place if the group has a backend for CPU tensors (gloo), and
+    through the current CUDA device if it has none (NCCL alone). CuPy messages are summed in place,
+    on the current stream, if it has one for CUDA tensors, and in host memory otherwise.
 
-    Messages share the group with whatever else is sent over it, so all of that has to be in the
-    same order on every rank, as for ``torch.nn.SyncBatchNorm``; ``torch.distributed.new_group()``
-    makes one for this library alone. How long to wait for a rank is the group's own timeout.
+    Messages share the group with all else that is sent over it, so all must be in the same order on
+    every rank, as for ``torch.nn.SyncBatchNorm``; ``torch.distributed.new_group()`` makes one for
+    this library alone. The timeout is the group's own.
 
     Args:
         group: a process group that this process is in; None is the default one.
@@ -59,7 +59,7 @@ class ProcessGroupCommunicator(OfOneProcess):
         self.rank = distributed.get_rank(group)
         self.size = distributed.get_world_size(group)
         self.backend: str = distributed.get_backend_config(group)
-        # Not kept alive: destroy_process_group() ends it.
+        # A weak reference: destroy_process_group() ends the group.
         self._group = ref(group)
         self._agreed = False
 
@@ -78,7 +78,7 @@ class ProcessGroupCommunicator(OfOneProcess):
 
         Raises:
             CollectiveTimeoutError: a rank did not come within the group's timeout.
-            PeerError: a rank is gone; what the group said stands in the text.
+            PeerError: a rank is gone; the text has what the group said.
             CollectiveMismatchError: other ranks run another version of cupybn.
             RuntimeError: the group was destroyed.
         """
@@ -170,7 +170,7 @@ def default_group() -> Any:
     """The process group that ``comm=None`` stands for; None where it is ``MPI.COMM_WORLD``."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
-    # What torchrun starts inherits the variables of the launcher that started torchrun.
+    # Processes of torchrun inherit the variables of the launcher that started torchrun.
     if started_by_mpi() and not distributed.is_torchelastic_launched():
         return None
     return distributed.group.WORLD
@@ -191,7 +191,7 @@ def resolve(comm: Any) -> Communicator:
 
 
 def _is_group(comm: Any) -> bool:
-    """Whether it is a process group, or what stands for one that this process is not in."""
+    """Whether it is a process group, or the mark for one that this process is not in."""
     return distributed.is_available() and (
         isinstance(comm, distributed.ProcessGroup)
         or comm is distributed.GroupMember.NON_GROUP_MEMBER
@@ -199,13 +199,13 @@ def _is_group(comm: Any) -> bool:
 
 
 def _check_group(group: Any) -> None:
-    """Raises ValueError unless it is a process group that is there and has this process in it."""
+    """Raises ValueError unless it is a live process group with this process in it."""
     if not _is_group(group) or distributed.get_rank(group) < 0:
         raise ValueError("comm is a process group that this process is not in")
 
 
 def describe(reference: CommReference) -> str:
-    """What the text of a module says of its communicator; looks none up."""
+    """The communicator in the text of a module; looks none up."""
     comm = reference.comm
     if reference.resolved is not None:
         return repr(reference.resolved)
