@@ -36,8 +36,8 @@ class Communicator(Protocol):
       and after it.
     * One thread at a time calls it.
 
-    It may have one method more, ``first_values(total, n)``: the first n values, in host memory, of
-    the sum that it returned last.
+    It may have two methods more. ``first_values(total, n)``: the first n values, in host memory, of
+    the sum that it returned last. ``agree()``: called on all ranks before anything is computed.
     """
 
     @property

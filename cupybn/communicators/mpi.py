@@ -347,13 +347,17 @@ def check_comm(comm: Any) -> Any:
 def resolve(comm: Any) -> Communicator:
     """The communicator for a ``comm=`` argument; None is ``MPI.COMM_WORLD``.
 
-    The first call for an mpi4py communicator duplicates it, which is collective.
+    The first call for an mpi4py communicator duplicates it, which is collective. So is the first
+    one for a communicator that has a method ``agree``, which is called here.
 
     Raises:
         RuntimeError: comm is None and no MPI library can be loaded.
         TypeError, ValueError: comm is not a communicator.
+        As ``agree``.
     """
     check_comm(comm)
     if comm is None or _is_mpi(comm):
         return mpi_communicator(comm)
+    if hasattr(comm, "agree"):
+        comm.agree()
     return comm  # type: ignore[no-any-return]

@@ -30,7 +30,7 @@ class CommReference:
                 )
             try:
                 self.resolved = look_up(self.comm)
-            except RuntimeError as error:
+            except (RuntimeError, TimeoutError) as error:
                 raise type(error)(f"{label}: {error}") from error
         return self.resolved
 

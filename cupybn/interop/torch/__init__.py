@@ -28,7 +28,7 @@ try:  # a later version may work, or may lack what is imported here
     from .gradients import allreduce_gradients, broadcast_parameters, verify_sync
     from .groups import ProcessGroupCommunicator
     from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
-except AttributeError as error:
+except (AttributeError, ImportError) as error:
     raise ImportError(f"{_FOUND}, which lacks what is needed: {error}") from error
 
 SyncBatchNorm.convert_sync_batchnorm = staticmethod(convert_sync_batchnorm)

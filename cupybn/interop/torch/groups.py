@@ -63,6 +63,16 @@ class ProcessGroupCommunicator(OfOneProcess):
         self._group = ref(group)
         self._agreed = False
 
+    def agree(self) -> None:
+        """Has the ranks agree on what can be computed and sent, the first time; collective then.
+
+        Looking up a ``comm=`` argument calls it, before anything is computed. Raises as
+        :meth:`allreduce`.
+        """
+        if not self._agreed:
+            with self._usable("agreeing on a protocol and a backend") as group:
+                self._agree(group)
+
     def allreduce(self, message: Array, label: str = "") -> Array:
         """The sum over the ranks, in place.
 
@@ -72,15 +82,7 @@ class ProcessGroupCommunicator(OfOneProcess):
             CollectiveMismatchError: other ranks run another version of cupybn.
             RuntimeError: the group was destroyed.
         """
-        group, label = self._group(), label or "allreduce"
-        try:
-            _check_group(group)
-        except ValueError as error:
-            raise RuntimeError(
-                f"{label}: the process group was destroyed; modules keep the one they have until "
-                "module.comm is set (to another group, or to None for the default one)"
-            ) from error
-        try:
+        with self._usable(label or "allreduce") as group:
             if not self._agreed:
                 self._agree(group)
             if not is_cupy(message):
@@ -90,13 +92,27 @@ class ProcessGroupCommunicator(OfOneProcess):
                     distributed.all_reduce(torch.from_dlpack(message), group=group)
             else:
                 sum_on_host(message, lambda values: self._reduce(values, group))
+        return message
+
+    @contextmanager
+    def _usable(self, label: str) -> Any:
+        """The group, if it is still there; its errors become this library's."""
+        group = self._group()
+        try:
+            _check_group(group)
+        except ValueError as error:
+            raise RuntimeError(
+                f"{label}: the process group was destroyed; modules keep the one they have until "
+                "module.comm is set (to another group, or to None for the default one)"
+            ) from error
+        try:
+            yield group
         except CupyBNError:
             raise
         except RuntimeError as error:  # the group has no other type for these
             late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
             kind = CollectiveTimeoutError if late else PeerError
             raise kind(f"{label}, rank {self.rank} of {self.size}: {error}") from error
-        return message
 
     def _agree(self, group: Any) -> None:
         """The first message: the protocol and its negative, as of :class:`MpiCommunicator`."""
