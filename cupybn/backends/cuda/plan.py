@@ -193,7 +193,10 @@ def _plan_rows(
     n, c, length = shape
     vector = VECTOR_BYTES // itemsize
     # those of ragged rows do not begin with a byte of ReLU bits
-    if not vector <= length <= vector * _COUNTED or (alignment if whole_bytes else congruence) < VECTOR_BYTES:
+    if (
+        not vector <= length <= vector * _COUNTED
+        or (alignment if whole_bytes else congruence) < VECTOR_BYTES
+    ):
         vector = 1
     ragged = length % vector != 0 or alignment < vector * itemsize
     total = n * (length // vector)
