@@ -207,7 +207,7 @@ def rounds(text: str, kernel: str, arch: str) -> list[Path]:
 
 # Instructions of a warp for 512 bytes on sm_90, where an H200 has time for 100, a B200 for 72. Of a
 # kernel, without and behind a ReLU: the most that there may be, of float16 and float32; then those
-# of float16 and float32, rows and runs (columns). Backward computes its ReLU again, which takes more
+# of float16 and float32, rows and runs (columns). Backward computes its ReLU again: that is dearer
 # than reading bits.
 INSTRUCTIONS = {
     ("batch_moments", False): ((54, 38), (53, 49, 33, 29)),
