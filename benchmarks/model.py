@@ -87,7 +87,7 @@ RESIDENT = {
     ("normalize", "runs"): {8: 4, 4: 3},
     ("backward_reduce", "rows"): {8: 4, 4: 4},
     ("backward_reduce", "runs"): {8: 3, 4: 3},
-    ("backward_input", "rows"): {8: 4, 4: 3},
+    ("backward_input", "rows"): {8: 4, 4: 4},
     ("backward_input", "runs"): {8: 2, 4: 3},
 }
 

@@ -34,16 +34,16 @@ __device__ __forceinline__ acc_t passing(acc_t dy, acc_t x, const Affine& affine
   return passes(x, affine, again, bits, j) ? dy : acc_t(0);
 }
 
-// Of a vector behind a ReLU: one branch for all of its elements.
+// dy of a vector behind a ReLU, with x - high: one branch for all of its elements.
 template <typename AffineOf>
-__device__ __forceinline__ void pass(acc_t (&dy)[V], const acc_t (&x)[V], bool again, unsigned bits,
-                                     AffineOf affine_of) {
+__device__ __forceinline__ void pass(acc_t (&dy)[V], const acc_t (&deviation)[V], bool again,
+                                     unsigned bits, AffineOf affine_of) {
   if (again) {
 #pragma unroll
-    for (int j = 0; j < V; ++j) dy[j] = passing(dy[j], x[j], affine_of(j), true, bits, j);
+    for (int j = 0; j < V; ++j) dy[j] = affine_of(j).at(deviation[j]) > 0 ? dy[j] : acc_t(0);
   } else {
 #pragma unroll
-    for (int j = 0; j < V; ++j) dy[j] = passing(dy[j], x[j], affine_of(j), false, bits, j);
+    for (int j = 0; j < V; ++j) dy[j] = bits >> (V - 1 - j) & 1u ? dy[j] : acc_t(0);
   }
 }
 

@@ -11,6 +11,9 @@ struct Sums {
   const double* dy_xmu;
 };
 
+// How the kernel knows what passed: there is no ReLU; bits say it; y is computed again.
+enum Passing { ALL, BY_BITS, AGAIN };
+
 // By one slice of every channel.
 __device__ __forceinline__ void add_parameter_gradients(const Walk& walk, i64 channels,
                                                         param_t* dweight, param_t* dbias,
@@ -31,11 +34,15 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
                const double* sum_dy, const double* sum_dy_xmu, const double* local_dy,
                const double* local_dy_xmu, MASKED(const unsigned char* mask,) double share, i64 relu, i64 n, i64 c, i64 l,
                i64 slice_length, i64 tile_channels, i64 line_samples) {
-  constexpr int UNROLL = 2;
+  constexpr int UNROLL = PATCHY ? 1 : 2;
   const Shape shape{n, c, l, slice_length, tile_channels, line_samples};
   const ChannelArrays arrays{mean, invstd, {weight, bias}};
   const Sums sums{sum_dy, sum_dy_xmu}, local{local_dy, local_dy_xmu};
-  const bool stored = relu && relu_bits, again = relu && !relu_bits, needs_x = sum_dy || again;
+  int by = relu ? relu_bits ? BY_BITS : AGAIN : ALL;
+  keep_ready(by);
+  int centred = sum_dy != nullptr, needs_x = centred || by == AGAIN;
+  keep_ready(centred);
+  keep_ready(needs_x);
   // backwards: what the reduction read last may still be in the cache
   Walk walk(shape, gridDim.x - 1 - blockIdx.x, gridDim.y - 1 - blockIdx.y, misalignment_of(dy));
   __shared__ Gradient table[MAX_TILE_CHANNELS];
@@ -54,7 +61,7 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
     load_slots(pack_x, x, slot, needs_x);
     load_valid(valid, mask, slot, walk);
 #pragma unroll
-    for (int u = 0; u < UNROLL; ++u) bits[u] = stored ? load_bits(relu_bits, slot[u]) : ~0u;
+    for (int u = 0; u < UNROLL; ++u) bits[u] = by == BY_BITS ? load_bits(relu_bits, slot[u]) : ~0u;
     if (first) {  // the first vectors are on their way
       fill_table(table, walk, c, [&](bool active, i64 channel) {
         return Gradient::of(
@@ -68,19 +75,18 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       i64 offset = slot[u].offset;
-      acc_t value[V], d[V];
+      acc_t deviation[V], d[V];
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        value[j] = widen(pack_x[u].v[j]);
+        deviation[j] = widen(pack_x[u].v[j]) - gradient_of(j).affine.high;
         d[j] = valid[u][j] ? widen(pack_dy[u].v[j]) : acc_t(0);
       }
-      if (relu) pass(d, value, again, bits[u], [&](int j) { return gradient_of(j).affine; });
+      if (by != ALL) pass(d, deviation, by == AGAIN, bits[u], [&](int j) { return gradient_of(j).affine; });
       if (dresidual) store_pack_if<V>(slot[u].active, dresidual + offset, narrowed(d));
-      if (sum_dy) {
+      if (centred) {
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-          const Gradient own = gradient_of(j);
-          d[j] = fused(value[j] - own.affine.high, own.slope, d[j]) + own.offset;
+          d[j] = fused(deviation[j], gradient_of(j).slope, d[j]) + gradient_of(j).offset;
         }
       }
 #pragma unroll
@@ -95,8 +101,8 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
     const Slot& slot = single.slot;
     const Gradient& own = table[single.channel];
     acc_t value = widen(load_if(slot.active && needs_x, x + slot.offset));
-    unsigned bits = load_bit(stored ? relu_bits : nullptr, slot);
-    acc_t d = passing(widen(load_if(slot.active, dy + slot.offset)), value, own.affine, again, bits,
+    unsigned bits = load_bit(by == BY_BITS ? relu_bits : nullptr, slot);
+    acc_t d = passing(widen(load_if(slot.active, dy + slot.offset)), value, own.affine, by == AGAIN, bits,
                       V - 1);
     bool counts = is_valid(slot.active, mask, slot.position);
     scalar_t passed, input;

@@ -13,7 +13,7 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
                 const param_t* weight, const param_t* bias,
                 MASKED(const unsigned char* mask,) i64 relu, i64 n, i64 c, i64 l,
                 i64 slice_length, i64 tile_channels, i64 line_samples, i64 group_slices) {
-  constexpr int UNROLL = 2;
+  constexpr int UNROLL = PATCHY ? 1 : 2;
   const Shape shape{n, c, l, slice_length, tile_channels, line_samples};
   const bool stored = relu && relu_bits, again = relu && !relu_bits;
   const Parameters parameters{again ? weight : nullptr, again ? bias : nullptr};
@@ -49,17 +49,17 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       if (!slot[u].active) continue;
-      acc_t value[V], d[V];
+      acc_t deviation[V], d[V];
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        value[j] = valid[u][j] ? widen(pack_x[u].v[j]) : acc_t(0);
+        deviation[j] = (valid[u][j] ? widen(pack_x[u].v[j]) : acc_t(0)) - affine_of(j).high;
         d[j] = valid[u][j] ? widen(pack_dy[u].v[j]) : acc_t(0);
       }
-      if (relu) pass(d, value, again, bits[u], affine_of);
+      if (relu) pass(d, deviation, again, bits[u], affine_of);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         of_dy[j] += d[j];
-        of_dy_xmu[j] = fused(d[j], value[j] - affine_of(j).high, of_dy_xmu[j]);
+        of_dy_xmu[j] = fused(d[j], deviation[j], of_dy_xmu[j]);
       }
     }
   } while (walk.left > 0);

@@ -74,6 +74,8 @@ template <int V_, bool RAGGED_> struct Rows {
     wrap = row_pitch;
     wrap_place = length;
     if (!RAGGED) move_to_vectors();
+    keep_ready(step);
+    keep_ready(wrap);
   }
 
   // Where a row begins with a vector, `base` is that of the thread; else it is its row.
@@ -155,7 +157,6 @@ template <int V_, bool RAGGED_> struct Runs {
     offset = (begin + lane) * pitch + tile * tile_channels_ * length + k * V;
     step = lanes * pitch;
     keep_ready(step);
-    keep_ready(step_samples);
     MASKED(find_positions(begin);)
   }
 
@@ -236,6 +237,11 @@ constexpr bool HOLDS_MORE = MASK_LOADS != UNMASKED && (V > 1 || !ROWS);
 constexpr bool WRITES_MORE = HOLDS_MORE && (Walk::CHANNELS > 1 || MASK_LOADS == EACH_BYTE);
 constexpr int SUMMING_BLOCKS = (Walk::CHANNELS == 1 ? 4 : 3) - HOLDS_MORE;
 constexpr int WRITING_BLOCKS = Walk::CHANNELS == 8 || WRITES_MORE ? 2 : 3;
+constexpr int NORMALIZING_BLOCKS = V == 8 && !HOLDS_MORE ? 4 : WRITING_BLOCKS;
+
+// Eight elements of a vector that each have a byte of the mask somewhere else. Threads then have one
+// vector on its way where two would change nothing but time: two cost 0.1 s of compiling.
+constexpr bool PATCHY = MASK_LOADS == EACH_BYTE && Walk::RAGGED && Walk::CHANNELS == 8;
 
 template <typename T> __device__ __forceinline__ int misalignment_of(const T* tensor) {
   return reinterpret_cast<size_t>(tensor) / sizeof(T) % V;

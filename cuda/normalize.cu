@@ -4,7 +4,7 @@
 #include "geometry.cuh"
 #include "normalize.cuh"
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS, WRITING_BLOCKS)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, NORMALIZING_BLOCKS)
 normalize(scalar_t* y, unsigned char* relu_bits, const scalar_t* x, const scalar_t* residual,
           const double* mean, const double* invstd, const param_t* weight, const param_t* bias,
           MASKED(const unsigned char* mask,) i64 relu, i64 n, i64 c, i64 l, i64 slice_length, i64 tile_channels, i64 line_samples) {

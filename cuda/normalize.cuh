@@ -27,9 +27,13 @@ __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned
                                                const scalar_t* x, const scalar_t* residual,
                                                const unsigned char* mask, bool relu,
                                                const Shape& shape, Load load) {
-  constexpr int UNROLL = Walk::CHANNELS == 8 || (MASK_LOADS != UNMASKED && V == 8) ? 2 : 4;
+  constexpr int UNROLL = PATCHY ? 1 : Walk::CHANNELS == 8 || (MASK_LOADS != UNMASKED && V == 8) ? 2 : 4;
   __shared__ Affine table[MAX_TILE_CHANNELS];
   Affine affine[Walk::CHANNELS];
+  int adds = residual != nullptr, clips = relu, writes_bits = relu_bits != nullptr;
+  keep_ready(adds);
+  keep_ready(clips);
+  keep_ready(writes_bits);
   bool first = true;
 #pragma unroll 1
   do {
@@ -39,7 +43,7 @@ __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
     load_slots(pack, x, slot);
-    if (residual) load_slots(added, residual, slot);
+    if (adds) load_slots(added, residual, slot);
     load_valid(valid, mask, slot, walk);
     if (first) {  // the first vectors are on their way
       fill_table(table, walk, shape.c, [&](bool active, i64 channel) {
@@ -55,11 +59,11 @@ __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned
       for (int j = 0; j < V; ++j) {
         values[j] = affine[Walk::CHANNELS == 1 ? 0 : j].apply(widen(pack[u].v[j]));
       }
-      if (residual) {
+      if (adds) {
 #pragma unroll
         for (int j = 0; j < V; ++j) values[j] += widen(added[u].v[j]);
       }
-      if (relu) {
+      if (clips) {
 #pragma unroll
         for (int j = 0; j < V; ++j) values[j] = activate(values[j], true);
       }
@@ -67,7 +71,7 @@ __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned
       for (int j = 0; j < V; ++j) values[j] = valid[u][j] ? values[j] : acc_t(0);
       Pack<scalar_t, V> out = narrowed(values);
       store_pack_if<V>(slot[u].active, y + slot[u].offset, out);
-      if (OWNS_BYTES && relu_bits) store_bits(relu_bits, slot[u], out);
+      if (OWNS_BYTES && writes_bits) store_bits(relu_bits, slot[u], out);
     }
   } while (walk.left > 0);
 

@@ -144,5 +144,6 @@ struct Affine {
             static_cast<acc_t>(channel.bias - low(channel.mean) * scale)};
   }
 
-  __device__ __forceinline__ acc_t apply(acc_t x) const { return fused(x - high, scale, shift); }
+  __device__ __forceinline__ acc_t apply(acc_t x) const { return at(x - high); }
+  __device__ __forceinline__ acc_t at(acc_t deviation) const { return fused(deviation, scale, shift); }
 };

@@ -21,6 +21,7 @@ from cupybn.backends.cuda.plan import (
     plan_resident,
 )
 
+COUNTED = 2**31  # of vectors in a row, and of vectors and samples in a slice, by kernels
 ISSUE_SHAPES = [
     *product((1, 2, 3, 8, 33), (1, 2, 3, 31, 32, 33, 65, 127, 1025),
              (1, 2, 3, 9, 15, 49, 64, 196, 784, 3136, 10007)),
@@ -256,3 +257,15 @@ def test_what_would_leave_multiprocessors_idle_or_does_not_fit_streams(shape):
     plan, why = plan_resident(shape, 2, 16, 132, 227 << 10, 1)
     assert plan is None
     assert re.match(r"streams: (takes \d+ bytes|\d+ tiles of \d+ bytes leave)", why)
+
+
+@pytest.mark.parametrize("places", [1, 500])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 2**35), (3, 2, 2**34 + 7), (2**35, 1, 1), (2**34 + 1, 3, 1), (2**33, 70, 1)]
+)
+@pytest.mark.parametrize("alignment", [2, 16])
+def test_kernels_count_in_32_bits_whatever_the_size(shape, alignment, places):
+    plan = plan_launch(shape, 2, alignment, alignment, 132).over(places)
+    assert plan.slice_length * plan.line_samples < COUNTED
+    assert plan.slices * plan.slice_length >= plan.length
+    assert not plan.rows or plan.vector == 1 or shape[2] // plan.vector < COUNTED

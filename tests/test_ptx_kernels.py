@@ -364,6 +364,52 @@ def test_more_than_2_to_31_elements(name, dtype):
     assert written > 1000
 
 
+MASKED = {name: shape for name, (shape, _) in LARGE.items() if "flat" not in name}
+MASKED["as many positions"] = (3, 1, 800_000_008)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_of_more_than_2_to_31_elements(name):
+    """The same with a mask: what it puts out is 0, whatever lies there; all else is right."""
+    (n, c, length), dtype = MASKED[name], np.dtype(np.float16)
+    total, rng = n * c * length, np.random.default_rng(2)
+    x, dy, y, dx = (large((n, c, length), dtype).reshape(-1) for _ in range(4))
+    mask = large((n, length), np.uint8)
+    parts = [slice(begin, begin + NOISE) for begin in (0, 2**31 - NOISE // 2, total - NOISE)]
+    valid = []
+    for part in parts:
+        i = np.arange(part.start, part.stop)
+        positions = i // (c * length) * length + i % length
+        mask.reshape(-1)[np.unique(positions)] = rng.integers(0, 2, len(np.unique(positions))) * 9
+        valid.append(positions)
+    valid = [mask.reshape(-1)[positions] != 0 for positions in valid]
+    for part, counts in zip(parts, valid, strict=True):
+        for tensor in (x, dy):
+            tensor[part] = np.where(counts, rng.standard_normal(NOISE), np.nan)
+        y[part] = dx[part] = 7
+    mean, invstd = np.full(c, 0.5), np.full(c, 2.0)
+    weight, bias = (np.full(c, value, np.float32) for value in (1.5, 0.25))
+    transform = Transform(*map(there, (mean, invstd, weight, bias)))
+    on = {"mask": there(mask)}
+    x3, dy3, y3, dx3 = (there(a.reshape(n, c, length)) for a in (x, dy, y, dx))
+    with host_kernels(compile_module), setting(blocks=some_blocks, races=False):
+        cuda.normalize(x3, transform, relu=False, residual3=None, relu_bits=None, out3=y3, **on)
+        sums = BackwardSums(*(there(np.zeros(c)) for _ in range(2)))
+        options = {"relu": False, "relu_bits": None, **on}
+        cuda.backward_input(dy3, x3, transform, sums=sums, count=100, out3=dx3, **options)
+        cuda.batch_moments(x3, count=100, **on)
+        cuda.backward_reduce(dy3, x3, transform, **options)
+    ran, put_out = 0, 0
+    for part, counts in zip(parts, valid, strict=True):
+        for result, exact in ((y, (x[part].astype(float) - 0.5) * 3 + 0.25), (dx, dy[part] * 3.0)):
+            found, written = result[part].astype(float), result[part] != 7
+            expected = np.where(counts, exact, 0)[written]
+            assert (np.abs(found[written] - expected) <= 1e-2 * np.maximum(1, abs(expected))).all()
+            ran, put_out = ran + written.sum(), put_out + (written & ~counts).sum()
+    assert ran > 1000
+    assert put_out > 300
+
+
 def test_an_offset_of_32_bits_would_be_found():
     """The test above can fail: the same kernel with an offset that wraps."""
     text = """extern "C" __global__ void f(unsigned char* y, long long step) {

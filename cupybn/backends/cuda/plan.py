@@ -23,6 +23,7 @@ VECTOR_BYTES = 16
 _SHORT_ROW_BYTES = 512  # with shorter rows a warp's access is in several places of memory
 _RUN_BYTES = 128  # the least length of a run: whole cache lines
 _SLICE_BYTES = 16 << 10  # a smaller share of a channel is not worth a block
+_COUNTED = 1 << 30  # of a row's vectors and a slice's vectors or samples: kernels count in 32 bits
 _FULL = 0.85  # of the places for blocks is full enough
 _TRIED = 8
 _BATCH = 8  # as in cuda/reduce.cuh
@@ -136,8 +137,9 @@ class LaunchPlan:
         """
         if self.flat:
             return self
-        most = max(1, min(self.tile_bytes // _SLICE_BYTES, MAX_SLICES))
-        once = max(1, places // self.tiles)
+        least = _ceil(self.length * self.line_samples, _COUNTED)
+        most = max(least, min(self.tile_bytes // _SLICE_BYTES, MAX_SLICES))
+        once = max(least, places // self.tiles)
         slices = most
         if most > once:
             slices = max(
@@ -191,7 +193,10 @@ def _plan_rows(
     n, c, length = shape
     vector = VECTOR_BYTES // itemsize
     # vectors of ragged rows do not begin at a byte of ReLU bits
-    if length < vector or (alignment if whole_bytes else congruence) < VECTOR_BYTES:
+    if (
+        not vector <= length <= vector * _COUNTED
+        or (alignment if whole_bytes else congruence) < VECTOR_BYTES
+    ):
         vector = 1
     ragged = length % vector != 0 or alignment < vector * itemsize
     total = n * (length // vector)
