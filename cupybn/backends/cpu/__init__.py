@@ -100,6 +100,11 @@ def _bound(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Bound:
 def _bytes(mask: Data, shape: tuple[int, int, int]) -> Data:
     """The mask as the kernels take it, for x of that shape; see ``masked.py``."""
     (n, length), wanted = mask.shape, repeated(*shape)
+    if not plan_for(*shape).columns:
+        bits = np.packbits(mask, bitorder="little")
+        whole = np.zeros(2 * LINE + bits.size, np.int8)
+        whole[LINE : LINE + bits.size] = bits.view(np.int8)
+        return whole
     whole = np.zeros(2 * LINE + n * wanted, np.uint8)
     inside = whole[LINE : LINE + n * wanted]
     inside.reshape(n, wanted // max(length, 1), length)[...] = mask[:, None]
