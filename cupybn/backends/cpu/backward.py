@@ -239,7 +239,7 @@ def _input_line(dx, i, d, v, constant, coefficients):
     return times(d, line(dx, scale, i))
 
 
-@inside
+@shared
 def _input_run(arrays, size, streaming, staged, fused, constant, coefficients, found):
     mask, first, period = found
     dx, dresidual, dy, x, kept = arrays

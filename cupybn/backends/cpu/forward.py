@@ -7,7 +7,7 @@ all of them at once, and the second reading of x finds the values in the cache.
 from __future__ import annotations
 
 from .channels import fill_affine, finalize, pack_moments
-from .compiler import inside, kernel
+from .compiler import inside, kernel, shared
 from .intrinsics import (
     added,
     affine,
@@ -68,7 +68,7 @@ def _normalized(y, i, z, r, fused, relu, coefficients, valid, at):
     return where_valid(valid, at, rectified(z) if relu else z)
 
 
-@inside
+@shared
 def _normalize_run(y, x, residual, size, streaming, fused, relu, coefficients, found):
     mask, first, period = found
     head, last = whole_lines(y, size, streaming)
