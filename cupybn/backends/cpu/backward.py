@@ -195,7 +195,7 @@ def _masked_column_sums(sums, arrays, item, relu, coefficients, channels, masked
             partial[j] = zero(x)
             partial_products[j] = zero(x)
         for k in range(0, taken, 4):
-            valid, period = bytes_of_four(memory, mask, rows, k, taken, item, channels)
+            found = bytes_of_four(memory, mask, rows, k, taken, item, channels)
             if relu > 0:
                 for r in range(4):
                     begin, own = start + rows[k + r] * width + j0, moved(kept, r * BUFFER)
@@ -207,12 +207,7 @@ def _masked_column_sums(sums, arrays, item, relu, coefficients, channels, masked
                 start + rows[k + 2] * width + j0,
                 start + rows[k + 3] * width + j0,
             )
-            at = 0
-            for j in range(0, size, lanes(x)):
-                add_products(
-                    (dy, x, kept), begins, j, at, size, relu, high, valid, partial, partial_products
-                )
-                at = next_place(valid[0], at, lanes(x), period)
+            add_products((dy, x, kept), begins, size, relu, high, found, partial, partial_products)
         for j in range(size):
             totals[j] += partial[j]
             products[j] += partial_products[j]

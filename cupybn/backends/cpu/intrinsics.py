@@ -512,8 +512,8 @@ def next_place(_, valid, at, step, period):
         place = builder.add(arguments[1], arguments[2])
         if signature.args[0] != _BYTES:
             return place
-        before = builder.icmp_signed("<", place, arguments[3])
-        return builder.select(before, place, builder.sub(place, arguments[3]))
+        again = builder.sub(place, arguments[3])  # unsigned, the larger before that
+        return builder.select(builder.icmp_unsigned("<", place, again), place, again)
 
     return types.intp(valid, types.intp, types.intp, types.intp), code
 

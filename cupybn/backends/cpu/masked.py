@@ -48,7 +48,7 @@ def _below(mask, i, end):
     return valid_of(mask, i) & ((1 << (end - i)) - 1)
 
 
-@shared
+@summed
 def valid_in(mask, begin, end):
     """How many positions from `begin` to `end` are valid."""
     first, last = begin & -LINE, end & -LINE
@@ -352,23 +352,25 @@ def masked_moments(columns, x, mean, m2, item, a, b, channels, mask, counts):
         masked_column_moments(begin, mean, m2, item, channels, mask, counts)
 
 
-@inside
-def add_products(arrays, begins, j, at, size, relu, high, valid, partial, products):
-    """Adds dy, or what of it a ReLU kept, and dy * (x - high), of four rows' lines at column j."""
-    dy, x, kept = arrays
-    x0, x1, x2, x3 = _four(x, x, begins, j, size)
-    if relu > 0:
-        g0, g1 = line(x, kept, j), line(x, kept, j + BUFFER)
-        g2, g3 = line(x, kept, j + 2 * BUFFER), line(x, kept, j + 3 * BUFFER)
-    else:
-        g0, g1, g2, g3 = _four(x, dy, begins, j, size)
-    h = line(x, high, j)
-    a, b, c, d = valid
-    g0, d0 = where_valid(a, at, g0), where_valid(a, at, minus(x0, h))
-    g1, d1 = where_valid(b, at, g1), where_valid(b, at, minus(x1, h))
-    g2, d2 = where_valid(c, at, g2), where_valid(c, at, minus(x2, h))
-    g3, d3 = where_valid(d, at, g3), where_valid(d, at, minus(x3, h))
-    total = added(line(x, partial, j), added(added(g0, g1), added(g2, g3)))
-    store_line(partial, j, total, False)
-    product = added(added(times(g0, d0), times(g1, d1)), added(times(g2, d2), times(g3, d3)))
-    store_line(products, j, added(line(x, products, j), product), False)
+@shared
+def add_products(arrays, begins, size, relu, high, found, partial, products):
+    """Adds dy, or what of it a ReLU kept, and dy * (x - high), of `size` columns of four rows."""
+    (dy, x, kept), ((a, b, c, d), period) = arrays, found
+    at = 0
+    for j in range(0, size, lanes(x)):
+        x0, x1, x2, x3 = _four(x, x, begins, j, size)
+        if relu > 0:
+            g0, g1 = line(x, kept, j), line(x, kept, j + BUFFER)
+            g2, g3 = line(x, kept, j + 2 * BUFFER), line(x, kept, j + 3 * BUFFER)
+        else:
+            g0, g1, g2, g3 = _four(x, dy, begins, j, size)
+        h = line(x, high, j)
+        g0, d0 = where_valid(a, at, g0), where_valid(a, at, minus(x0, h))
+        g1, d1 = where_valid(b, at, g1), where_valid(b, at, minus(x1, h))
+        g2, d2 = where_valid(c, at, g2), where_valid(c, at, minus(x2, h))
+        g3, d3 = where_valid(d, at, g3), where_valid(d, at, minus(x3, h))
+        total = added(line(x, partial, j), added(added(g0, g1), added(g2, g3)))
+        store_line(partial, j, total, False)
+        product = added(added(times(g0, d0), times(g1, d1)), added(times(g2, d2), times(g3, d3)))
+        store_line(products, j, added(line(x, products, j), product), False)
+        at = next_place(a, at, lanes(x), period)
