@@ -24,8 +24,8 @@ from cupybn.interop import jax as interop  # noqa: E402
 MPI = Path(__file__).parent / "mpi"
 ALONE = SelfCommunicator()
 CHECKS = (
-    "gradients", "masks", "what_one_rank_ignores", "forward_alone", "running_statistics",
-    "errors_reach_every_rank", "refusals",
+    "gradients", "float32", "masks", "what_one_rank_ignores", "forward_alone",
+    "running_statistics", "errors_reach_every_rank", "refusals",
 )  # fmt: skip
 
 
@@ -66,9 +66,10 @@ def test_over_mpi(job_of_all, name, n):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize(("n", "names"), [(1, ["float32"]), (3, ["gradients", "float32"])])
-def test_over_mpi_in_float32(mpirun, n, names):
-    check(mpirun, n, *names)
+@pytest.mark.parametrize(("n", "x64"), [(1, "1"), (2, "0"), (3, "1")])
+def test_gradients_over_mpi(mpirun, n, x64):
+    """The numbers of ranks that are not above; and JAX without float64, as it is if not asked."""
+    check(mpirun, n, "gradients", "float32", JAX_ENABLE_X64=x64)
 
 
 @pytest.mark.mpi

@@ -1,10 +1,12 @@
 """The loops of moments and of sums over the valid positions alone, and what all masked loops need.
 
-A mask is a pointer to bytes, nonzero where a position is valid, and how many there are from one
-sample to the next; a line before and one behind them may be read, too. Columns are read a line at
-a time, each beside as many bytes. The bytes of a sample repeat with each channel; where a row of
-columns is one sample, they come repeated already (``repeated`` of ``plan.py``). Sums leave out
-rows of columns that are masked altogether.
+A mask is a pointer, and how many bytes there are from one sample to the next; a line before and one
+behind may be read, too. Rows have a bit a position, the first in the lowest one, all samples one
+behind the other: eight positions a byte, so that the bits of many rows stay in L1. Columns have a
+byte a position, nonzero where it is valid, and are read a line at a time, each beside as many
+bytes. The bytes of a sample repeat with each channel; where a row of columns is one sample, they
+come repeated already (``repeated`` of ``plan.py``). Sums leave out rows of columns that are masked
+altogether.
 """
 
 from __future__ import annotations
