@@ -39,7 +39,10 @@ WORLD = MPI.COMM_WORLD
 
 
 class SyncBatchNorm(nnx.BatchNorm):
-    """``nnx.BatchNorm`` over the ranks of `comm`; `name` is the layer's, equal on all ranks."""
+    """``nnx.BatchNorm`` over the ranks of `comm`; `name` is the layer's, equal on all ranks.
+
+    A mask has x's shape without its channels, and y is 0 where x is masked.
+    """
 
     def __init__(self, num_features: int, *, comm: Communicator, name: str, **options: Any) -> None:
         super().__init__(num_features, **options)
@@ -52,9 +55,10 @@ class SyncBatchNorm(nnx.BatchNorm):
             use_running_average = self.use_running_average
         if use_running_average:
             return super().__call__(x, True)
+        weight, bias = (p if p is None else p[...] for p in (self.scale, self.bias))
         y, statistics = batch_norm(
-            x, self.scale[...], self.bias[...], comm=self.comm, name=self.name,
-            eps=self.epsilon, channel_axis=self.axis,
+            x, weight, bias, comm=self.comm, name=self.name,
+            eps=self.epsilon, channel_axis=self.axis, mask=mask,
         )  # fmt: skip
         # As Flax does, with the biased variance.
         for running, new in ((self.mean, statistics.mean), (self.var, statistics.var)):

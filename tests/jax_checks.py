@@ -6,6 +6,9 @@ other in them. Every check returns what must be the same on every rank.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from unittest.mock import patch
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +16,7 @@ from mpi4py import MPI
 from rank_checks import Spy
 
 from cupybn import functional
+from cupybn.collective import CollectiveCall
 from cupybn.communicators import MpiCommunicator
 from cupybn.interop import jax as interop
 
@@ -345,6 +349,20 @@ def check_errors_reach_every_rank(comm):
     text = raised(masked, jnp.ones((4, WIDTH)))
     assert (
         "mask has shape (4, 1)" if last else f"PeerError: forward of 'masked': {peer}"
+    ) in text, text
+    jax.block_until_ready(good(params, x))
+
+    backward = functional.batch_norm_backward
+
+    def without_memory(dy, saved):
+        with patch.object(CollectiveCall, "payload", side_effect=MemoryError("no room")):
+            return backward(dy, saved)
+
+    broken = patch.object(functional, "batch_norm_backward", without_memory)
+    with broken if last else nullcontext():
+        text = raised(good, params, x)
+    assert (
+        "MemoryError: no room" if last else f"PeerError: backward of 'branch3': {peer}"
     ) in text, text
     jax.block_until_ready(good(params, x))
 

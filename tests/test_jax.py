@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import subprocess
 import sys
@@ -16,15 +17,15 @@ jax = pytest.importorskip("jax", reason="JAX is not installed")
 
 import jax.numpy as jnp  # noqa: E402
 
-from cupybn import DeviceError  # noqa: E402
+from cupybn import DeviceError, functional  # noqa: E402
 from cupybn.communicators import SelfCommunicator  # noqa: E402
 from cupybn.interop import jax as interop  # noqa: E402
 
 MPI = Path(__file__).parent / "mpi"
 ALONE = SelfCommunicator()
 CHECKS = (
-    "gradients", "masks", "what_one_rank_ignores", "forward_alone", "running_statistics",
-    "errors_reach_every_rank", "refusals",
+    "gradients", "float32", "masks", "what_one_rank_ignores", "forward_alone",
+    "running_statistics", "errors_reach_every_rank", "refusals",
 )  # fmt: skip
 
 
@@ -65,14 +66,15 @@ def test_over_mpi(job_of_all, name, n):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize(("n", "names"), [(1, ["float32"]), (3, ["gradients", "float32"])])
-def test_over_mpi_in_float32(mpirun, n, names):
-    check(mpirun, n, *names)
+@pytest.mark.parametrize(("n", "x64"), [(1, "1"), (2, "0"), (3, "1")])
+def test_gradients_over_mpi(mpirun, n, x64):
+    """The numbers of ranks that are not above; and JAX without float64, as it is if not asked."""
+    check(mpirun, n, "gradients", "float32", JAX_ENABLE_X64=x64)
 
 
 @pytest.mark.mpi
 def test_over_mpi_with_the_checks_of_jax(mpirun):
-    names = ("gradients", "forward_alone", "running_statistics")
+    names = ("gradients", "masks", "forward_alone", "running_statistics")
     check(mpirun, 2, *names, JAX_ENABLE_X64="1", JAX_ENABLE_CHECKS="1")
 
 
@@ -84,6 +86,28 @@ def test_flax_over_ranks_is_flax_in_one_process(mpirun):
     together, apart = map(float, re.findall(r"synchronised +(\S+)", printed))
     assert together < 1e-13, printed
     assert apart > 1e-4, printed
+
+
+def test_the_module_for_flax_has_its_state_and_takes_a_mask(monkeypatch):
+    nnx = pytest.importorskip("flax.nnx", reason="Flax is not installed")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from flax_digits import SyncBatchNorm
+
+    x, mask = jax.random.normal(jax.random.key(0), (6, 5, 3)), jnp.arange(30).reshape(6, 5) % 3 > 0
+    for options in ({}, {"use_bias": False}, {"use_scale": False}):
+        theirs = nnx.BatchNorm(3, rngs=nnx.Rngs(0), **options)
+        mine = SyncBatchNorm(3, rngs=nnx.Rngs(0), comm=ALONE, name="a", **options)
+        assert (
+            nnx.to_pure_dict(nnx.state(mine)).keys() == nnx.to_pure_dict(nnx.state(theirs)).keys()
+        )
+        for given in (None, mask):
+            y = mine(x if given is None else jnp.where(given[..., None], x, jnp.nan), mask=given)
+            wide = None if given is None else given[..., None]
+            valid = True if given is None else wide
+            expected = jnp.where(valid, theirs(x, mask=wide), 0)
+            np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(mine.mean[...], theirs.mean[...], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(mine.var[...], theirs.var[...], rtol=1e-5, atol=1e-6)
 
 
 def norm(x, weight=None, bias=None, **options):
@@ -155,6 +179,28 @@ def test_a_vjp_may_be_called_twice_and_keeps_arrays_alone():
     for first, second in zip(vjp(y), vjp(y), strict=True):
         np.testing.assert_array_equal(first, second)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(vjp))
+
+
+def test_a_gradient_that_nobody_asks_for_leaves_nothing():
+    x, weight, bias = case()
+    mask = jnp.ones((8, 5), bool)
+
+    def discarded():
+        for options in ({}, {"mask": mask}):
+            call = partial(norm, **options)
+            jax.vjp(call, x, weight, bias)
+            jax.jit(lambda *args: jax.vjp(call, *args)[0])(x, weight, bias)  # noqa: B023
+
+    def alive():
+        gc.collect()
+        contexts = sum(isinstance(found, functional.Saved) for found in gc.get_objects())
+        return contexts, len(jax.live_arrays())
+
+    discarded()
+    before = alive()
+    for _ in range(3):
+        discarded()
+    assert alive() == before
 
 
 def test_equal_calls_are_compiled_once():

@@ -10,6 +10,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
+from hypothesis import given as drawn  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
@@ -206,6 +209,66 @@ def test_second_derivatives_of_poisoned_values():
     check(ddy, expected_ddy, mask, 1e-10)
     check(dx, expected_dx, mask, 1e-10)
     torch.testing.assert_close(dweight, expected_dweight, rtol=1e-10, atol=1e-10)
+
+
+@st.composite
+def positions(draw):
+    """A mask of any positions, (N, ...): none, all, one, whole samples or any choice of them."""
+    shape = draw(st.sampled_from([(1, 4), (7, 1), (5, 6), (3, 2, 5), (2, 2, 3, 2)]))
+    size = int(np.prod(shape))
+    some = st.sets(st.integers(0, size - 1), min_size=0, max_size=size)
+    of_samples = st.lists(st.booleans(), min_size=shape[0], max_size=shape[0])
+    mask = torch.zeros(shape, dtype=torch.bool)
+    chosen = draw(some | of_samples | st.sampled_from(["all", "one"]))
+    if isinstance(chosen, set):
+        mask.view(-1)[list(chosen)] = True
+    elif isinstance(chosen, list):
+        mask[torch.tensor(chosen)] = True
+    else:
+        mask.view(-1)[: size if chosen == "all" else 1] = True
+    return mask
+
+
+def step_with(module, x, dy, training, **options):
+    """y, dx, and the gradients of a penalty on dx with respect to dy and x."""
+    module.train(training)
+    x, dy = x.clone().requires_grad_(), dy.clone().requires_grad_()
+    y = module(x, **options)
+    (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+    penalty = (dx * torch.cos(dx.detach())).sum()
+    ddy, ddx = torch.autograd.grad(penalty, (dy, x), allow_unused=True)
+    return y, dx, ddy, torch.zeros_like(x) if ddx is None else ddx
+
+
+@settings(max_examples=40, deadline=None)
+@drawn(positions(), st.booleans(), st.integers(0, 1000))
+def test_any_mask_in_training_and_evaluation(mask, training, seed):
+    """Also of second order, with NaN and Inf in the masked places of x and dy."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (mask.shape[0], 3, *mask.shape[1:])
+    x, dy = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    x.movedim(1, -1)[~mask], dy.movedim(1, -1)[~mask] = NAN, float("inf")
+    kind = (interop.BatchNorm1d, interop.BatchNorm2d, interop.BatchNorm3d)[max(0, mask.ndim - 2)]
+    ours, theirs = build(kind), build(torch.nn.BatchNorm1d)
+    before = copy.deepcopy(ours.state_dict())
+    count = int(mask.sum())
+    if training and count == 1:
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            ours(x, mask=mask)
+        return
+    found = step_with(ours, x, dy, training, mask=mask)
+    if count == 0:
+        assert not any(array.any() for array in found)
+        assert all(torch.equal(ours.state_dict()[name], old) for name, old in before.items())
+        return
+    expected = step_with(theirs, packed(x, mask), packed(dy, mask), training)
+    steep = 1.0
+    if training:
+        steep = max(1.0, float(packed(x, mask).var(0, correction=0).min().add(1e-5).rsqrt()))
+    for order, (mine, other) in enumerate(zip(found, expected, strict=True)):
+        check(mine, other.detach(), mask, 1e-10 * steep**order)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -34,7 +34,7 @@ _FORMS = {"local": 0, "pooled": 1, "recentred": 2}
 _MOMENTS, _FINALIZE, _NORMALIZE = 1, 2, 4  # stages of the forward
 _SUMS, _MERGE, _GRADIENTS, _INPUT = 1, 2, 4, 8  # and of the backward
 _WHOLE_FORWARD, _WHOLE_BACKWARD = 7, 15
-_UNMASKED: tuple[Any, ...] = None, True  # in place of a mask's bytes, and None
+_UNMASKED: tuple[Any, ...] = None, True  # in place of a mask, and None
 _UNCOUNTED: tuple[Any, ...] = None, None, True
 _INT64, _UINT8 = np.dtype(np.int64), np.dtype(np.uint8)
 _NO_NUMBERS, _NO_STATE, _NO_BITS = (np.empty(0, t) for t in (np.float64, np.float32, np.uint8))
@@ -98,9 +98,14 @@ def _bound(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Bound:
     return _Bound(forward, backward, plan.counts, seen, no_data, no_parameter)
 
 
-def _bytes(mask: Data, shape: tuple[int, int, int]) -> Data:
+def _positions(mask: Data, shape: tuple[int, int, int]) -> Data:
     """The mask as the kernels take it, for x of that shape; see ``masked.py``."""
     (n, length), wanted = mask.shape, repeated(*shape)
+    if not plan_for(*shape).columns:
+        bits = np.packbits(mask, bitorder="little")
+        whole = np.zeros(2 * LINE + bits.size, np.int8)
+        whole[LINE : LINE + bits.size] = bits.view(np.int8)
+        return whole
     whole = np.zeros(2 * LINE + n * wanted, np.uint8)
     inside = whole[LINE : LINE + n * wanted]
     inside.reshape(n, wanted // max(length, 1), length)[...] = mask[:, None]
@@ -137,7 +142,7 @@ def batch_moments(
     counts, masked, total = bound.counts, _UNCOUNTED, n * length
     if mask is not None:
         counts, total = np.zeros(segments), count_valid(mask) if count is None else count
-        masked = _bytes(mask, x3.shape), counts, None
+        masked = _positions(mask, x3.shape), counts, None
     settings = _MOMENTS, 0, False, 0.0, float(total), 0.0
     bound.forward(np.zeros(2, _INT64), *arrays, *settings, *masked)
     if not single:
@@ -190,7 +195,7 @@ def normalize(
     weight, bias = none if weight is None else weight, none if bias is None else bias
     arrays = out.view(seen), x3.view(seen), residual, weight, bias, none, none
     numbers = mean, invstd, mean, invstd, _NO_NUMBERS
-    masked = _UNCOUNTED if mask is None else (_bytes(mask, x3.shape), _NO_NUMBERS, None)
+    masked = _UNCOUNTED if mask is None else (_positions(mask, x3.shape), _NO_NUMBERS, None)
     settings = _NORMALIZE, 0, relu, 0.0, 0.0, 0.0
     bound.forward(np.zeros(2, _INT64), *arrays, *numbers, *settings, *masked)
     if relu_bits is not None:
@@ -229,7 +234,7 @@ def backward_reduce(
     single = len(bound.counts) == 1
     sums = none, none, sum_dy, sum_dy_xmu, sum_dy, sum_dy_xmu
     stages = _SUMS | _MERGE if single else _SUMS
-    masked = _UNMASKED if mask is None else (_bytes(mask, x3.shape), None)
+    masked = _UNMASKED if mask is None else (_positions(mask, x3.shape), None)
     settings = stages, relu, 0.0, *masked
     bound.backward(np.zeros(2, _INT64), nothing, nothing, *arrays, *sums, *settings)
     if not single:
@@ -282,7 +287,7 @@ def backward_input(
         stages = _GRADIENTS | _INPUT
     elif local is not None:
         load().add_gradients(*into, *own, invstd)
-    masked = _UNMASKED if mask is None else (_bytes(mask, x3.shape), None)
+    masked = _UNMASKED if mask is None else (_positions(mask, x3.shape), None)
     bound.backward(np.zeros(2, _INT64), *arrays, stages, relu, divisor, *masked)
     return dx3
 
@@ -331,7 +336,7 @@ def finish_forward(
         of_all = first, second, float(moments.count), float(eps), _FORMS[form]
         load().finalize_moments(*of_all, *written, float(factor))
     states = running_mean, running_var, mean, invstd
-    masked = _UNCOUNTED if mask is None else (_bytes(mask, x3.shape), _NO_NUMBERS, None)
+    masked = _UNCOUNTED if mask is None else (_positions(mask, x3.shape), _NO_NUMBERS, None)
     settings = stages, _FORMS[form], relu, *numbers
     bound.forward(turns, *arrays, *states, *pooled, *settings, *masked)
     if relu_bits is not None:
@@ -387,7 +392,7 @@ def local_forward(
     masked, total = _UNCOUNTED, n * length
     if mask is not None:
         total = count_valid(mask) if count is None else count
-        masked = _bytes(mask, x3.shape), np.zeros(1), None
+        masked = _positions(mask, x3.shape), np.zeros(1), None
     numbers = float(eps), float(total), float(factor)
     moments = mean, invstd, _NO_NUMBERS  # m2, then invstd in its place
     settings = _WHOLE_FORWARD, 0, relu, *numbers
@@ -445,7 +450,7 @@ def local_backward(
         data = dx3.view(seen), dresidual.view(seen), dy3.view(seen), x3.view(seen)
         arrays = *data, *arrays[4:]
     sums, turns = (np.empty(c), np.empty(c)), np.zeros(2, _INT64)
-    masked = _UNMASKED if mask is None else (_bytes(mask, x3.shape), None)
+    masked = _UNMASKED if mask is None else (_positions(mask, x3.shape), None)
     bound.backward(turns, *arrays, *sums, *sums, _WHOLE_BACKWARD, relu, float(count), *masked)
 
 

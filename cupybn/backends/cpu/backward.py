@@ -23,10 +23,12 @@ from .intrinsics import (
     line,
     load,
     moved,
+    next_place,
     of_channel,
     part,
     plus,
     pointer,
+    positions,
     store_line,
     store_part,
     strided,
@@ -39,9 +41,8 @@ from .intrinsics import (
 from .masked import (
     add_products,
     bytes_of_four,
-    bytes_of_run,
+    mask_of_run,
     masked_sums,
-    next_place,
     valid_rows,
 )
 from .moments import ROWS, add_columns
@@ -194,7 +195,7 @@ def _masked_column_sums(sums, arrays, item, relu, coefficients, channels, masked
             partial[j] = zero(x)
             partial_products[j] = zero(x)
         for k in range(0, taken, 4):
-            valid, period = bytes_of_four(memory, mask, rows, k, taken, item, channels)
+            found = bytes_of_four(memory, mask, rows, k, taken, item, channels)
             if relu > 0:
                 for r in range(4):
                     begin, own = start + rows[k + r] * width + j0, moved(kept, r * BUFFER)
@@ -206,12 +207,7 @@ def _masked_column_sums(sums, arrays, item, relu, coefficients, channels, masked
                 start + rows[k + 2] * width + j0,
                 start + rows[k + 3] * width + j0,
             )
-            at = 0
-            for j in range(0, size, lanes(x)):
-                add_products(
-                    (dy, x, kept), begins, j, at, size, relu, high, valid, partial, partial_products
-                )
-                at = next_place(at, lanes(x), period)
+            add_products((dy, x, kept), begins, size, relu, high, found, partial, partial_products)
         for j in range(size):
             totals[j] += partial[j]
             products[j] += partial_products[j]
@@ -238,29 +234,28 @@ def _input_line(dx, i, d, v, constant, coefficients):
     return times(d, line(dx, scale, i))
 
 
-@inside
+@shared
 def _input_run(arrays, size, streaming, staged, fused, constant, coefficients, found):
-    valid, period = found
+    mask, first, period = found
     dx, dresidual, dy, x, kept = arrays
     head, last = whole_lines(dx, size, streaming)
-    at = head
+    valid, at = positions(mask, first + head)
+    before = at - lanes(dx)
     for i in range(head, last, lanes(dx)):
         d = line(dx, kept, i) if staged else line(dx, dy, i)
-        d = where_valid(valid, at, d)
         v = line(dx, x, i)
         if fused:
-            store_line(dresidual, i, d, False)
+            store_line(dresidual, i, where_valid(valid, at, d), False)
         d = where_valid(valid, at, _input_line(dx, i, d, v, constant, coefficients))
         store_line(dx, i, d, streaming)
-        at = next_place(at, lanes(dx), period)
+        at = next_place(valid, at, lanes(dx), period)
     i = head - lanes(dx) if head > 0 else last
-    at_edge = i if head > 0 else at
+    at_edge = before if head > 0 else at
     while i < size:
         d = line(dx, kept, i) if staged else part(dx, dy, i, size)
-        d = where_valid(valid, at_edge, d)
         v = part(dx, x, i, size)
         if fused:
-            store_part(dresidual, i, d, size)
+            store_part(dresidual, i, where_valid(valid, at_edge, d), size)
         d = where_valid(valid, at_edge, _input_line(dx, i, d, v, constant, coefficients))
         store_part(dx, i, d, size)
         i, at_edge = max(last, i + lanes(dx)), at
@@ -283,7 +278,7 @@ def _input(columns, arrays, item, a, b, relu, coefficients, more):
                 if staged:
                     _apply_relu_grad(kept, g, v, relu_bits, begin, size, relu, of)
                 run = pointer(dx, begin), pointer(dresidual, begin), g, v, kept
-                found = bytes_of_run(valid, mask, columns, item, x.shape[1], n, i)
+                found = mask_of_run(valid, mask, columns, item, x.shape[1], n, i)
                 _input_run(run, size, streaming, staged, fused, constant, of, found)
 
 

@@ -7,7 +7,7 @@ all of them at once, and the second reading of x finds the values in the cache.
 from __future__ import annotations
 
 from .channels import fill_affine, finalize, pack_moments
-from .compiler import inside, kernel
+from .compiler import inside, kernel, shared
 from .intrinsics import (
     added,
     affine,
@@ -20,9 +20,11 @@ from .intrinsics import (
     line,
     load,
     moved,
+    next_place,
     of_channel,
     part,
     pointer,
+    positions,
     rectified,
     store_line,
     store_part,
@@ -32,9 +34,8 @@ from .intrinsics import (
     where_valid,
 )
 from .masked import (
-    bytes_of_run,
+    mask_of_run,
     masked_moments,
-    next_place,
 )
 from .moments import column_moments, row_moments
 from .plan import WIDE
@@ -59,7 +60,7 @@ def whole_lines(y, size, streaming):
 
 @inside
 def _normalized(y, i, z, r, fused, relu, coefficients, valid, at):
-    """The line at y[i], from one of x and one of the residual, and the bytes at valid[at]."""
+    """The line at y[i], from one of x and one of the residual, and the mask at position `at`."""
     high, scale, shift = coefficients
     z = affine(z, line(y, high, i), line(y, scale, i), line(y, shift, i))
     if fused:
@@ -67,19 +68,20 @@ def _normalized(y, i, z, r, fused, relu, coefficients, valid, at):
     return where_valid(valid, at, rectified(z) if relu else z)
 
 
-@inside
+@shared
 def _normalize_run(y, x, residual, size, streaming, fused, relu, coefficients, found):
-    valid, period = found
+    mask, first, period = found
     head, last = whole_lines(y, size, streaming)
-    at = head
+    valid, at = positions(mask, first + head)
+    before = at - lanes(y)
     for i in range(head, last, lanes(y)):
         z = line(y, x, i)
         r = line(y, residual, i) if fused else z
         z = _normalized(y, i, z, r, fused, relu, coefficients, valid, at)
         store_line(y, i, z, streaming)
-        at = next_place(at, lanes(y), period)
+        at = next_place(valid, at, lanes(y), period)
     i = head - lanes(y) if head > 0 else last
-    at_edge = i if head > 0 else at
+    at_edge = before if head > 0 else at
     while i < size:  # what is no whole line
         z = part(y, x, i, size)
         r = part(y, residual, i, size) if fused else z
@@ -101,7 +103,7 @@ def _normalize(columns, arrays, item, a, b, relu, coefficients, masked):
             for i in range(l0, l1, WIDE):
                 begin, size = start + (n * channels + c) * length + i, min(WIDE, l1 - i)
                 there, v, r = pointer(y, begin), pointer(x, begin), pointer(residual, begin)
-                found = bytes_of_run(valid, mask, columns, item, x.shape[1], n, i)
+                found = mask_of_run(valid, mask, columns, item, x.shape[1], n, i)
                 _normalize_run(there, v, r, size, streaming, fused, relu, of, found)
 
 

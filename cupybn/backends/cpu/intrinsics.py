@@ -125,10 +125,10 @@ def buffers(_, x, mask):
 
 @intrinsic
 def byte_buffers(_, x, mask):
-    """Four buffers of bytes; None where there is no mask."""
+    """Four buffers of what a mask is made of; None where there is none."""
     if mask is types.none:
         return types.none(x, mask), lambda context, *_: context.get_dummy_value()
-    result, code = _on_the_stack(types.uint8, x, 4 * BUFFER)
+    result, code = _on_the_stack(mask.dtype, x, 4 * BUFFER)
     return result.return_type(x, mask), code
 
 
@@ -478,33 +478,126 @@ def _where_positive(builder, a, b):
     return builder.select(builder.fcmp_ordered(">", a, zeros), b, zeros)
 
 
+_BITS, _BYTES = types.CPointer(types.int8), types.CPointer(types.uint8)  # of a mask
+
+
 @intrinsic
-def where_valid(_, valid, i, z):
-    """z where the bytes from valid[i] on are not 0, else 0; z itself where `valid` is None."""
+def positions(_, valid, i):
+    """(a mask for ``where_valid``, the place in it of position i).
+
+    Of bits, a tuple: the pointer, and by how many bits the places before i, multiples of 8 off.
+    """
+    if valid != _BITS:
+        kinds = types.Tuple((valid, types.intp))
+        return kinds(valid, types.intp), lambda context, builder, _, given: context.make_tuple(
+            builder, kinds, given
+        )
+    pair = types.Tuple((valid, types.intp))
+    kinds = types.Tuple((pair, types.intp))
 
     def code(context, builder, signature, arguments):
-        given, index, values = arguments
+        bits, index = arguments
+        there = builder.gep(bits, [builder.ashr(index, index.type(3))])
+        made = context.make_tuple(builder, pair, (there, builder.and_(index, index.type(7))))
+        return context.make_tuple(builder, kinds, (made, index.type(0)))
+
+    return kinds(valid, types.intp), code
+
+
+@intrinsic
+def next_place(_, valid, at, step, period):
+    """Where in a mask the next `step` columns begin: bytes repeat after `period`, bits do not."""
+
+    def code(context, builder, signature, arguments):
+        place = builder.add(arguments[1], arguments[2])
+        if signature.args[0] != _BYTES:
+            return place
+        again = builder.sub(place, arguments[3])  # unsigned, the larger before that
+        return builder.select(builder.icmp_unsigned("<", place, again), place, again)
+
+    return types.intp(valid, types.intp, types.intp, types.intp), code
+
+
+def _bytes_of(builder, mask, i, count):
+    """Whether each of `count` bytes from mask[i] on is not 0."""
+    kind = ir.VectorType(ir.IntType(8), count)
+    there = builder.bitcast(builder.gep(mask, [i]), kind.as_pointer())
+    return builder.icmp_unsigned("!=", builder.load(there, align=1), _constant(kind, 0))
+
+
+def _bits_of(builder, mask, i, count):
+    """Whether each of `count` bits is 1 from place i on, a multiple of 8, of what is shifted."""
+    (bits, shift), word = cgutils.unpack_tuple(builder, mask), ir.IntType(2 * count)
+    there = builder.gep(bits, [builder.ashr(i, i.type(3))])
+    found = builder.load(builder.bitcast(there, word.as_pointer()), align=1)
+    shift = shift if word == i.type else builder.trunc(shift, word)
+    found = builder.trunc(builder.lshr(found, shift), ir.IntType(count))
+    return builder.bitcast(found, ir.VectorType(ir.IntType(1), count))
+
+
+@intrinsic
+def where_valid(_, valid, i, z):
+    """z, a line, where the positions from place i on are valid, else 0; z itself where it is None.
+
+    See ``positions``.
+    """
+
+    def code(context, builder, signature, arguments):
+        mask, index, values = arguments
         if signature.args[0] is types.none:
             return values
-        kind = _like(values.type, ir.IntType(8))
-        there = builder.bitcast(builder.gep(given, [index]), kind.as_pointer())
-        found = builder.icmp_unsigned("!=", builder.load(there, align=1), _constant(kind, 0))
+        of = _bytes_of if signature.args[0] == _BYTES else _bits_of
+        found = of(builder, mask, index, values.type.count)
         return builder.select(found, values, _constant(values.type, 0.0))
 
     return z(valid, types.intp, z), code
 
 
 @intrinsic
-def nonzero_bytes(_, values, i):
-    """How many of LINE bytes from values[i] on are not 0."""
+def where_inside(_, i, size, z):
+    """z, a line, but for what is not in the places 0 to `size` if it begins at place i; else 0."""
 
     def code(context, builder, signature, arguments):
-        kind, word = ir.VectorType(ir.IntType(8), LINE), ir.IntType(LINE)
-        there = builder.bitcast(builder.gep(arguments[0], [arguments[1]]), kind.as_pointer())
-        found = builder.icmp_unsigned("!=", builder.load(there, align=1), _constant(kind, 0))
-        return builder.ctpop(builder.bitcast(found, word))
+        index, size, values = arguments
+        inside = _inside(builder, index, size, values.type.count)
+        return builder.select(inside, values, _constant(values.type, 0.0))
 
-    return types.int64(values, types.intp), code
+    return z(types.intp, types.intp, z), code
+
+
+@intrinsic
+def valid_of(_, mask, i):
+    """Which of LINE positions are valid, from i on, a multiple of LINE: of an integer the bits."""
+
+    def code(context, builder, signature, arguments):
+        (given, index), word = arguments, ir.IntType(LINE)
+        if signature.args[0] == _BYTES:
+            return builder.bitcast(_bytes_of(builder, given, index, LINE), word)
+        there = builder.gep(given, [builder.ashr(index, index.type(3))])
+        return builder.load(builder.bitcast(there, word.as_pointer()), align=1)
+
+    return types.int64(mask, types.intp), code
+
+
+@intrinsic
+def ones(_, word):
+    """How many bits of an integer are 1."""
+    return types.int64(word), lambda context, builder, _, given: builder.ctpop(given[0])
+
+
+@intrinsic
+def total_of(_, z):
+    """The sum of a line, a number."""
+
+    def code(context, builder, signature, arguments):
+        kind = arguments[0].type
+        element = "f64" if kind.element == ir.DoubleType() else "f32"
+        called = ir.FunctionType(kind.element, [kind.element, kind])
+        name = f"llvm.vector.reduce.fadd.v{kind.count}{element}"
+        function = cgutils.get_or_insert_function(builder.module, called, name)
+        return builder.call(function, (kind.element(-0.0), arguments[0]), fastmath=("reassoc",))
+
+    return z.element(z), code
 
 
 plus = _operation(_plus)

@@ -1,10 +1,12 @@
 """The loops of moments and of sums over the valid positions alone, and what all masked loops need.
 
-A mask is a pointer to bytes, nonzero where a position is valid, and how many there are from one
-sample to the next; a line before and one behind them may be read, too. Columns are read a line at
-a time, each beside as many bytes. The bytes of a sample repeat with each channel; where a row of
-columns is one sample, they come repeated already (``repeated`` of ``plan.py``). Sums leave out
-rows of columns that are masked altogether.
+A mask is a pointer, and how many bytes there are from one sample to the next; a line before and one
+behind may be read, too. Rows have a bit a position, the first in the lowest one, all samples one
+behind the other: eight positions a byte, so that the bits of many rows stay in L1. Columns have a
+byte a position, nonzero where it is valid, and are read a line at a time, each beside as many
+bytes. The bytes of a sample repeat with each channel; where a row of columns is one sample, they
+come repeated already (``repeated`` of ``plan.py``). Sums leave out rows of columns that are masked
+altogether.
 """
 
 from __future__ import annotations
@@ -23,11 +25,15 @@ from .intrinsics import (
     load,
     minus,
     moved,
-    nonzero_bytes,
+    next_place,
+    ones,
     part,
-    plus,
+    positions,
     store_line,
     times,
+    total_of,
+    valid_of,
+    where_inside,
     where_valid,
     zero,
 )
@@ -35,29 +41,36 @@ from .moments import ROWS, RUN, add_columns
 from .plan import LINE, WIDE
 
 SOME = 4  # values that make a pivot, at least: as many positions have to be looked for
+NEAR = 4  # from one of them to the next in a row, which is read from there on
 
 
-@shared
+@inside
+def _below(mask, i, end):
+    """Which positions from i on are valid, below `end`, less than LINE away: bits of a number."""
+    return valid_of(mask, i) & ((1 << (end - i)) - 1)
+
+
+@summed
 def valid_in(mask, begin, end):
     """How many positions from `begin` to `end` are valid."""
-    count = 0
-    whole = begin + (end - begin) // LINE * LINE
-    for i in range(begin, whole, LINE):
-        count += nonzero_bytes(mask, i)
-    for i in range(whole, end):
-        count += mask[i] != 0
+    first, last = begin & -LINE, end & -LINE
+    count = ones(_below(mask, last, end)) - ones(_below(mask, first, begin))
+    for i in range(first, last, LINE):
+        count += ones(valid_of(mask, i))
     return count
 
 
 @shared
-def _sample(places, taken, mask, begin, end):
-    """Adds up to SOME valid positions to `places`, spread out; one at least if there is one."""
-    step = max(1, (end - begin) // SOME)
+def _sample(places, taken, mask, begin, end, step):
+    """Adds up to SOME valid positions to `places`, `step` apart; one at least if there is one."""
     for k in range(SOME):
         first = begin + k * step
-        for i in range(first, end if k == SOME - 1 else min(first + step, end)):
-            if mask[i] != 0:
-                places[taken] = i
+        last = end if k == SOME - 1 else min(first + step, end)
+        for i in range(first & -LINE, last, LINE):
+            word = valid_of(mask, i) & (-1 << max(first - i, 0))
+            place = i + ones((word & -word) - 1)  # of its lowest bit
+            if place < min(last, i + LINE):
+                places[taken] = place
                 taken += 1
                 break
     return taken
@@ -78,13 +91,16 @@ def _near_mean(x, places, taken):
 
 @summed
 def _deviations(x, begin, mask, at, size, pivot):
-    total = zero(x)
-    squares = zero(x)
-    for i in range(size):
-        d = where_valid(mask, at + i, load(x, begin + i) - pivot)
-        total = plus(total, d)
-        squares = plus(squares, d * d)
-    return total, squares
+    total, p, whole = line(x, zero(x), 0), line(x, pivot, 0), size // lanes(x) * lanes(x)
+    squares, x, (valid, at) = total, moved(x, begin), positions(mask, at)
+    for i in range(0, whole, lanes(x)):
+        d = where_valid(valid, at + i, minus(line(x, x, i), p))
+        total, squares = added(total, d), added(squares, times(d, d))
+    if whole < size:
+        d = where_valid(valid, at + whole, minus(part(x, x, whole, size), p))
+        d = where_inside(whole, size, d)
+        total, squares = added(total, d), added(squares, times(d, d))
+    return total_of(total), total_of(squares)
 
 
 @inside
@@ -108,7 +124,7 @@ def masked_row_moments(x, mean, m2, item, c0, c1, mask, counts):
                 at, before = k * length + j, taken
                 valid += valid_in(values, at, at + run)
                 if taken < SOME:
-                    taken = _sample(places, taken, values, at, at + run)
+                    taken = _sample(places, taken, values, at, at + run, NEAR)
                 for p in range(before, taken):
                     places[p] += k * (channels - 1) * length
             if valid > 0:
@@ -134,14 +150,18 @@ def masked_row_moments(x, mean, m2, item, c0, c1, mask, counts):
 @summed
 def masked_sums(dy, x, mask, at, size, high):
     """The sums of dy and of dy * (x - high) of one run."""
-    total = zero(x)
-    products = zero(x)
-    for i in range(size):
-        g = where_valid(mask, at + i, load(dy, i))
-        d = where_valid(mask, at + i, load(x, i) - high)
-        total = plus(total, g)
-        products = plus(products, g * d)
-    return total, products
+    total, high, whole = line(x, zero(x), 0), line(x, high, 0), size // lanes(x) * lanes(x)
+    products, (valid, at) = total, positions(mask, at)
+    for i in range(0, whole, lanes(x)):
+        g = where_valid(valid, at + i, line(x, dy, i))
+        d = where_valid(valid, at + i, minus(line(x, x, i), high))
+        total, products = added(total, g), added(products, times(g, d))
+    if whole < size:
+        g = where_valid(valid, at + whole, part(x, dy, whole, size))
+        d = where_valid(valid, at + whole, minus(part(x, x, whole, size), high))
+        g = where_inside(whole, size, g)
+        total, products = added(total, g), added(products, times(g, d))
+    return total_of(total), total_of(products)
 
 
 # ---- columns -------------------------------------------------------------------------------------
@@ -166,13 +186,6 @@ def bytes_of_row(valid, mask, sample, length, channels, samples):
 
 
 @inside
-def next_place(at, step, period):
-    """Where the bytes of the next `step` columns begin."""
-    at += step
-    return at - period if at >= period else at
-
-
-@inside
 def samples_in(item, channels):
     """(samples in a row of columns, the first sample of the first row)."""
     _, start, _, width, _, _, _, _, _, _, length, _ = item
@@ -180,22 +193,20 @@ def samples_in(item, channels):
 
 
 @summed
-def bytes_of_run(valid, mask, columns, item, channels, n, i):
-    """(those of a run of columns from i on, after how many they repeat).
+def mask_of_run(valid, mask, columns, item, channels, n, i):
+    """(the mask of a run from column i on, the position it begins at, after which they repeat).
 
-    `valid` is memory for those of several samples, None without a mask. A run of columns begins
+    `valid` is memory for the bytes of several samples, None without a mask. A run of columns begins
     with a channel, so with the first byte of its sample.
     """
-    found, period = valid, 2 * WIDE
-    if mask is not None:
-        _, _, _, width, _, _, _, _, _, _, length, _ = item
-        if columns is None:
-            found = moved(mask[0], n * width + i)
-        else:
-            samples, first = samples_in(item, channels)
-            sample = first + n * samples
-            found, period = bytes_of_row(valid, mask, sample, length, channels, samples)
-    return found, period
+    if mask is None:
+        return valid, 0, 2 * WIDE
+    _, _, _, width, _, _, _, _, _, _, length, _ = item
+    if columns is None:
+        return mask[0], n * width + i, 2 * WIDE
+    samples, first = samples_in(item, channels)
+    found, period = bytes_of_row(valid, mask, first + n * samples, length, channels, samples)
+    return found, 0, period
 
 
 @shared
@@ -246,7 +257,8 @@ def _fill_pivot(x, pivot, width, item, channels, mask):
     values, stride = mask
     begin, end = first + m0 * samples, first + m1 * samples
     places = index_buffer(x)
-    taken = _sample(places, 0, values, begin * stride, end * stride)
+    apart = max(1, (end - begin) * stride // SOME)
+    taken = _sample(places, 0, values, begin * stride, end * stride, apart)
     for k in range(taken):
         sample, position = places[k] // stride - first, places[k] % stride % step
         row, rest = sample // samples, sample % samples
@@ -292,7 +304,7 @@ def masked_column_moments(x, mean, m2, item, channels, mask, counts):
     columns, repeat = j1 - j0, (c1 - c0) * step
     pivot, sums, squares = buffer(x), double_buffer(x), double_buffer(x)
     partial, partial_squares = buffer(x), buffer(x)
-    rows, memory = index_buffer(x), byte_buffers(x, mask)
+    rows, memory = index_buffer(x), byte_buffers(x, mask[0])
     _fill_pivot(x, pivot, width, item, channels, mask)
     for j in range(columns):
         sums[j] = 0.0
@@ -317,7 +329,7 @@ def masked_column_moments(x, mean, m2, item, channels, mask, counts):
             for j in range(0, columns, lanes(x)):
                 lines = _four(x, x, begins, j, columns)
                 _add_deviations(x, j, at, lines, pivot, valid, partial, partial_squares)
-                at = next_place(at, lanes(x), period)
+                at = next_place(valid[0], at, lanes(x), period)
         for j in range(columns):
             sums[j] += partial[j]
             squares[j] += partial_squares[j]
@@ -342,23 +354,25 @@ def masked_moments(columns, x, mean, m2, item, a, b, channels, mask, counts):
         masked_column_moments(begin, mean, m2, item, channels, mask, counts)
 
 
-@inside
-def add_products(arrays, begins, j, at, size, relu, high, valid, partial, products):
-    """Adds dy, or what of it a ReLU kept, and dy * (x - high), of four rows' lines at column j."""
-    dy, x, kept = arrays
-    x0, x1, x2, x3 = _four(x, x, begins, j, size)
-    if relu > 0:
-        g0, g1 = line(x, kept, j), line(x, kept, j + BUFFER)
-        g2, g3 = line(x, kept, j + 2 * BUFFER), line(x, kept, j + 3 * BUFFER)
-    else:
-        g0, g1, g2, g3 = _four(x, dy, begins, j, size)
-    h = line(x, high, j)
-    a, b, c, d = valid
-    g0, d0 = where_valid(a, at, g0), where_valid(a, at, minus(x0, h))
-    g1, d1 = where_valid(b, at, g1), where_valid(b, at, minus(x1, h))
-    g2, d2 = where_valid(c, at, g2), where_valid(c, at, minus(x2, h))
-    g3, d3 = where_valid(d, at, g3), where_valid(d, at, minus(x3, h))
-    total = added(line(x, partial, j), added(added(g0, g1), added(g2, g3)))
-    store_line(partial, j, total, False)
-    product = added(added(times(g0, d0), times(g1, d1)), added(times(g2, d2), times(g3, d3)))
-    store_line(products, j, added(line(x, products, j), product), False)
+@shared
+def add_products(arrays, begins, size, relu, high, found, partial, products):
+    """Adds dy, or what of it a ReLU kept, and dy * (x - high), of `size` columns of four rows."""
+    (dy, x, kept), ((a, b, c, d), period) = arrays, found
+    at = 0
+    for j in range(0, size, lanes(x)):
+        x0, x1, x2, x3 = _four(x, x, begins, j, size)
+        if relu > 0:
+            g0, g1 = line(x, kept, j), line(x, kept, j + BUFFER)
+            g2, g3 = line(x, kept, j + 2 * BUFFER), line(x, kept, j + 3 * BUFFER)
+        else:
+            g0, g1, g2, g3 = _four(x, dy, begins, j, size)
+        h = line(x, high, j)
+        g0, d0 = where_valid(a, at, g0), where_valid(a, at, minus(x0, h))
+        g1, d1 = where_valid(b, at, g1), where_valid(b, at, minus(x1, h))
+        g2, d2 = where_valid(c, at, g2), where_valid(c, at, minus(x2, h))
+        g3, d3 = where_valid(d, at, g3), where_valid(d, at, minus(x3, h))
+        total = added(line(x, partial, j), added(added(g0, g1), added(g2, g3)))
+        store_line(partial, j, total, False)
+        product = added(added(times(g0, d0), times(g1, d1)), added(times(g2, d2), times(g3, d3)))
+        store_line(products, j, added(line(x, products, j), product), False)
+        at = next_place(a, at, lanes(x), period)
