@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from torch_checks import CHECKS, synchronised, tensor  # noqa: E402
+from torch_checks import CHECKS, outcome, synchronised, tensor  # noqa: E402
 
 from cupybn import CollectiveMismatchError, PeerError, ShapeError  # noqa: E402
 from cupybn.interop import torch as interop  # noqa: E402
@@ -53,14 +53,6 @@ def test_a_rank_whose_loss_does_not_depend_on_a_layer_ends_the_job(mpirun):
     assert "backward of 'features.bn'" in process.stderr
     process = mpirun(2, MPI / "torch_failures.py", "sum")
     assert process.stdout.count("went on") == 2  # the ranks' lines may be woven
-
-
-def outcome(function):
-    try:
-        function()
-    except Exception as error:
-        return type(error), str(error)
-    return None, ""
 
 
 def test_ranks_must_agree_on_whether_a_backward_can_follow():

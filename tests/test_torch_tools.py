@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (  # noqa: E402
     checkpoint,
     create_selective_checkpoint_contexts,
 )
-from torch_checks import DOUBLE, Net, seeded, tensor  # noqa: E402
+from torch_checks import DOUBLE, Net, outcome, seeded, tensor  # noqa: E402
 
 from cupybn import PeerError, SelfCommunicator, ShapeError  # noqa: E402
 from cupybn.interop import torch as interop  # noqa: E402
@@ -27,14 +27,6 @@ torch.set_num_threads(1)
 ALONE = SelfCommunicator()
 NAMES = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 SHAPES = {"BatchNorm1d": (4, 3, 2), "BatchNorm2d": (4, 3, 2, 2), "BatchNorm3d": (4, 3, 2, 2, 2)}
-
-
-def outcome(function):
-    try:
-        function()
-    except Exception as error:
-        return type(error), str(error)
-    return None, ""
 
 
 # ---- revert_sync_batchnorm -----------------------------------------------------------------------

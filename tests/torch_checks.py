@@ -22,6 +22,15 @@ def tensor(shape, seed, mean=0.5):
     return torch.from_numpy(values)
 
 
+def outcome(function):
+    """The type and the text of what the function raises."""
+    try:
+        function()
+    except Exception as error:
+        return type(error), str(error)
+    return None, ""
+
+
 def sizes_of(comm):
     """Samples on each rank: uneven, and none on the second."""
     return [3, 0, 1, 5][: comm.size]
