@@ -57,6 +57,7 @@ test-frameworks:
 docs:
 	$(MAKE) VENV=.venv-frameworks .venv-frameworks/docs.stamp
 	.venv-frameworks/bin/python -m sphinx -q -W --keep-going -b html docs build/docs
+	.venv-frameworks/bin/python -m pytest -q tests/test_site.py
 	@echo "build/docs/index.html"
 
 # A quick choice of tests with the oldest supported Python and NumPy, and with the newest Python.

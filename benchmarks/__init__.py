@@ -1,6 +1,6 @@
 """Side-by-side measurements of cupybn, run from the checkout: ``python -m benchmarks --help``.
 
-Importing this imports nothing: the number of threads is set before NumPy is there.
+Importing this imports nothing else: the number of threads is set before NumPy is imported.
 """
 
 SECTIONS = {"cpu": "cpu", "gpu": "gpu", "kernels": "kernels", "comm": "comm"}

@@ -1,5 +1,4 @@
-"""``python -m benchmarks``: where the library stands on this machine. It measures, and judges
-nothing.
+"""``python -m benchmarks``: measures the library on this machine, beside others. It judges nothing.
 
     python -m benchmarks                            what this machine can do, some minutes
     python -m benchmarks --quick                    well under a minute
@@ -11,8 +10,8 @@ nothing.
     mpiexec -n 2 python -m mpi4py -m benchmarks comm
     mpiexec -n 2 python -m mpi4py -m benchmarks comm --device cuda
 
-Each section says in its module what it measures. What is compared takes turns, repetition by
-repetition, and figures are medians. The JSON file is written again after every case.
+Each section's module says what it measures. The compared take turns, repetition by repetition, and
+figures are medians. The JSON file is written again after every case.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def problem_with(args: argparse.Namespace) -> str | None:
-    """Why this cannot be measured, in words for the user; chooses the sections if none is given."""
+    """Why this cannot be measured, for the user; chooses the sections if none is given."""
     from .report import launched, no_gpu
 
     if not args.sections and launched():

@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
     @property
     def shape3(self) -> tuple[int, int, int]:
-        """As the kernels see it."""
+        """The shape (N, C, L) that the kernels see."""
         n, c, *rest = self.shape
         size = math.prod(rest)
         return (n, c, size) if self.layout == "rows" else (n * size, c, 1)
@@ -50,7 +50,7 @@ class Case(NamedTuple):
 
 
 def of_resnet50(batches: Iterable[int]) -> list[str]:
-    """Its shapes for each number of samples."""
+    """ResNet-50's shapes for each number of samples."""
     return [f"{n}x{text.partition('*')[2]}" for n in batches for text in RESNET50.split()]
 
 
@@ -72,7 +72,7 @@ def products(
 
 
 def chosen(args: argparse.Namespace, default: list[Case], dtype: str) -> list[Case]:
-    """What `args` ask for: products of shapes, or those of the default cases that fit."""
+    """The cases that `args` ask for: products of shapes, or the default cases that fit."""
     if shapes := [*(args.shapes or []), *of_resnet50(args.batches or [])]:
         return products(shapes, args.dtypes or [dtype], args.layouts or ["rows"])
     dtypes, layouts = args.dtypes or DTYPES, args.layouts or LAYOUTS
@@ -95,8 +95,8 @@ class Tensors:
 
 
 def _normal(xp: Any, shape: list[int], dtype: str, seed: int) -> Any:
-    """Standard normal values, the same ones every Mi elements; travelling as integers, since not
-    everybody copies or exports bfloat16.
+    """Standard normal values, repeated every Mi elements; copied as integers, since not every
+    library copies or exports bfloat16.
     """
     values = np.random.default_rng(seed).standard_normal(min(1 << 20, math.prod(shape)))
     bits = np.resize((found := values.astype(dtype)).view(f"i{found.itemsize}"), shape)

@@ -6,7 +6,7 @@ cupybn's message has; `allreduce`, the same through ``MpiCommunicator.allreduce`
 each; `local`, forward and backward of a BatchNorm. All take turns in one run, in blocks between
 barriers; a block's time is that of its slowest rank, and the figures are medians of blocks.
 `step 20 %` is the bound of the fastest fifth of them, which a busy machine disturbs less. `limit`
-is what we aim at for a step: 4 bare Allreduces and 25 us. `functions` are those of cupybn and NumPy
+is the aim for a step: 4 bare Allreduces and 25 us. `functions` are those of cupybn and NumPy
 that a step enters. With one rank nothing is sent.
 
 With ``--device cuda`` on CuPy arrays, by each transport that there is: `allreduce` of a message,
@@ -49,7 +49,7 @@ def measure_comm(args: argparse.Namespace, report: Report) -> None:
     library = MPI.Get_library_version().splitlines()[0].rstrip("\0, ")
     section |= {"ranks": WORLD.size, "hosts": WORLD.allreduce(int(node.rank == 0))}
     report.say("{ranks} rank(s) on {hosts} host(s), ".format(**section) + library)
-    # Short blocks, of which the scheduler lets many through undisturbed.
+    # Short blocks: the scheduler leaves many of them undisturbed.
     rounds, calls = (20, 10) if args.quick else (10 * args.repeat, 20)
     if WORLD.allreduce(node.size > (os.cpu_count() or 1), MPI.LOR):  # here none
         report.say("more ranks than cores: each message waits for the scheduler as well")
@@ -152,14 +152,14 @@ class Recorder(MpiCommunicator):
 
 
 def step(layer: Any, channels: int, place: Callable[[Any], Any] = np.asarray) -> Parts:
-    """Forward and backward of a layer, on what `place` makes of NumPy arrays."""
+    """Forward and backward of a layer, on arrays that `place` makes from NumPy arrays."""
     rng = np.random.default_rng(0)
     x, dy = map(place, rng.standard_normal((2, _SAMPLES, channels), np.float32))
     return {"forward": lambda: layer.forward(x), "backward": lambda: layer.backward(dy)}
 
 
 def bind(node: Any) -> None:
-    """This rank to a core of its own among those of its machine, if there is one for each."""
+    """Binds this rank to a core of its own, if its machine has one for each rank."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
     if len(cores) >= node.size > 1:
         os.sched_setaffinity(0, {cores[node.rank]})

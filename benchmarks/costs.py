@@ -1,6 +1,6 @@
-"""What a call costs besides the computing.
+"""The cost of a call besides its arithmetic.
 
-`overhead`: of a call where there is next to nothing to compute, (8, 16), float32, one thread.
+`overhead`: the cost of a call with next to no arithmetic, (8, 16), float32, one thread.
 `functions` are the Python functions of cupybn and NumPy that one call enters, by
 ``sys.setprofile``; `us` the wall-clock time of a call in a loop, which waits for a device only at
 its end. Both are of a layer that knows the call; `first` and `first us` of a layer that was just
@@ -96,7 +96,7 @@ def entered(call: Call) -> Counter[str]:
 
 
 def calls(xp: Any, device: str) -> dict[str, Callable[[], Call]]:
-    """By name, what makes a layer and returns the call to measure; `torch ...` are PyTorch's."""
+    """Functions that make a layer and return the call to measure; `torch ...` are PyTorch's."""
     x, dy = (xp.ones(_SHAPE, xp.float32) for _ in range(2))
     x[::2] = 0
 
@@ -142,7 +142,7 @@ def empty_kernels(cupy: Any, x: Any) -> Call:
 
 
 def calls_of_torch(torch: Any, device: str, x: Any, dy: Any) -> dict[str, Callable[[], Call]]:
-    """The same of PyTorch's module, and of cupybn's for PyTorch."""
+    """The same for PyTorch's module, and for cupybn's for PyTorch."""
     needs_grad = x.clone().requires_grad_()
 
     def module() -> Any:
@@ -190,7 +190,7 @@ def measure_memory(args: argparse.Namespace, report: Report) -> None:
 
 
 def cases_of_memory(quick: bool) -> list[tuple[Case, str]]:
-    """Each with what the layer is told, in words."""
+    """Each case with the options of the layer, in words."""
     rows, columns = products([shape := f"{4 if quick else 32}x64x112x112"], layouts=LAYOUTS)
     others = products([shape], ["float16", "bfloat16", "float64"])
     plain = [rows, columns, Case((512 * rows.shape[0], 1024)), *others]
@@ -207,7 +207,7 @@ def bytes_of(case: Case, words: str, device: str) -> dict[str, int]:
     options: dict[str, Any] = {"activation": "relu"} if "relu" in words else {}
     layer = kind(case.shape[1], dtype=case.parameters, device=device, **options)
     out = t.dy if "out=dy" in words else None
-    for _ in range(2):  # what is made once: caches, bindings, kernels, threads
+    for _ in range(2):  # caches, bindings, kernels and threads are made once
         layer.forward(t.x, residual)
         layer.backward(t.dy.copy(order="K"))
     results: list[Any] = []
@@ -219,7 +219,7 @@ def bytes_of(case: Case, words: str, device: str) -> dict[str, int]:
 
 
 def on_host(call: Callable[[], object]) -> tuple[int, int]:
-    """Bytes that NumPy has allocated more than before: at the peak, and at the end."""
+    """Bytes that NumPy allocated: at the peak, and still at the end."""
     gc.collect()
     tracemalloc.start()
     call()
@@ -229,7 +229,7 @@ def on_host(call: Callable[[], object]) -> tuple[int, int]:
 
 
 def on_device(call: Callable[[], object]) -> tuple[int, int]:
-    """The same of what CuPy's memory pool hands out."""
+    """The same for CuPy's memory pool."""
     cupy = import_module("cupy")
     pool = cupy.get_default_memory_pool()
     gc.collect()

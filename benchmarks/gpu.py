@@ -68,7 +68,7 @@ def measure_gpu(args: argparse.Namespace, report: Report) -> None:
     for case in chosen(args, products(shapes, dtypes, LAYOUTS), "float16"):
         try:
             found = record(case, names, repeat)
-        except Exception as error:  # for the other cases there may be memory
+        except Exception as error:  # other cases may fit into memory
             failed = {"all": f"{type(error).__name__}: {error}"}
             found = {"us": {}, "ratio": {}, "issued us": {}, "failed": failed}
         cupy.cuda.Device().synchronize()
@@ -128,7 +128,7 @@ def record(case: Case, names: list[str], repeat: int) -> dict[str, Any]:
 
 
 def tensor_sets(case: Case, torch: Any) -> list[Tensors]:
-    """With their results, together at least four times the second-level cache."""
+    """Sets of tensors: with results together at least four times the second-level cache."""
     cache, free = cupy.cuda.Device().attributes["L2CacheSize"], cupy.cuda.runtime.memGetInfo()[0]
     count = min(64, math.ceil(cache / case.bytes), free // (10 * case.bytes))
     return [Tensors(cupy, torch, case, 2 * i) for i in range(max(1, count))]
@@ -173,7 +173,7 @@ def of_torch(case: Case) -> dict[str, Both]:
 
 
 def columns(case: Case, found: dict[str, Any], rate: float) -> dict[str, Any]:
-    """What is printed of a case."""
+    """The printed figures of a case."""
     row: dict[str, Any] = {"MB": case.bytes / 1e6}
     for part, moved in (("forward", 3), ("backward", 5)):
         us = row[part] = found["us"].get("cupybn", {}).get(part)
@@ -187,7 +187,7 @@ def columns(case: Case, found: dict[str, Any], rate: float) -> dict[str, Any]:
 def resnet50(records: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Speedups over the better of PyTorch's paths, weighted to the 53 layers of ResNet-50.
 
-    `sum` is that of all layers' times together, where all are there.
+    `sum` is the speedup of all layers' times together, if all were measured.
     """
     layers = {shape: int(n) for n, _, shape in (x.partition("*") for x in RESNET50.split())}
     groups: dict[str, list[float]] = {}

@@ -1,4 +1,4 @@
-"""What this process runs on and can measure, and what a run prints, writes and draws."""
+"""The machine of this process, and the output of a run: printed, written and drawn."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def launched() -> bool:
 
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """What figures depend on, by name."""
+    """All that the figures depend on, by name."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
     name = re.search(r"model name\s*: (.*)", text)
@@ -63,14 +63,14 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _commit(checkout: Path) -> str:
-    """What git calls a checkout."""
+    """git's name for the commit of a checkout."""
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
     found = subprocess.run(command, capture_output=True, text=True) if shutil.which("git") else None
     return found.stdout.strip() if found else ""
 
 
 class Report:
-    """The figures of each section, and what they depend on. The first rank prints and writes."""
+    """The figures of each section, and their environment. The first rank prints and writes."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.speaks = not launched() or import_module("mpi4py.MPI").COMM_WORLD.rank == 0
@@ -92,7 +92,7 @@ class Report:
         return self.sections.setdefault(name, {})  # type: ignore[no-any-return]
 
     def row(self, name: str, values: dict[str, Any], failed: dict[str, str] | None = None) -> None:
-        """Prints figures, under their titles where those change, and why paths have none."""
+        """Prints figures, with titles if these change, and the reasons for missing ones."""
         if list(values) != self.titles:
             self.titles = list(values)
             self.say(" " * 34 + "".join(f"  {title:>8}" for title in values))
@@ -106,7 +106,7 @@ class Report:
             print(text, flush=True)
 
     def flush(self) -> None:
-        """Writes the JSON file: the whole of it, or none."""
+        """Writes the JSON file, whole or not at all."""
         if self.path is None or not self.speaks:
             return
         partial = self.path.with_name(self.path.name + ".part")
@@ -122,7 +122,7 @@ class Report:
 
 
 def draw(run: dict[str, Any], path: Path) -> bool:
-    """Bars of the ratios to the best of the others, of what a run wrote; False without any."""
+    """Draws a run's ratios to the best of the others as bars; False if it has none."""
     bars = bars_of(run)
     if not bars:
         return False
@@ -154,7 +154,7 @@ def draw(run: dict[str, Any], path: Path) -> bool:
 
 
 def bars_of(run: dict[str, Any]) -> list[tuple[str, str, float]]:
-    """(case, a path of cupybn's, its time over that of the best of the others), case by case."""
+    """(case, a path of cupybn's, its time over the best time of the others), case by case."""
     found = []
     for record in [r for name in ("cpu", "gpu") for r in run.get(name, {}).get("cases", [])]:
         case = str(Case(*(record[field] for field in Case._fields)))

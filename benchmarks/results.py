@@ -1,10 +1,10 @@
-"""What ``tests/on_gpu.sh`` found, in one JSON file a step, and from those the page of results.
+"""The results of ``tests/on_gpu.sh``: one JSON file a step, and the page that is made of them.
 
     python -m benchmarks.results collect FOLDER STEP    writes FOLDER/STEP.json, after a step
     python -m benchmarks.results write FOLDER           writes docs/gpu-results.md and .json
 
-Only figures of a GPU are written. What stands in the page below the line MARK is kept: what was
-predicted, what came, and what was changed for it is for a person to say.
+Only figures of a GPU are written. The page keeps its text below the line MARK, in which a person
+says what was predicted, what came, and what was changed for it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .report import ROOT, written
 
 STEPS = ("first", "why", "ranks")
 MARK = "<!-- Above: written by python -m benchmarks.results write. Below: by hand. -->"
-_STAND_IN = "Stand-in"  # the name of the device that is none
+_STAND_IN = "Stand-in"  # the name of the stand-in for a device
 
 
 def collect(folder: Path, step: str) -> Path:
-    """Writes one file with how the parts ended and every figure that they left."""
+    """Writes one file with the exit codes of the parts and all their figures."""
     rows = [line.split("\t") for line in (folder / f"{step}.parts").read_text().splitlines()]
     parts = [{"part": name, "end": end, "seconds": int(took)} for end, took, name in rows]
     files = sorted(folder.glob(f"{step}-*.json"))
@@ -47,7 +47,7 @@ def read(folder: Path) -> dict[str, Any]:
     """The steps that were run, by name.
 
     Raises:
-        ValueError: there are none, or the figures are of no GPU.
+        ValueError: there are none, or the figures are not of a GPU.
     """
     files = {step: folder / f"{step}.json" for step in STEPS}
     found = {step: json.loads(file.read_text()) for step, file in files.items() if file.exists()}
@@ -64,7 +64,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def page(steps: dict[str, Any]) -> str:
-    """The page, without what is written by hand."""
+    """The page, without the text that is written by hand."""
     lines = ["# What a GPU showed", ""]
     for name, step in steps.items():
         lines += [f"## {name}, {step['date']}", ""]

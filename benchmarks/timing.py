@@ -1,4 +1,4 @@
-"""Times of things that take turns, in this process or in another one."""
+"""Times of calls that take turns, in this process or in another one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Worker:
             raise RuntimeError(f"{checkout} was meant, but cupybn was found in {found}")
 
     def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls a function of a module over there; what it raises is raised here."""
+        """Calls a function of a module in that process; its exceptions are raised here."""
         return self.pool.submit(function, *arguments).result()
 
 
@@ -40,7 +40,7 @@ def _import_cupybn(checkout: str) -> Path:
 
 
 def nothing() -> None:
-    """What is to be done where there is nothing to do."""
+    """Does nothing."""
 
 
 def turn_of(
@@ -52,9 +52,9 @@ def turn_of(
 ) -> Turn:
     """The turn of calls in this process.
 
-    The rounds of the first `warm` seconds are not timed: after others' turns processor, caches and
-    heap are not what they are in a loop of training. `ready` is called right before the clock
-    starts, `finish` right before it stops.
+    The rounds of the first `warm` seconds are not timed: after others' turns, processor, caches and
+    heap differ from those of a training loop. `ready` is called right before the clock starts,
+    `finish` right before it stops.
     """
 
     def turn(calls: int) -> dict[str, float]:
@@ -87,10 +87,9 @@ def interleave(
 ) -> Times:
     """{path: {part: [seconds of one call, one for each repetition]}}.
 
-    In each repetition every path has its turn of so many calls, or of what takes 2 ms; in every
-    other one in the reverse order: after whom a path comes would tell. After some seconds no
-    further repetition begins, but three there are. In the rest before a turn others' threads stop
-    to spin.
+    In each repetition every path has its turn of so many calls, or of 2 ms; every other repetition
+    is in reverse order, since the path before matters. After some seconds no further repetition
+    begins, but there are at least three. In the rest before a turn others' threads stop spinning.
     """
     many = {name: calls or _calls_in_a_block(turn) for name, turn in turns.items()}
     times: Times = {name: {} for name in turns}
@@ -111,7 +110,7 @@ def _calls_in_a_block(turn: Turn) -> int:
 
 
 def without_failing(turns: dict[str, Turn]) -> dict[str, str]:
-    """Takes those out that cannot be called; returns the first line of what they say."""
+    """Removes the paths that cannot be called; returns the first lines of their errors."""
     failed = {}
     for name in [*turns]:
         try:

@@ -1,4 +1,4 @@
-"""Whose array is it: NumPy's or CuPy's, of which dtype, on which device."""
+"""Arrays of NumPy, CuPy and other libraries: their memory, dtypes and devices."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class DataType(NamedTuple):
     Attributes:
         arithmetic: the dtype of parameters, running statistics and the arithmetic.
         cuda: its name in the kernels' sources.
-        bits: the integers as which it goes through libraries that do not know it; None: all do.
+        bits: the integers that stand for it in libraries that do not know it; None: all know it.
     """
 
     arithmetic: str
@@ -64,13 +64,13 @@ def as_array(x: object, what: str = "input") -> Array:
 
     Takes NumPy and CuPy arrays, memoryviews, and what offers DLPack, ``__cuda_array_interface__``,
     ``__array__`` or ``__array_interface__``: PyTorch tensors, JAX arrays, Numba's device arrays.
-    bfloat16 comes as ``ml_dtypes.bfloat16``. What has only ``__array__`` may make a copy there, as
-    does a PyTorch tensor with a pending negation; nothing else is copied.
+    bfloat16 comes as ``ml_dtypes.bfloat16``. Only two kinds may be copied: an object that has only
+    ``__array__``, and a PyTorch tensor with a pending negation.
 
     Raises:
         DTypeError: x is none of these (a list, a number, ...), has no form as an array, is a
-            masked array, whose mask would be forgotten without a word, or a PyTorch tensor that
-            requires grad, whose graph would end here in the same way.
+            masked array, whose mask would be lost silently, or a PyTorch tensor that requires grad,
+            whose graph would end here silently.
         DeviceError: x is on a device that needs CuPy, and CuPy is not installed; or on one that is
             neither the CPU nor a GPU.
     """
@@ -117,9 +117,9 @@ Bytes: Any = ctypes.c_char * sys.maxsize
 def array_of_tensor(x: Any, what: str = "input") -> Array:
     """:func:`as_array` for a PyTorch tensor, which may require grad; the array keeps it alive.
 
-    ``tensor.numpy()`` would mark the storage, so that it could never be resized again, and FSDP
-    frees parameters that way. DLPack does not, but what comes from it is read-only for NumPy
-    before 2.2. So on the CPU it is the memory from the tensor's address on.
+    ``tensor.numpy()`` would mark the storage so that it could never be resized again, and FSDP
+    frees parameters by resizing. DLPack does not mark it, but gives NumPy before 2.2 a read-only
+    array. So on the CPU the array is made from the tensor's address.
     """
     kind: Any = type(x)
     if x.is_meta or kind.__torch_dispatch__ is not sys.modules["torch"].Tensor.__torch_dispatch__:
@@ -127,7 +127,7 @@ def array_of_tensor(x: Any, what: str = "input") -> Array:
             f"{what} is a {kind.__name__} on {x.device}, which is neither on the CPU nor on a GPU, "
             "or stands for other tensors: pass a plain tensor with values"
         )
-    if x.is_neg():  # the memory alone leaves out that its sign is to be turned
+    if x.is_neg():  # the memory has the values before the negation
         x = x.resolve_neg()
     if not x.is_cpu:
         return _of_tensor_elsewhere(x, what)
@@ -147,11 +147,11 @@ def array_of_tensor(x: Any, what: str = "input") -> Array:
 
 
 def memory_of(tensor: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """The memory of a PyTorch tensor on the CPU that is dense, in the order in which it lies there.
+    """The memory of a dense PyTorch tensor on the CPU, in memory order.
 
-    For new tensors: nothing is checked, and the caller keeps the tensor alive. Linux is asked for
-    huge pages where it is large, as NumPy asks for its own arrays. PyTorch does not, and pages that
-    are new in each step take as long as its arithmetic.
+    For new tensors: nothing is checked, and the caller keeps the tensor alive. For a large one
+    Linux is asked for huge pages, as NumPy does for its arrays. PyTorch does not ask, and its new
+    pages in each step take as long as the arithmetic.
     """
     address = tensor.data_ptr()
     array = np.ndarray(shape, dtype, Bytes.from_address(address))
@@ -172,7 +172,7 @@ def _of_tensor_elsewhere(x: Any, what: str) -> Array:
 
 @lru_cache(maxsize=64)
 def _dtype_of(dtype: Any) -> np.dtype[Any]:
-    """NumPy's dtype of that name of PyTorch's."""
+    """NumPy's dtype of the same name as PyTorch's."""
     return dtype_named(str(dtype).removeprefix("torch."), "the tensor")
 
 
@@ -194,7 +194,7 @@ def _of_dlpack(x: Any, what: str) -> Array:
 
 @contextmanager
 def _errors_of(what: str) -> Iterator[None]:
-    """Where another library's array is taken over."""
+    """A context that turns what another library's array raises into DTypeError."""
     try:
         yield
     except (AttributeError, BufferError, ImportError, RuntimeError, TypeError, ValueError) as error:
@@ -205,7 +205,7 @@ def as_written(x: object, what: str) -> Array:
     """:func:`as_array` for an argument that is written to.
 
     Raises:
-        DTypeError: what is written could not be seen in x, because there is no array over its
+        DTypeError: what is written could not be seen in x, because no array shares its
             memory.
         ValueError: x is read-only.
     """
@@ -219,7 +219,7 @@ def as_written(x: object, what: str) -> Array:
 
 
 def cupy_for(what: str) -> Any:
-    """CuPy, or DeviceError where it is not installed."""
+    """CuPy; raises DeviceError if it is not installed."""
     try:
         import cupy  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
@@ -266,7 +266,7 @@ def check_device(device: str | None) -> str:
 
 
 def move(x: Array, device: str) -> Array:
-    """x on the device (a canonical name): itself if it is there, else a copy."""
+    """x on the device (a canonical name): x itself if it is there already, else a copy."""
     if device_of(x) == device:
         return x
     host = copy_to_host(x)
@@ -301,7 +301,7 @@ def parameter_dtype(dtype: Any) -> np.dtype[Any]:
 
 
 def dtype_named(name: str, what: str = "what is asked for") -> np.dtype[Any]:
-    """The dtype of that name. bfloat16 is ``ml_dtypes``'s, which NumPy does not know by itself.
+    """The dtype of that name. bfloat16 comes from ``ml_dtypes``; NumPy has none.
 
     Raises:
         ImportError: `what` is bfloat16, and ml_dtypes is not installed.
@@ -338,7 +338,7 @@ def assign(target: Array, values: Array) -> None:
 
 
 def assign_all(targets: list[Array], values: list[Array]) -> None:
-    """:func:`assign` for each of them; NumPy's in one call of C, which no interrupt divides."""
+    """:func:`assign` for each of them; NumPy's in one call of C, which no interrupt can split."""
     if any(is_cupy(array) for array in (*targets, *values)):
         for target, value in zip(targets, values, strict=True):
             assign(target, value)

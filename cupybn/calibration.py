@@ -22,24 +22,24 @@ from .statistics import Moments, pack_texts, padded_length, unpack_texts
 Norms: TypeAlias = "list[tuple[str, Any]]"
 """Batch norms with their paths; see :class:`Tree`."""
 
-_Input: TypeAlias = "tuple[Any, ...]"  # x, a mask if there is one, whether it is this rank's own
+_Input: TypeAlias = "tuple[Any, ...]"  # x, a mask if any, whether it is this rank's own
 
-_TEXT = 256  # characters that say what a batch looks like
+_TEXT = 256  # characters that describe a batch
 _HOST = np.zeros(0)
 
 
 class Tree(Protocol):
-    """What is recalibrated. Its `norms` have ``num_features``, ``observed``, ``communicator()``."""
+    """A tree to recalibrate. `norms` have ``num_features``, ``observed``, ``communicator()``."""
 
     norms: Norms
     synchronised: bool
 
     def take(self, x: Any) -> Any:
-        """An input as the tree takes it; slices of it are others."""
+        """An input in the form that the tree takes, which can be sliced."""
 
     @property
     def run(self) -> Callable[..., object]:
-        """Forward with x, or x and a mask: merges what norms are given into their ``observed``."""
+        """Forward with x, or x and a mask; norms merge their inputs into ``observed``."""
 
     def empty(self, dtype: str, shape: tuple[int, ...]) -> Any:
         """An input without samples."""
@@ -71,7 +71,7 @@ class _Layers:
                 check_writeable(f"{path}.{name}" if path else name, norm.buffers[name])
 
 
-_QUIET = partial(np.errstate, all="ignore")  # NaN and Inf are results like others, as in the layers
+_QUIET = partial(np.errstate, all="ignore")  # NaN and Inf are ordinary results, as in the layers
 
 
 def recalibrate(
@@ -82,31 +82,31 @@ def recalibrate(
     Each batch goes forward through the tree, once. Batch norms normalise it as in training, with
     the statistics of the batch (of all ranks' batches where they are synchronised); all other
     layers are in evaluation mode. The running mean and variance become the mean and the unbiased
-    variance of everything the batch norm was given, on all ranks together: counts, means and m2 are
-    merged exactly, nothing is averaged, and batches may be of any sizes. A batch norm behind
-    another one is given what that one makes of each batch, so large batches are better.
+    variance of all inputs of the batch norm, on all ranks together: counts, means and m2 are merged
+    exactly, nothing is averaged, and batches may have any sizes. A batch norm behind another one
+    gets that one's output for each batch, so large batches are better.
     ``num_batches_tracked`` becomes the number of batches of all ranks. Weights stay as they are.
 
-    Ranks may have different numbers of batches, also none. With synchronised layers a rank that has
-    run out takes part with empty batches, which the other layers of the tree must be able to take.
+    Ranks may have different numbers of batches, or none. With synchronised layers a rank without
+    further batches takes part with empty ones, which the other layers of the tree must accept.
 
-    After any exception, the layers' and those of `batches` too, nothing has changed on any rank: no
-    statistics, and every layer is in the mode that it was in.
+    After any exception, also of a layer or of `batches`, nothing has changed on any rank: neither
+    the statistics nor the mode of a layer.
 
     Args:
         layer: the root of the tree, the same on all ranks. Batch norms without running statistics
             are evaluated, and left alone.
         batches: this rank's inputs; of a tuple or list the first entry is the input. Iterated over
             once, so it may be a generator, or one wrapped in a progress bar.
-        comm: who holds the data set together; None is ``MPI.COMM_WORLD``. Synchronised layers must
-            not reach beyond it.
+        comm: of the ranks that share the data set; None is ``MPI.COMM_WORLD``. Synchronised layers
+            must not have more ranks.
         masked: each batch is a pair (x, mask), and the tree is called with ``mask=mask``; a mask
-            may be None. Else the second entry of a tuple may be a target, and is not looked at.
+            may be None. Else the second entry of a tuple may be a target, and is ignored.
 
     Raises:
         ValueError: there is no batch on any rank; a layer is synchronised over more ranks than
             `comm` has; or a running statistic is read-only.
-        TypeError: `layer` is no Layer; or a batch is no pair, with `masked`.
+        TypeError: `layer` is not a Layer; or a batch is not a pair, with `masked`.
         PeerError: another rank failed, in a batch norm or in its `batches`; without synchronised
             layers, anywhere. An exception in other code on one rank leaves the others waiting in
             the next synchronised layer, as in training.
@@ -134,7 +134,7 @@ def recalibrate(
 def statistics(
     tree: Tree, batches: Iterable[Any], comm: Communicator, masked: bool = False
 ) -> tuple[int, list[Moments]]:
-    """The number of batches, and what each batch norm was given, on all ranks together."""
+    """The number of batches, and the moments of each batch norm's inputs, over all ranks."""
     reach = max(norm.communicator().size for _, norm in tree.norms)
     if reach > comm.size:
         raise ValueError(
@@ -142,10 +142,10 @@ def statistics(
             "pass the communicator of all of them"
         )
     number, inputs = 0, _inputs(batches, masked)
-    # By the tree alone, which all ranks share: a rank may be the only one of its group.
+    # Decided by the tree alone, which all ranks share: a rank may be the only one of its group.
     if comm.size > 1 and tree.synchronised:
         number, inputs = _run(tree, _in_step(tree, inputs, comm)), iter(())
-    # Without synchronised layers nothing is sent before this, and whatever fails is told here.
+    # Without synchronised layers this is the first message, and tells of any failure.
     length = padded_length(len(tree.norms) + sum(norm.num_features for _, norm in tree.norms))
     with CollectiveCall(comm, "recalibrate", length) as call:
         number += _run(tree, inputs)
@@ -163,14 +163,14 @@ def statistics(
 def fold(layer: BatchNorm) -> tuple[typing.Array, typing.Array]:
     """The scale and shift, (C,) each, of a batch norm in evaluation mode.
 
-    Before its residual and activation it is ``y = scale * x + shift``, with
+    Before residual and activation y is ``scale * x + shift``, with
     ``scale = weight / sqrt(running_var + eps)``, ``shift = bias - running_mean * scale``, computed
-    in float64, in the dtype and on the device of the layer's statistics. Into a convolution or
-    linear map before it they fold as ``weight * scale`` per output channel and ``bias * scale +
+    in float64, in the dtype and on the device of the layer's statistics. A convolution or linear
+    map before it takes them in as ``weight * scale`` per output channel and ``bias * scale +
     shift``.
 
     Raises:
-        TypeError: layer is no batch norm.
+        TypeError: layer is not a batch norm.
         ValueError: it has no running statistics.
     """
     if not isinstance(layer, BatchNorm):
@@ -191,7 +191,7 @@ def fold(layer: BatchNorm) -> tuple[typing.Array, typing.Array]:
 
 
 def _outline(norms: Norms) -> str:
-    """A text for the other ranks, which see its beginning; equal only for equal trees."""
+    """A text of the tree, equal only for equal trees; the other ranks see its beginning."""
     names = ", ".join(f"{path!r}: {norm.num_features} channels" for path, norm in norms)
     digest = hashlib.blake2b(names.encode(), digest_size=8).hexdigest()
     return f"{len(norms)} batch norms (outline {digest}), {names}"
@@ -199,7 +199,7 @@ def _outline(norms: Norms) -> str:
 
 @contextmanager
 def _observed(layer: Layer, norms: list[BatchNorm]) -> Iterator[None]:
-    """`norms` in training mode, merging the moments of their batches; all else in evaluation."""
+    """A context: `norms` train and merge the moments of their batches, all else evaluates."""
     modes = [(each, each.training) for _, each in layer.named_layers()]
     try:
         layer.eval()
@@ -215,7 +215,7 @@ def _observed(layer: Layer, norms: list[BatchNorm]) -> Iterator[None]:
 
 
 def _run(tree: Tree, inputs: Iterable[_Input]) -> int:
-    """Forward with each input; how many there were that are this rank's own."""
+    """Forward with each input; returns how many were this rank's own."""
     number = 0
     for *arrays, own in inputs:
         tree.run(*arrays)
@@ -237,7 +237,7 @@ def _inputs(batches: Iterable[Any], masked: bool) -> Iterator[_Input]:
 def _in_step(tree: Tree, inputs: Iterator[_Input], comm: Communicator) -> Iterator[_Input]:
     """This rank's inputs, then empty ones like them until no rank has more.
 
-    One message before each; a second where a rank has yet to see what a batch looks like.
+    One message before each, and a second while a rank has not seen a batch and its shape.
     """
     like: Any = None
     length = padded_length(max(comm.size + 1, _TEXT))

@@ -65,13 +65,13 @@ def check_parameter(what: str, parameter: Array, x: Array, layout: Layout) -> No
 
 
 def check_written(what: str, array: Array, x: Array, layout: Layout) -> None:
-    """Raises unless the array can take what is computed for each channel of x."""
+    """Raises unless results per channel of x can be written to the array."""
     check_writeable(what, array)
     check_parameter(what, array, x, layout)
 
 
 def check_writeable(what: str, array: Array) -> None:
-    """Raises DTypeError if it is no array, ValueError if it is read-only."""
+    """Raises DTypeError if it is not an array, ValueError if it is read-only."""
     if not getattr(as_array(array, what).flags, "writeable", True):  # CuPy's have no such flag
         raise ValueError(f"{what} is read-only")
 
@@ -87,7 +87,7 @@ def check_like(what: str, array: Array, x: Array, layout: Layout) -> None:
 
 
 def check_mask(mask: Array, x: Array, positions: tuple[int, ...]) -> None:
-    """Raises unless the mask says of each position of x, on its device, whether it is valid."""
+    """Raises unless the mask has a value for each position of x, on the device of x."""
     check_array("mask", mask, x, positions, mask.dtype)
     if mask.dtype not in (np.bool_, np.uint8):
         raise DTypeError(f"mask is {mask.dtype}, expected bool or uint8, nonzero where x is valid")
@@ -104,7 +104,7 @@ def check_out(out: Array, x: Array, layout: Layout) -> None:
 
 
 def check_overlap(out: Array, array: Array, what: str, may_be_same: bool) -> None:
-    """Raises ValueError if out overlaps the array, other than being it where that is allowed."""
+    """Raises ValueError if out overlaps the array, unless it is the array and may be."""
     if overlap(out, array) and not (may_be_same and same_memory(out, array)):
         hint = f"pass {what} itself or another array" if may_be_same else "pass another array"
         raise ValueError(f"out overlaps {what}; {hint}")

@@ -2,9 +2,9 @@
 
 Every rank enters a :class:`CollectiveCall`, does its own checks and work inside it, and sends one
 message (two for float64 data in forward). A rank that fails before its message is sent sends a
-failure header instead and raises its own exception; the others raise ``PeerError``. Ranks that came
-with different calls all raise ``CollectiveMismatchError``. Nobody waits for a message that never
-comes, and nobody writes before the header of the last message was accepted.
+failure header instead and raises its own exception; the others raise ``PeerError``. Ranks in
+different calls all raise ``CollectiveMismatchError``. No rank waits for a message that never comes,
+and no rank writes before the header of the last message was accepted.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ _Self = TypeVar("_Self", bound="CollectiveCall")
 
 
 def fingerprint(what: str, settings: Mapping[str, object]) -> str:
-    """The text of what must be equal on all ranks; a setting named "" shows its value alone."""
+    """A text of the settings that must be equal on all ranks; one named "" shows only its value."""
     texts = (f"{name}={value}" if name else str(value) for name, value in settings.items())
     return f"{what}: {', '.join(texts)}"
 
 
 class CollectiveCall:
-    """Context of one collective call; what leaves it as an exception is told to the other ranks.
+    """Context of one collective call; an exception that leaves it is told to the other ranks.
 
     Args:
-        comm: who takes part. With one rank nothing is ever sent.
+        comm: of the ranks that take part. With one rank nothing is ever sent.
         what: the call, for messages and errors, e.g. ``"forward of 'features.bn1'"``.
         length: of the messages, the same for all of them; see ``statistics.padded_length``.
-        fingerprint: the text of what must be equal on all ranks; see :meth:`agree`.
+        fingerprint: a text that must be equal on all ranks; see :meth:`agree`.
         messages: how many the call takes.
         dtype: of the messages.
     """
@@ -77,7 +77,7 @@ class CollectiveCall:
         return self
 
     def agree(self, settings: Mapping[str, object], messages: int = 1) -> None:
-        """States what must be equal on all ranks, and how many messages the call takes."""
+        """Sets the settings that must be equal on all ranks, and the number of messages."""
         self.fingerprint = fingerprint(self.what, settings)
         self.messages = messages
 
@@ -112,7 +112,7 @@ class CollectiveCall:
         self.messages -= 1
         try:
             total = self.comm.allreduce(message, self.what)
-        except CupyBNError:  # of ranks that are threads: the others know, or wait no longer
+        except CupyBNError:  # from ranks that are threads: the others know, or do not wait any more
             self.messages = 0
             raise
         on_host = type(total) is np.ndarray
@@ -129,8 +129,8 @@ class CollectiveCall:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Not for KeyboardInterrupt and SystemExit: then the peers may be gone, and this rank wants
-        # to end, not to wait for them.
+        # Not for KeyboardInterrupt and SystemExit: the peers may be gone, and this rank should end,
+        # not wait for them.
         if isinstance(error, Exception):
             self.leave(error)
 
@@ -140,16 +140,16 @@ class CollectiveCall:
         if self.ranks > 1 and self.messages:
             message = np.zeros(self.length, self.dtype)
             message[:HEADER] = failure_header(self.dtype, self.comm.rank)
-            with suppress(Exception):  # the rank's own exception says more than a failed farewell
+            with suppress(Exception):  # the rank's own exception says more than an error here
                 self.comm.allreduce(message, f"{self.what}, after {type(error).__name__}")
 
     def _refuse(self, summed: np.ndarray[Any, Any]) -> None:
-        """Raises what a summed header that was not accepted stands for."""
+        """Raises the error that a summed header stands for."""
         raise_for(self.comm, self.what, self.fingerprint, summed)
 
 
 def say_where(error: Exception, what: str, comm: Communicator) -> None:
-    """Adds to a rank's own error what its text lacks: the call, and the rank."""
+    """Adds a note to a rank's own error: the call, and the rank."""
     if isinstance(error, PeerError | CollectiveMismatchError):
         return
     note = what if comm.size == 1 else f"{what}, rank {comm.rank} of {comm.size}"

@@ -1,12 +1,12 @@
-"""What a training loop over several ranks needs besides synchronised layers.
+"""Gradients, parameters and devices of a training loop over several ranks.
 
-All of these are collective: every rank calls them, in the same order. A rank that fails makes the
-others raise ``PeerError``; ranks whose trees differ all raise ``CollectiveMismatchError``.
+All but ``local_device`` are collective: every rank calls them, in the same order. If a rank fails,
+the others raise ``PeerError``; ranks whose trees differ all raise ``CollectiveMismatchError``.
 
-``allreduce_gradients`` takes one message, as long as the gradients are many: there, trees that
-differ so much that their messages have different lengths (a header and a power of two of numbers)
-or dtypes end the job. ``broadcast_parameters`` and ``verify_sync`` first compare the trees in a
-message of fixed length, so either of them at the start of a run finds such a difference.
+``allreduce_gradients`` sends one message with all gradients: trees that differ so much that their
+messages have different lengths (a header and a power of two of numbers) or dtypes end the job.
+``broadcast_parameters`` and ``verify_sync`` first compare the trees in a message of fixed length,
+so either of them at the start of a run finds such a difference.
 
 An interrupt on one rank (Ctrl-C) leaves its NumPy arrays all as they were or all replaced.
 """
@@ -40,7 +40,7 @@ Named: TypeAlias = "list[tuple[str, Array]]"
 """Arrays with their paths, in an order that is the same on all ranks."""
 
 _HOST = np.zeros(0)
-_SHORTEST = padded_length(0)  # of a message that is the same whatever the ranks come with
+_SHORTEST = padded_length(0)  # of a message whose length does not depend on the arrays
 _PIECES = 3  # of 20 bits each, of the hash of one array
 
 
@@ -61,7 +61,7 @@ def allreduce_gradients(layer: Layer, comm: Any = None, op: str = "mean") -> Non
     Raises:
         ValueError: another op.
         DTypeError: a gradient that is not floating. ValueError: one that is read-only.
-        TypeError: `layer` is no Layer.
+        TypeError: `layer` is not a Layer.
         PeerError, CollectiveMismatchError: see above. The gradients are unchanged then.
     """
     _check_tree(layer)
@@ -71,13 +71,13 @@ def allreduce_gradients(layer: Layer, comm: Any = None, op: str = "mean") -> Non
 def allreduce_arrays(named: Named, comm: Any = None, op: str = "mean") -> None:
     """:func:`allreduce_gradients` for gradients by name."""
     communicator = resolve(comm)
-    arrays = [grad for _, grad in named if hasattr(grad, "dtype")]  # all, or it raises below
+    arrays = [grad for _, grad in named if hasattr(grad, "dtype")]  # if not all, this raises below
     wide = any(array.dtype.itemsize > 4 for array in arrays)
     dtype = np.dtype(np.float64 if wide else np.float32)
     length = padded_length(sum(array.size for array in arrays))
     # An odd number of float32 values never has as many bytes as a message of float64 values.
     length += 0 if wide else 1
-    # Beside one of them if all are on one device, else in host memory.
+    # On their device if all are on one, else in host memory.
     beside = arrays[0] if len(set(map(device_of, arrays))) == 1 else _HOST
     with on_device_of(beside):
         with CollectiveCall(communicator, "allreduce_gradients", length, dtype=dtype) as call:
@@ -110,7 +110,7 @@ def broadcast_parameters(layer: Layer, comm: Any = None, root: int = 0) -> None:
 
     Raises:
         ValueError: there is no such rank, or an array is read-only.
-        TypeError: `layer` is no Layer.
+        TypeError: `layer` is not a Layer.
         PeerError, CollectiveMismatchError: see above. Nothing is changed then.
     """
     broadcast_arrays(_state_arrays(layer), comm, root)
@@ -133,7 +133,7 @@ def broadcast_arrays(named: Named, comm: Any = None, root: int = 0) -> None:
         # A sum of one rank's bits and the others' zeros, as integers: exact for every dtype.
         mine = communicator.rank == root
         total = _allreduce(call, [_words(a) for a in arrays] if mine else [np.zeros(sum(words))])
-    # All at once: what might not fit in memory, before any writing.
+    # All at once, before any is written: they might not fit in memory.
     bits = cut(total.astype(np.uint32), words)
     octets = [b.view(np.uint8)[: a.nbytes] for b, a in zip(bits, arrays, strict=True)]
     assign_all(
@@ -149,10 +149,10 @@ def verify_sync(layer: Layer, comm: Any = None) -> None:
         comm: as for SyncBatchNorm; None is ``MPI.COMM_WORLD``.
 
     Raises:
-        CollectiveMismatchError: on every rank, naming the first array that differs, or the trees
-            where they do.
+        CollectiveMismatchError: on every rank; names the first array that differs, or says how the
+            trees differ.
         PeerError: another rank failed.
-        TypeError: `layer` is no Layer.
+        TypeError: `layer` is not a Layer.
     """
     verify_arrays(_state_arrays(layer), comm)
 
@@ -182,7 +182,7 @@ def verify_arrays(named: Named, comm: Any = None) -> None:
 
 
 def split_comm(comm: Any, group_size: int) -> Any:
-    """Consecutive ranks in groups of `group_size`, the last one smaller where it does not divide.
+    """Splits the ranks into groups of `group_size` consecutive ones; the last may be smaller.
 
     Args:
         comm: an mpi4py communicator, an MpiCommunicator, or None for ``MPI.COMM_WORLD``; or a
@@ -190,11 +190,11 @@ def split_comm(comm: Any, group_size: int) -> Any:
         group_size: ranks in a group.
 
     Returns:
-        This rank's group: an mpi4py communicator, the caller's to ``Free()``; of threads a
+        This rank's group: an mpi4py communicator, which the caller may ``Free()``; of threads a
         ThreadCommunicator.
 
     Raises:
-        ValueError: group_size is no integer of at least 1; the other ranks raise PeerError.
+        ValueError: group_size is not an integer of at least 1; the other ranks raise PeerError.
         TypeError: comm is none of these.
         CollectiveMismatchError: the ranks have different group sizes.
     """
@@ -209,7 +209,7 @@ def split_comm(comm: Any, group_size: int) -> Any:
 
 
 def local_device() -> str:
-    """The CUDA device for this rank, e.g. "cuda:1": the machine's ranks take its devices in turn.
+    """The CUDA device for this rank, e.g. "cuda:1"; a machine's ranks take its devices in turn.
 
     Reads the launcher's variables, so it can be called before MPI is initialised.
 
@@ -246,7 +246,7 @@ def _compare(call: CollectiveCall, settings: dict[str, object]) -> None:
 
 
 def _allreduce(call: CollectiveCall, parts: list[Array], beside: Array = _HOST) -> Array:
-    """The sums over the ranks of the parts, end to end in one message in the memory of `beside`."""
+    """The sums of the parts over the ranks, in one message on the device of `beside`."""
     sizes = [part.size for part in parts]
     for place, part in zip(cut(call.payload(beside, sum(sizes)), sizes), parts, strict=True):
         assign(place, part.reshape(-1))

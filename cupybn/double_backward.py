@@ -1,4 +1,4 @@
-"""The backward of the backward: what a gradient penalty needs of a synchronised batch norm.
+"""The backward of the backward, for gradient penalties through a synchronised batch norm.
 
 Per channel, with d = x - mean, s = invstd, w = weight (1 without one), g = dy where the activation
 let y through (else 0), and means over the n values of all ranks, backward is ::
@@ -41,7 +41,7 @@ _DEVICE_BLOCK = 1 << 26  # in CuPy: temporaries of at most 256 MB each
 
 
 class DoubleGrads(NamedTuple):
-    """What :func:`batch_norm_double_backward` returns.
+    """The result of :func:`batch_norm_double_backward`.
 
     Attributes:
         ddy: like dy, the gradient in the ``dy`` of backward.
@@ -55,7 +55,7 @@ class DoubleGrads(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Of the values of a rank or of all, (C,) float64 each; ag and agd weighted with ddweight."""
+    """Sums over one rank or all, (C,) float64 each; ag and agd are weighted with ddweight."""
 
     v: Array
     vd: Array
@@ -130,7 +130,7 @@ def _prepare(saved: Saved, ddx: Array | None, dy: Array, ddresidual: Array | Non
         raise ValueError("ddresidual was given, but the forward had no residual")
     kept3 = valid3 = None if saved.mask is None else saved.mask[:, None] != 0
     if saved.bound.relu:
-        # From the backend's own backward, so that both agree at every last value.
+        # From the backend's own backward, so that both have the same bits.
         ones, kept = np.ones_like(x3), np.empty_like(x3)
         options = {"relu": True, "relu_bits": saved.relu_bits, "dresidual3": kept}
         backend_for(x3).backward_input(ones, x3, saved.transform, **options)

@@ -16,7 +16,7 @@ class ShapeError(CupyBNError, ValueError):
 
 
 class DTypeError(CupyBNError, TypeError):
-    """An argument is no array, or its dtype does not fit the layer."""
+    """An argument is not an array, or its dtype does not fit the layer."""
 
 
 class DeviceError(CupyBNError, RuntimeError):

@@ -1,15 +1,15 @@
 """One forward and one backward: bound to a signature once, run often.
 
-A call is *bind* and *run*. What depends on the signature alone (shape, strides, dtype and device of
-x, the options, the communicator) is found out by :func:`bind`, in a :class:`Bound`. Its
+A call is *bind* and *run*. :func:`bind` finds out what depends on the signature alone (shape,
+strides, dtype and device of x, the options, the communicator), and makes a :class:`Bound`. Its
 :meth:`~Bound.forward` and :meth:`~Bound.backward` compare the other arrays with what it expects,
 allocate, compute, send and keep. Layers and functions remember a few of them (:class:`Bindings`).
 A Bound holds no array, so it may be shared by calls, layers and threads.
 
 Calls over several ranks happen inside a :class:`~cupybn.collective.CollectiveCall`, which the
-caller opens, so that whatever is raised here reaches the other ranks. Everything that can fail on
-one rank alone (checks, compiling, allocating outputs) comes before the first message. On the CPU
-running statistics and gradients are computed in copies, and written back together at the end.
+caller opens, so that any exception here reaches the other ranks. All that can fail on one rank
+alone (checks, compiling, allocating outputs) comes before the first message. On the CPU running
+statistics and gradients are computed in copies, and written back together at the end.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ _HOST = nullcontext()
 
 
 def call_name(direction: str, name: str | None) -> str:
-    """What messages and errors call a call, e.g. ``"forward of 'features.bn1'"``."""
+    """The name of a call in messages and errors, e.g. ``"forward of 'features.bn1'"``."""
     return f"{direction} of {name!r}" if name else f"{direction} of a batch norm"
 
 
 def momentum_settings(momentum: float | None, batches: Array | None) -> dict[str, object]:
-    """What a fingerprint says of a momentum; `batches` is how many there were, if any count."""
+    """The momentum in a fingerprint; `batches` is the number so far, if it is counted."""
     batch = ""
     if momentum is None and batches is not None:
         batch = f" (batch {int(batches) + 1})"
@@ -97,16 +97,16 @@ class Running(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a forward keeps for its backward. x, weight, bias and mask are kept by reference.
+    """The context of a forward, for its backward. It keeps x, weight, bias and mask by reference.
 
-    A forward with ``save=False`` keeps the statistics alone.
+    With ``save=False`` it has the statistics alone.
 
     Attributes:
         mean: (C,) float64, of the batch of all ranks.
         invstd: (C,) float64, ``1 / sqrt(var + eps)``.
         count: (valid) values per channel on all ranks, a host integer.
-        relu_bits: where y passed the ReLU, a bit a value, if x alone does not tell.
-        moments: of this rank's batch, if the forward was asked to keep them.
+        relu_bits: one bit a value, set where y passed the ReLU; None if x alone tells.
+        moments: of this rank's batch, if the forward was told to keep them.
         mask: (N, L) bytes, nonzero where x is valid; None: everywhere.
     """
 
@@ -138,10 +138,10 @@ class Saved(NamedTuple):
         relu_bits: Array | None = None,
         mask: Array | None = None,
     ) -> Saved:
-        """The context of a forward from what :meth:`arrays` gave, and that forward's options.
+        """The context of a forward, made again from :meth:`arrays` and that forward's options.
 
-        For frameworks of pure functions, which keep what a backward needs themselves. A backward
-        has the same bits with it. No communication.
+        For frameworks of pure functions, which keep the arrays themselves. A backward with it has
+        the same bits. No communication.
 
         Args:
             x: of the forward, of the same shape and in the same memory order.
@@ -176,7 +176,7 @@ class Saved(NamedTuple):
         return Saved(bound, x3, weight, bias, mean, invstd, int(count), relu_bits, mask=valid)
 
     def arrays(self) -> dict[str, Any]:
-        """What a backward needs: the arguments of :meth:`from_arrays` that are not options.
+        """The arrays that a backward needs: the arguments of :meth:`from_arrays` but its options.
 
         Returns:
             dict: x, mean, invstd, weight, bias, relu_bits, mask (the last four may be None), and
@@ -207,12 +207,12 @@ class Saved(NamedTuple):
 
     @property
     def layout(self) -> Layout:
-        """How x is seen as (N, C, L)."""
+        """The (N, C, L) view of x."""
         return self.bound.layout
 
     @property
     def eps(self) -> float:
-        """What was added to the variance."""
+        """The number that was added to the variance."""
         return self.bound.eps
 
     @property
@@ -228,7 +228,7 @@ class Saved(NamedTuple):
 
     @property
     def transform(self) -> Transform:
-        """What maps x to y."""
+        """The numbers that map x to y."""
         return Transform(self.mean, self.invstd, self.weight, self.bias)
 
 
@@ -245,7 +245,7 @@ class Bindings:
     """A few bound calls by signature.
 
     A signature is kept when it is met the second time, so that a call made once costs no memory.
-    It does not travel: a copy, or what is unpickled, starts with none.
+    Bindings are never copied: a copy, or an unpickled layer, starts with none.
     """
 
     def __init__(self, limit: int = 16) -> None:
@@ -255,7 +255,7 @@ class Bindings:
         self.get = self._bound.get
 
     def keep(self, key: Hashable, bound: Any) -> None:
-        """Keeps `bound`, which was just made for this signature, if it is not the first one."""
+        """Keeps `bound`, just made for this signature, if the signature was met before."""
         kept = self._bound if key in self._met else self._met
         if len(kept) >= self._limit:
             kept.clear()
@@ -274,19 +274,19 @@ _Statistics: TypeAlias = "tuple[Array, Array, int, Moments | None]"  # mean, inv
 
 @dataclass(frozen=True)
 class Options:
-    """What a call does besides its arrays.
+    """The options of a call.
 
     Attributes:
         eps: added to the variance.
         activation: None or "relu".
         affine: whether there are a weight and a bias.
-        residual: whether there is one.
+        residual: whether there is a residual.
         save: whether a backward may follow.
-        given: the statistics are given, constants; else they are the batch's.
+        given: whether the statistics are given, as constants; else they are the batch's.
         factor: the weight of the batch in the running statistics; None: they are not updated.
         check_finite: whether NaN or Inf in the statistics is an error.
         keep_moments: whether the context keeps the moments of this rank's batch.
-        settings: what else must be equal on all ranks.
+        settings: the other settings that must be equal on all ranks.
     """
 
     eps: float
@@ -302,10 +302,10 @@ class Options:
 
 
 def bind(x: Array, channel_axis: int, options: Options, comm: Communicator, name: str) -> Bound:
-    """What depends on the signature of x and the options alone.
+    """The binding of a call: all that depends on the signature of x and the options alone.
 
     Raises:
-        ShapeError, DTypeError, ValueError: x or an option cannot be.
+        ShapeError, DTypeError, ValueError: x or an option is not valid.
         RuntimeError: ``check_finite`` while a CUDA graph is captured.
     """
     parameter_dtype(x.dtype)
@@ -322,7 +322,7 @@ def bind(x: Array, channel_axis: int, options: Options, comm: Communicator, name
 
 
 class Bound:
-    """A call's signature with all that follows from it; see the module. Holds no array."""
+    """A call's signature with all that follows from it; see the module. It holds no array."""
 
     def __init__(
         self, x: Array, layout: Layout, options: Options, comm: Communicator, name: str
@@ -333,7 +333,7 @@ class Bound:
         self.expected = self.parameter_dtype, layout.per_channel
         self.kind: Any = type(x)
         self.device_id = x.data.device_id if is_cupy(x) else None
-        # A cupy.ndarray(shape, dtype) is what cupy.empty gives, in a fifth of its time.
+        # cupy.ndarray(shape, dtype) makes the same as cupy.empty, in a fifth of its time.
         self.on_host = self.device_id is None
         self.empty: Any = np.empty if self.on_host else self.kind
         self.in_order = layout.to_memory is None
@@ -354,11 +354,11 @@ class Bound:
             self._statistics = Bound._over_ranks
 
     def __deepcopy__(self, memo: Any) -> Bound:
-        return self  # it never changes, but for what was compiled
+        return self  # it never changes, except for what is compiled
 
     @cached_property
     def settings(self) -> dict[str, object]:
-        """What must be equal on all ranks, for the fingerprint."""
+        """The settings that must be equal on all ranks, for the fingerprint."""
         options = self.options
         return {
             "C": self.channels,
@@ -372,14 +372,14 @@ class Bound:
 
     @cached_property
     def forward_call(self) -> tuple[str, int, str, int]:
-        """What a collective call takes behind its communicator: name, length, text, messages."""
+        """A collective call's arguments after its communicator: name, length, text, messages."""
         what = call_name("forward", self.name)
         text, messages = fingerprint(what, self.settings), 2 if self.exact else 1
         return what, message_length(self.channels), text, messages
 
     @cached_property
     def backward_call(self) -> tuple[str, int, str, int]:
-        """The same of a backward."""
+        """The same for a backward."""
         what = call_name("backward", self.name)
         return what, message_length(self.channels), fingerprint(what, self.settings), 1
 
@@ -397,10 +397,10 @@ class Bound:
     ) -> tuple[Array, Saved]:
         """(y, context), for an x of the signature that was bound, inside `call`.
 
-        `params` has weight and bias, `running` the statistics to update, or those that are given;
-        `y3` (`dx3` of a backward) is the caller's, new. Without ``save`` x is not kept. Raises
-        ShapeError, DTypeError, DeviceError or ValueError where an array does not fit,
-        FloatingPointError with ``check_finite``, and what ``allreduce`` raises.
+        `params` has weight and bias, `running` the statistics to update, or the given ones; `y3`
+        (`dx3` in a backward) is new, and the caller's. Without ``save`` x is not kept. Raises
+        ShapeError, DTypeError, DeviceError or ValueError if an array does not fit,
+        FloatingPointError with ``check_finite``, and whatever ``allreduce`` raises.
         """
         weight, bias = params.get("weight"), params.get("bias")
         moved = None if running is None else running[:2]
@@ -428,13 +428,13 @@ class Bound:
             extra = {"relu": self.relu, "residual3": residual3, "relu_bits": bits}
             if mask is not None:
                 mask = extra["mask"] = self.valid(mask, x)
-            if updated is not None and self.on_host:  # what fails half-way leaves all unchanged
+            if updated is not None and self.on_host:  # a failure half-way leaves all unchanged
                 moved = updated.mean.copy(), updated.var.copy()
             arrays = x3, y3, weight, bias
             mean, invstd, count, local = self._statistics(self, call, arrays, moved, extra)
             if updated is not None and count:
                 values = *(moved or ()), int(updated.batches) + 1
-                # No call from here on: Python looks for interrupts at calls and jumps alone.
+                # No call from here on: Python checks for interrupts only at calls and jumps.
                 if self.on_host:
                     updated.mean[...], updated.var[...] = values[:2]
                 updated.batches[...] = values[2]
@@ -445,7 +445,7 @@ class Bound:
         return y, Saved(self, x3, weight, bias, mean, invstd, count, bits, local, mask)
 
     def _given(self, call: Any, arrays: _Arrays, given: Any, extra: dict[str, Any]) -> _Statistics:
-        """Fills y3 with the given statistics."""
+        """Fills y3, with the given statistics."""
         x3, y3, weight, bias = arrays
         backend = by_type[self.kind]
         mean, _, invstd = backend.given_statistics(*given, self.eps)
@@ -455,7 +455,7 @@ class Bound:
     def _alone(
         self, call: Any, arrays: _Arrays, running: Any, extra: dict[str, Any]
     ) -> _Statistics:
-        """Fills y3 with the statistics of this rank's batch, the only one."""
+        """Fills y3, with the statistics of this rank's batch, the only one."""
         backend, count, mask = by_type[self.kind], self.count, extra.get("mask")
         if self.prepared.get(("forward", mask is None)) is not backend:
             self._prepare_forward(backend, arrays, extra)
@@ -471,10 +471,10 @@ class Bound:
     def _over_ranks(
         self, call: CollectiveCall, arrays: _Arrays, running: Any, extra: dict[str, Any]
     ) -> _Statistics:
-        """Fills y3 with the statistics of all ranks' batches.
+        """Fills y3, with the statistics of all ranks' batches.
 
-        One message; two with float64 data, the second with deviations from the mean of all. With
-        one rank none, where the moments themselves are asked for.
+        It takes one message; two with float64 data, the second about the mean of all ranks. One
+        rank, which comes here if its moments are to be kept, sends none.
         """
         x3, c, backend, mask = arrays[0], self.channels, by_type[self.kind], extra.get("mask")
         if self.prepared.get(("forward", mask is None)) is not backend:
@@ -552,7 +552,7 @@ class Bound:
             if self.prepared.get(("backward", mask is None)) is not backend:
                 self._prepare_backward(backend, (dy3, x3, dx3), extra)
             of_weight, of_bias = dweight, dbias
-            if self.on_host:  # what fails half-way leaves all unchanged
+            if self.on_host:  # a failure half-way leaves all unchanged
                 of_weight = None if dweight is None else dweight.copy()
                 of_bias = None if dbias is None else dbias.copy()
             extra["dweight"], extra["dbias"] = of_weight, of_bias
@@ -598,10 +598,10 @@ class Bound:
         y3: Array,
         mask: Array | None = None,
     ) -> None:
-        """Fills y3 with the y of an earlier forward once more, from that forward's statistics.
+        """Fills y3 with the y of an earlier forward, from that forward's statistics.
 
-        The same bits for the same x and mask; no communication, no update. For forwards without a
-        residual.
+        The bits are the same for the same x and mask. No communication, no update. For forwards
+        without a residual.
         """
         weight, bias, _ = self._checked(x, params.get("weight"), params.get("bias"), None)
         with on_device_of(x):
@@ -611,18 +611,18 @@ class Bound:
             by_type[self.kind].normalize(x3, transform, relu=self.relu, out3=y3, **extra)
 
     def leave(self, call: CollectiveCall | None, direction: str, error: Exception) -> None:
-        """Says where the error of a call was, and tells the other ranks if there are any."""
+        """Adds to an error where it came from, and tells the other ranks if there are any."""
         if call is None:
             say_where(error, call_name(direction, self.name), self.comm)
         else:
             call.leave(error)
 
-    # ---- what is seldom: checks that fail, other arrays than last time ---------------------------
+    # ---- seldom: checks that fail, other arrays than last time -----------------------------------
 
     def _checked(
         self, x: Array, weight: Array | None, bias: Array | None, running: Running | None
     ) -> tuple[Array | None, Array | None, Running | None]:
-        """The arrays as NumPy's or CuPy's, if they go with x."""
+        """The arrays as NumPy's or CuPy's; raises if they do not fit x."""
         parameters = {"weight": weight, "bias": bias}
         for what, array in parameters.items():
             if array is not None:
@@ -642,7 +642,7 @@ class Bound:
     def _checked_gradients(
         self, x3: Array, dweight: Array | None, dbias: Array | None
     ) -> tuple[Array | None, Array | None]:
-        """The arrays as NumPy's or CuPy's, if they can take gradients."""
+        """The arrays as NumPy's or CuPy's; raises if gradients cannot be written to them."""
         gradients = {"weight": dweight, "bias": dbias}
         for what, gradient in gradients.items():
             if gradient is not None:
@@ -651,14 +651,14 @@ class Bound:
         return gradients["weight"], gradients["bias"]
 
     def _here(self, *arrays: Array) -> bool:
-        """Whether CuPy's arrays are on the device of x."""
+        """Whether the arrays are on the device of x."""
         for array in arrays:
             if array is not None and array.data.device_id != self.device_id:
                 return False
         return True
 
     def _view(self, what: str, array: Array, x: Array) -> Array:
-        """The array as (N, C, L), if it is like x."""
+        """The array as (N, C, L); raises unless it is like x."""
         fits = type(array) is self.kind and array.shape == self.shape and array.dtype == self.dtype
         if not (fits and (self.on_host or array.data.device_id == self.device_id)):
             check_like(what, array, x, self.layout)
@@ -667,7 +667,7 @@ class Bound:
         return self.layout.view(array)
 
     def valid(self, mask: Any, x: Array) -> Array:
-        """The mask as (N, L) bytes, if it goes with x: over its own memory where that is dense."""
+        """The mask as (N, L) bytes, a view if its memory is dense; raises if it does not fit x."""
         mask = as_array(mask, "mask")
         check_mask(mask, x, self.layout.positions)
         if not mask.flags.c_contiguous:
@@ -675,7 +675,7 @@ class Bound:
         return mask.view(np.uint8).reshape(self.shape3[::2])
 
     def _count_valid(self, backend: ModuleType, mask: Array) -> int:
-        """Valid positions of this rank. On a device this waits for what comes before."""
+        """The number of valid positions of this rank. On a device this waits for earlier work."""
         if is_capturing(mask):
             raise RuntimeError(
                 f"{call_name('forward', self.name)}: mask= cannot go into a CUDA graph: the host "
@@ -684,7 +684,7 @@ class Bound:
         return int(backend.count_valid(mask))
 
     def _y3_in(self, out: Array, x: Array, residual: Array | None) -> Array:
-        """What to write for a y in `out`: a view of it where the layouts fit, else new memory."""
+        """The memory for a y in `out`: a view of it if the layouts fit, else new memory."""
         check_out(out, x, self.layout)
         if residual is not None:
             check_overlap(out, residual, "residual", may_be_same=True)
@@ -694,7 +694,7 @@ class Bound:
         return self._written(out)
 
     def _dx3_in(self, out: Array, dy: Array, x3: Array, mask: Array | None) -> Array:
-        """The same for a dx."""
+        """The same for a dx in `out`."""
         check_out(out, x3, self.layout)
         check_overlap(out, x3, "the x of forward", may_be_same=False)
         hands_dy_on = self.options.residual and not self.relu and mask is None
@@ -707,7 +707,7 @@ class Bound:
         return view if overlap(view, out) else self.empty(self.shape3, self.dtype)
 
     def _prepare_forward(self, backend: ModuleType, arrays: _Arrays, extra: dict[str, Any]) -> None:
-        """Has the backend compile what it needs: before the first message."""
+        """Lets the backend compile what it needs, before the first message."""
         backend.prepare_forward(
             *arrays[:2],
             **extra,
@@ -723,7 +723,7 @@ class Bound:
         self._is_prepared(("backward", "mask" not in extra), backend)
 
     def _is_prepared(self, call: tuple[str, bool], backend: ModuleType) -> None:
-        # What a device compiles depends on addresses too, so over ranks it is asked each time.
+        # On a device this depends on addresses too, so over ranks it is done each time.
         if self.on_host or self.ranks == 1:
             self.prepared[call] = backend
 
@@ -738,7 +738,7 @@ class Bound:
         )
 
     def _check_finite(self, moments: Moments, form: str) -> None:
-        """Raises where the running mean or variance would take NaN or Inf.
+        """Raises if the running mean or variance would become NaN or Inf.
 
         The moments are the same on every rank, so every rank raises. Reads (C,) values of a device.
         """

@@ -11,9 +11,9 @@ Backward, with the sums over all n values a channel has on all ranks::
     dweight = sum(dy * (x - mean)) * invstd,  dbias = sum(dy)        (over this rank's values)
 
 Data are float16, bfloat16, float32 (with float32 weight and bias) or float64 (with float64 ones),
-of 2 or more dimensions, with the channels on axis 1 or -1: NumPy or CuPy arrays, or other
-libraries' that can be seen as such without a copy (PyTorch, JAX, Numba, memoryviews). What comes
-back is NumPy or CuPy. ``comm=None`` is this process alone. With a communicator every rank calls
+of 2 or more dimensions, with the channels on axis 1 or -1: NumPy or CuPy arrays, or arrays of
+other libraries that can be used without a copy (PyTorch, JAX, Numba, memoryviews). Results are
+NumPy or CuPy arrays. ``comm=None`` is this process alone. With a communicator every rank calls
 the same functions in the same order, ranks without samples too.
 
 The five primitives work on (N, C, L) views and are for frameworks that own the collective:
@@ -21,17 +21,17 @@ The five primitives work on (N, C, L) views and are for frameworks that own the 
 ``recentre_moments``, for a second message with float64 data. All of them take
 
 * ``x3``, ``dy3``, ``residual3``: (N, C, L), all of one dtype; ``out3``, ``dresidual3``: the same,
-  are written;
+  written to;
 * ``mean``, ``invstd``, ``m2``, ``weighted`` and sums: (C,) float64;
 * ``weight``, ``bias``: (C,), float32, or float64 with float64 data; or None. ``dweight``,
-  ``dbias``: the same, are added to;
+  ``dbias``: the same, added to;
 * ``relu_bits``: (ceil(N C L / 8),) uint8, a bit for each value of y above 0;
-* ``payload``: (2C,) float64, or (C,) where it says so, is written: this rank's part of a message;
+* ``payload``: (2C,) float64, or (C,) where it says so, written to: this rank's part of a message;
 * ``mask``: (N, L), bool or uint8, nonzero where x is valid; or None;
 * ``eps``: positive; ``activation``: None or "relu".
 
-All arrays are on one device. What does not fit raises ShapeError, DTypeError, DeviceError or
-ValueError, and nothing is written.
+All arrays are on one device. Arguments that do not fit raise ShapeError, DTypeError, DeviceError
+or ValueError, and nothing is written.
 """
 
 from __future__ import annotations
@@ -94,14 +94,14 @@ _bindings = Bindings(256)
 
 
 def _array_if_possible(argument: Any) -> Any:
-    # What is wrong with it, if anything, is for a check that the other ranks hear of.
+    # A later check says what is wrong with it, and tells the other ranks.
     with suppress(CupyBNError):
         return as_array(argument)
     return argument
 
 
 class Grads(NamedTuple):
-    """What :func:`batch_norm_backward` returns.
+    """The result of :func:`batch_norm_backward`.
 
     Attributes:
         dx: like x.
@@ -145,8 +145,8 @@ def batch_norm_forward(
         out: like x, takes the result; may be `residual`, must not overlap x.
         save: whether a backward may follow. Else `saved` has the statistics, and no array like x.
 
-    With a communicator and without a weight, an x that has no shape on one rank only cannot be told
-    to the others if they have more than 128 channels: then the job ends.
+    With a communicator and without a weight, a rank whose x has no shape cannot tell the others if
+    they have more than 128 channels: then the job ends.
 
     Returns:
         (y, saved): y like x, in the layout of x where x is contiguous or channels-last.
@@ -178,12 +178,12 @@ def batch_norm_forward(
 
 
 def _signature(x: Any, comm: Any, options: tuple[Any, ...]) -> Any:
-    """What a binding is kept under; None for an x that is another library's."""
+    """The key of a binding; None if x is another library's array."""
     if type(x) not in by_type:
         return None
     device = None if type(x) is np.ndarray else x.data.device_id
     key = (type(x), x.shape, x.strides, x.dtype, device, id(comm), *options)
-    with suppress(TypeError):  # an option that cannot be hashed is none at all: bind says so
+    with suppress(TypeError):  # bind refuses an option that cannot be hashed
         hash(key)
         return key
     return None
@@ -201,7 +201,7 @@ def batch_norm_backward(dy: ArrayLike, saved: Saved, *, out: ArrayLike | None = 
         Grads: dx accounts for all ranks; dweight and dbias are this rank's sums.
 
     Raises:
-        TypeError: `saved` is something else.
+        TypeError: `saved` is not a context.
         ValueError: `saved` is of a forward with ``save=False``.
         Others: as :func:`batch_norm_forward`.
     """
@@ -230,14 +230,14 @@ def batch_norm_double_backward(
     They are those of ``sum(ddx * dx) + sum(ddweight * dweight) + sum(ddbias * dbias)``, summed over
     the ranks, with dx, dweight and dbias of ``batch_norm_backward(dy, saved)``: dweight and dbias
     are each rank's own sums, and ddweight and ddbias may differ from rank to rank. One message of
-    7C sums. The formulas and where they come from stand in ``cupybn/double_backward.py``. A ReLU
-    counts as straight on either side of 0. By array expressions on the CPU and on devices.
+    7C sums. The formulas and their derivation are in ``cupybn/double_backward.py``. A ReLU counts
+    as straight on either side of 0. Array expressions compute it, on the CPU and on devices.
 
     Args:
         ddx: like x, or None for zeros.
         ddweight, ddbias: (C,) like the weight and bias of the forward, or None for zeros.
         saved: from :func:`batch_norm_forward`; a backward does not use it up.
-        dy: what the backward was given.
+        dy: the argument of the backward.
         ddresidual: like x, the same for dresidual, after a forward with a residual.
 
     Returns:
@@ -245,7 +245,7 @@ def batch_norm_double_backward(
 
     Raises:
         ValueError: ddweight, ddbias or ddresidual for what the forward did not have.
-        TypeError: `saved` is something else.
+        TypeError: `saved` is not a context.
         Others: as :func:`batch_norm_forward`.
     """
     check_saved(saved)
@@ -312,7 +312,7 @@ def update_running(
     Raises:
         ShapeError, DTypeError: the arrays are not (C,), or not floating.
         ValueError: momentum is not in [0, 1], or an array is read-only.
-        TypeError: `saved` is something else than a context. Nothing is written then.
+        TypeError: `saved` is not a context. Nothing is written then.
     """
     check_momentum(momentum)
     check_saved(saved)
@@ -332,7 +332,7 @@ def update_running(
 def updated_running(
     running_mean: ArrayLike, running_var: ArrayLike, saved: Saved, momentum: float
 ) -> tuple[Array, Array]:
-    """What :func:`update_running` makes of the arrays, as new ones: theirs may be read-only.
+    """The result of :func:`update_running` as new arrays; the given ones may be read-only.
 
     Returns:
         (mean, var): like `running_mean` and `running_var`, NumPy or CuPy. Copies where no rank had
@@ -349,8 +349,8 @@ def updated_running(
 
 
 def _channels(x: Any, weight: Any, channel_axis: Any) -> int:
-    # Before any check, only for the length of a message that may have to carry poison: whatever the
-    # arguments are, this must not raise, or the other ranks would wait.
+    # Before any check, for the length of a message that may have to carry a failure header: this
+    # must not raise, whatever the arguments are, or the other ranks would wait.
     try:
         return int(x.shape[channel_axis]) if weight is None else int(weight.shape[0])
     except (AttributeError, IndexError, TypeError, ValueError):

@@ -1,11 +1,11 @@
-"""What the MPI launcher says of this process, in its environment variables: read before MPI is."""
+"""The MPI launcher's environment variables for this process, readable before MPI starts."""
 
 from __future__ import annotations
 
 import os
 
 LOCAL_RANK_VARIABLES = (
-    "LOCAL_RANK",  # torchrun, whose processes inherit what another launcher set for it
+    "LOCAL_RANK",  # torchrun; first, since its processes inherit another launcher's variables
     "OMPI_COMM_WORLD_LOCAL_RANK",  # Open MPI
     "MPI_LOCALRANKID",  # MPICH, Intel MPI
     "MV2_COMM_WORLD_LOCAL_RANK",  # MVAPICH
@@ -21,9 +21,9 @@ LOCAL_SIZE_VARIABLES = (
     "PALS_LOCAL_SIZE",
     "PMI_LOCAL_SIZE",
 )
-# The number of processes that were started together, and what is set with it; the first of them
-# counts, of mpiexec before the batch system's. None of an allocation: in a shell of one, where
-# SLURM_NTASKS is set, a process alone is nothing unusual.
+# The number of processes that were started together, and a variable that is set with it; the first
+# found counts, mpiexec's before the batch system's. None is of an allocation: in its shell, where
+# SLURM_NTASKS is set, a single process is nothing unusual.
 SIZE_VARIABLES = {
     "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
     "PMI_SIZE": "PMI_SIZE",  # MPICH, Intel MPI, Cray PALS, Slurm with pmi2
@@ -33,7 +33,7 @@ SIZE_VARIABLES = {
 }
 ALLOW_SINGLETON = "CUPYBN_ALLOW_SINGLETON"
 
-STARTED_VARIABLES = (  # of every process that a launcher starts for MPI; not srun's own
+STARTED_VARIABLES = (  # set in every process that a launcher starts for MPI; not srun's own
     "OMPI_COMM_WORLD_SIZE",
     "PMI_RANK",
     "PMIX_RANK",
@@ -43,12 +43,12 @@ STARTED_VARIABLES = (  # of every process that a launcher starts for MPI; not sr
 
 
 def started_by_mpi() -> bool:
-    """Whether an MPI launcher started this process, or one that it descends from."""
+    """Whether an MPI launcher started this process or an ancestor of it."""
     return any(os.environ.get(name) for name in STARTED_VARIABLES)
 
 
 def local_rank_variables() -> dict[str, str]:
-    """The launcher's variables for the rank on this machine, as far as they are set."""
+    """The launcher's variables for the rank on this machine that are set."""
     return {name: os.environ[name] for name in LOCAL_RANK_VARIABLES if name in os.environ}
 
 
@@ -56,7 +56,7 @@ def local_rank() -> int:
     """This rank's number among those on its machine, from the launcher's variables; 0 if unset.
 
     Raises:
-        ValueError: a launcher's variable is no number.
+        ValueError: a launcher's variable is not a number.
     """
     for variable, text in local_rank_variables().items():
         if text.isdecimal():
@@ -98,10 +98,10 @@ def cores() -> set[int]:
 
 
 def share_of_cores() -> int:
-    """How many cores are this rank's: those it is bound to, or its part of those of all ranks.
+    """The number of cores for this rank: those it is bound to, or its share of the machine's.
 
-    A launcher that binds its ranks is not bound itself. Where Slurm says how many cores its step
-    has on this node, these count.
+    A launcher that binds its ranks is not bound itself. If Slurm says how many cores its step has
+    on this node, these count.
     """
     mine = cores()
     try:
@@ -113,7 +113,7 @@ def share_of_cores() -> int:
 
 
 def singleton(size: int) -> str | None:
-    """What is wrong if the launcher started more processes than MPI sees; None if nothing is.
+    """The fault if the launcher started more processes than MPI sees; None if there is none.
 
     Args:
         size: of MPI's world.

@@ -1,4 +1,4 @@
-"""How an array of any number of dimensions looks as (N, C, L)."""
+"""The (N, C, L) view of an array with any number of dimensions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .errors import ShapeError
 
 @dataclass(frozen=True)
 class Layout:
-    """How an array of `shape` is seen as a C-contiguous (N, C, L) array.
+    """The view of an array of `shape` as a C-contiguous (N, C, L) array.
 
     Rows (memory N, C, spatial) become (N, C, L); columns (channels-last memory) and 2-D arrays
     become (N * spatial, C, 1).
@@ -46,7 +46,7 @@ class Layout:
 
     @cached_property
     def to_memory(self) -> tuple[int, ...] | None:
-        """The order of the axes in memory; None where it is that of the shape."""
+        """The order of the axes in memory; None if it is that of the shape."""
         axes = list(range(len(self.shape)))
         axis_in_memory = axes[-1] if self.columns else 1
         if self.channel_axis == axis_in_memory:
@@ -71,7 +71,7 @@ class Layout:
         return tuple(self.shape[axis] for axis in order), tuple(axes)
 
     def view(self, x: Array) -> Array:
-        """x as (N, C, L): a view where its memory allows, else one copy."""
+        """x as (N, C, L): a view if its memory allows one, else a copy."""
         in_order = x if self.to_memory is None else x.transpose(self.to_memory)
         if not in_order.flags.c_contiguous:
             in_order = in_order.copy(order="C")

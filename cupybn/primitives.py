@@ -1,8 +1,8 @@
-"""The primitives for frameworks that own the collective: checked, then the backend's own.
+"""The primitives for frameworks that own the collective: the backend's own, with checks.
 
-Backends trust their arguments, which the core has checked: a compiled loop or a kernel that is
-given an array too short, or of another dtype, reads and writes the memory of others. Here the
-arguments come from anywhere, so each is checked against the table below.
+Backends trust their arguments, which the core has checked: with an array that is too short, or of
+another dtype, a compiled loop or a kernel would read and write foreign memory. Here the arguments
+come from anywhere, so each is checked against the table below.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FORMS = ("local", "pooled", "recentred")
 
 
 class _Kind(NamedTuple):
-    """What an argument has to be: shape and dtype as `_expected` spells them."""
+    """The shape and dtype of an argument, as `_expected` reads them."""
 
     shape: str
     dtype: str
@@ -68,7 +68,7 @@ _ARGUMENTS = {
 
 
 def _expected(kind: _Kind, array: Any, like: Any) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype; `like` is x3, or (C,) where there is none."""
+    """Shape and dtype; `like` is x3, or (C,) in a call without x3."""
     c = like.shape[1] if like.ndim == 3 else like.size
     shapes = {"data": like.shape, "C": (c,), "2C": (2 * c,), "bits": ((like.size + 7) // 8,)}
     shapes["positions"] = like.shape[::2]
@@ -87,9 +87,9 @@ def _expected(kind: _Kind, array: Any, like: Any) -> tuple[tuple[int, ...], Any]
 def _checked(
     required: tuple[str, ...], given: dict[str, Any], shapes: dict[str, str] | None = None
 ) -> SimpleNamespace:
-    """The arguments as NumPy or CuPy arrays; the first one says what the others must be like.
+    """The arguments as NumPy or CuPy arrays; the others must fit the first one.
 
-    None stays None unless it is required. `shapes` are those of this call alone.
+    None stays None unless the argument is required. `shapes` holds for this call alone.
     """
     arrays: dict[str, Any] = {}
     for name, value in given.items():
@@ -165,7 +165,7 @@ def _masked(given: SimpleNamespace) -> dict[str, Any]:
 def recentre_moments(local: Moments, weighted: ArrayLike, count: int, payload: ArrayLike) -> None:
     """Writes ``m2 + local.count * (mean - weighted / count)**2`` into `payload`, (C,) float64.
 
-    The second message of float64 data; `weighted` and `count` are what came back of the first. See
+    The second message of float64 data; `weighted` and `count` are the results of the first. See
     :mod:`cupybn.functional`.
     """
     _check_moments("local", local)

@@ -1,9 +1,9 @@
-"""Counts, means and second moments: merging them, and the message that adds them up over ranks.
+"""Counts, means and second moments: how they merge, and the message that sums them over ranks.
 
 All numbers here are float64, whatever the data. Formulas: Chan, Golub and LeVeque, "Updating
 formulae and a pairwise algorithm for computing sample variances" (1979), for ``merge``; the pooled
-form ``count * mean``, ``m2 + count * mean**2`` is the same sum taken about zero, exact in its
-weighting and a single SUM over any number of ranks.
+form ``count * mean``, ``m2 + count * mean**2`` is the same sum taken about zero: it weights
+exactly, and is a single SUM over any number of ranks.
 
 A message is ``[16 header words | payload]``. The payload's length is a power of two of at least 256
 numbers, so that forward and backward, and layers of neighbouring sizes, meet in one collective and
@@ -24,7 +24,7 @@ import numpy as np
 
 from .arrays import Array
 
-PROTOCOL = 1  # raised by whatever two versions could not understand of each other's messages
+PROTOCOL = 1  # one higher after any change that another version would not understand
 HEADER = 16
 FAILED, _FAILED_RANKS, COUNT, FINGERPRINT = 0, 1, 2, 3
 _MIN_PAYLOAD = 256
@@ -62,7 +62,7 @@ class Moments(NamedTuple):
 
     @staticmethod
     def unpack(count: int, payload: Array) -> Moments:
-        """The moments behind a sum of packed ones. m2 may come out a rounding error below 0."""
+        """The moments in a sum of packed ones. m2 may be below 0 by a rounding error."""
         weighted, about_zero = np.split(payload, 2)
         if count == 0:
             return Moments(0, weighted, about_zero)
@@ -71,7 +71,7 @@ class Moments(NamedTuple):
 
 
 class BackwardSums(NamedTuple):
-    """What the gradient needs of a batch, (C,) float64 each.
+    """The sums of a batch that its gradient needs, (C,) float64 each.
 
     Attributes:
         sum_dy: the sum of dy.
@@ -83,7 +83,7 @@ class BackwardSums(NamedTuple):
 
 
 class Transform(NamedTuple):
-    """What maps x to xhat and on to y: (C,) each.
+    """The numbers that map x to xhat and xhat to y, (C,) each.
 
     Attributes:
         mean, invstd: float64.
@@ -109,7 +109,7 @@ def padded_length(payload: int) -> int:
 
 @lru_cache(maxsize=4096)
 def header_words(dtype: Any, fingerprint: str) -> np.ndarray[Any, Any]:
-    """The 16 words before the payload of a rank that did not fail, with a count of 0. Read-only."""
+    """The 16 words before the payload of a rank that has not failed; count 0, read-only."""
     # The pairs (f, f * f) are summed over ranks and must stay exact: 20 bits leave room for 4096
     # ranks in float64, 6 bits in float32.
     words = np.zeros(HEADER, dtype)
@@ -124,7 +124,7 @@ def header_words(dtype: Any, fingerprint: str) -> np.ndarray[Any, Any]:
 
 
 def failure_header(dtype: Any, rank: int) -> np.ndarray[Any, Any]:
-    """The 16 words of a rank that failed: it joins the collective and tells the others."""
+    """The 16 words of a rank that failed, which joins the collective to tell the others."""
     words = np.zeros(HEADER, dtype)
     words[FAILED] = 1
     words[_FAILED_RANKS] = rank + 1
@@ -143,7 +143,7 @@ def words_of_all(dtype: Any, fingerprint: str, ranks: int) -> bytes:
 
 
 def failed_ranks(summed: np.ndarray[Any, Any]) -> tuple[int, int]:
-    """How many ranks failed, and which one if it was one."""
+    """How many ranks failed, and which one if only one did."""
     return int(summed[FAILED]), int(summed[_FAILED_RANKS]) - 1
 
 

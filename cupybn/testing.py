@@ -23,12 +23,12 @@ def run_ranks(
 
     Args:
         n: the number of ranks.
-        fn, args: what each rank calls, after its communicator.
+        fn, args: each rank calls ``fn(comm, *args)`` with its own communicator.
         timeout: seconds for one sum; None reads ``CUPYBN_TIMEOUT``.
 
     Returns:
-        What fn returned, by rank. An exception of fn is raised here, that of the lowest rank that
-        failed by itself; it releases the other ranks, which get a PeerError where they wait.
+        The results of fn, by rank. If fn raises, this raises the exception of the lowest rank that
+        failed by itself; the other ranks get a PeerError where they wait.
 
     Raises:
         CollectiveTimeoutError: the ranks did not meet within the timeout.
@@ -70,10 +70,10 @@ def check_gradients(
 ) -> None:
     """Compares ``backward`` with central differences of ``forward``, in float64.
 
-    It does so with a copy of `layer` that is cast to float64, and with casts of `x` and a residual.
+    It uses a copy of `layer` that is cast to float64, and casts of `x` and a residual.
 
-    The loss is a random linear form of y, summed over the ranks. Checked are dx, the gradients of
-    all parameters, and dresidual where `options` has a ``residual``. `layer` is not changed.
+    The loss is a random linear form of y, summed over the ranks. It checks dx, the gradients of all
+    parameters, and dresidual if `options` has a ``residual``. `layer` is not changed.
 
     Args:
         layer: on the CPU, in the mode to check.
@@ -103,7 +103,7 @@ def check_gradients(
 
 
 def _in_float64(array: ArrayLike, what: str) -> Any:
-    """A copy of it in float64."""
+    """A float64 copy of an array."""
     own = as_array(array, what)
     if not is_floating(own.dtype):
         raise DTypeError(f"{what} is {own.dtype}; gradients are by what is floating")
@@ -124,7 +124,7 @@ def _slopes(
         inputs["dresidual"] = options["residual"]
     state = layer.state_dict()
     y = layer.forward(x, save_for_backward=True, **options)
-    # A dy that depends on x linearly would hide a wrong dx: no seed that x may come from.
+    # A dy that depends on x linearly would hide a wrong dx: its seed is not one for x.
     dy = np.random.default_rng([seed, ranks.rank, 0x62E1]).standard_normal(y.shape)
     result = layer.backward(dy)
     analytic = dict(zip(inputs, result if isinstance(result, tuple) else (result,), strict=True))
@@ -135,7 +135,7 @@ def _slopes(
         return ranks.allreduce(message, "check_gradients")
 
     def slope(array: Array, index: tuple[int, ...] | None) -> float:
-        """The loss's slope in one value; without an index it is another rank's that moves."""
+        """The loss's slope in one value; without an index another rank's value moves."""
         losses = []
         before: Any = None if index is None else array[index]
         for step in (eps, -eps):

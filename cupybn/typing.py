@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeAlias
 
 
 class Array(Protocol):
-    """What a ``numpy.ndarray`` and a ``cupy.ndarray`` have in common, without their dtypes.
+    """What a :class:`numpy.ndarray` and a ``cupy.ndarray`` have in common, without their dtypes.
 
     Names are checked, arguments are not: each name is a property that could be anything, because
     the overloads of NumPy differ from version to version.

@@ -46,6 +46,7 @@ html_title = f"cupybn {version}"
 html_show_copyright = False
 html_show_sphinx = False
 html_copy_source = False
+html_show_search_summary = False  # excerpts are fetched, which pages opened as files cannot do
 pygments_style = "friendly"
 
 # Other projects' names are links where their lists of names can be had, and plain text elsewhere.

@@ -1,4 +1,4 @@
-"""ChainerMN, to compare with ``chainermn_after.py``. Its last version wants an old NumPy."""
+"""ChainerMN, to compare with ``chainermn_after.py``. Its last version needs an old NumPy."""
 
 import chainer
 import chainer.functions as F

@@ -1,4 +1,4 @@
-"""``ddp_before.py`` with cupybn: two lines are others, and it synchronises on the CPU too.
+"""``ddp_before.py`` with cupybn: two lines differ, and it synchronises on the CPU, too.
 
 torchrun --nproc-per-node 2 examples/ddp_after.py
 """

@@ -2,11 +2,11 @@
 
     mpiexec -n 2 python -m mpi4py examples/masked_sequences.py
 
-A network of convolutions and batch norms tells noisy sine waves of 8 to 128 values apart by how
-loud they are. (a) The batch norms are given the mask of valid values: statistics are those of the
-values alone, on all ranks, however much padding each has. (b) They are not: zeros of the padding
-count, more in one batch than in another, and the padding is set to 0 again behind them. Everything
-else is the same. At the end ``recalibrate`` sets the running statistics to those of all training
+A network of convolutions and batch norms classifies noisy sine waves of 8 to 128 values by their
+loudness. (a) The batch norms get the mask of valid values: statistics are those of the values
+alone, on all ranks, however much padding each has. (b) They get none: zeros of the padding count,
+more in one batch than in another, and the padding is set to 0 again behind them. All else is the
+same. At the end ``recalibrate`` sets the running statistics to those of all training
 sequences, and the first variance is compared with that of the values. ``--help`` lists the options.
 """
 
@@ -73,7 +73,7 @@ class Mean(cupybn.Layer):
 
 
 class Unmasked(cupybn.Layer):
-    """A layer that is not told of the mask; the padding is set to 0 behind it."""
+    """A layer that gets no mask; the padding is set to 0 behind it."""
 
     def __init__(self, inner: cupybn.Layer) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""What a small network needs besides batch norm: convolution, linear, ReLU, a loss and SGD.
+"""The other parts of a small network: convolution, linear, ReLU, a loss and SGD.
 
 Layers of your own, or of another framework, fit between cupybn's in the same way: register the
 parameters, return a context from ``compute_forward``, add to ``self.grads`` in
-``compute_backward``. All of it computes in the namespace of the arrays it is given, so CuPy arrays
-do as well as those of NumPy.
+``compute_backward``. They compute in the namespace of their input arrays, so they take CuPy arrays
+as well as NumPy's.
 """
 
 from __future__ import annotations

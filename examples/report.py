@@ -16,7 +16,7 @@ _STYLES: list[dict[str, Any]] = [
 
 @dataclass
 class Course:
-    """How a training went: after each epoch its mean loss and the test accuracy, from 0 to 1.
+    """The course of a training: after each epoch its mean loss and the test accuracy, from 0 to 1.
 
     `stopped` says that a signal ended it before its time.
     """

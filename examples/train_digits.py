@@ -124,7 +124,7 @@ def progress(training: Training, epochs: int, title: str) -> Iterable[bool]:
     total, done = epochs * training.steps_in_epoch, training.steps_done
     return tqdm(
         steps, desc=title, total=total, initial=done, leave=False, mininterval=1,
-        disable=None,  # where nobody watches: in a file the bar is a mess
+        disable=None,  # no bar in a file
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Training over ranks that can stop at any step and go on later: what a checkpoint has to hold."""
+"""Training over ranks that can stop at any step and go on later, and its checkpoint."""
 
 from __future__ import annotations
 
@@ -93,14 +93,14 @@ class Training:
         self.loss += float(loss)
 
     def pooled_loss(self) -> float:
-        """The sum of the losses of this epoch's steps over all ranks, who all have to call it."""
+        """The sum of the losses of this epoch's steps over all ranks; all must call it."""
         return float(self.comm.allreduce(np.array([self.loss]), "loss")[0])
 
     def state_dict(self) -> cupybn.StateDict:
-        """What a checkpoint holds: the same on all ranks, and for any number of ranks.
+        """The content of a checkpoint: the same on all ranks, and for any number of ranks.
 
-        All ranks have to call it. The network has to be synchronised: running statistics are those
-        of all ranks then.
+        All ranks must call it. The network must be synchronised, so that running statistics are
+        those of all ranks.
         """
         network = self.network.state_dict()
         return cupybn.StateDict(
@@ -145,7 +145,7 @@ class StopRequest:
         self.received = 1.0
 
     def made(self) -> bool:
-        """Whether any rank has got a signal, by one small message; all ranks have to call it."""
+        """Whether any rank has got a signal, by one small message; all ranks must call it."""
         return bool(self.comm.allreduce(np.array([self.received]), "stop request")[0] > 0)
 
 

@@ -150,7 +150,7 @@ print("one sample:", net(x[:1]).shape)
 assert np.allclose(net(x[:1]), net(x)[:1], atol=1e-5)
 
 # %% [markdown]
-# After few steps running statistics are still on their way from 0 and 1. ``recalibrate`` sets them
+# After few steps running statistics are still close to 0 and 1. ``recalibrate`` sets them
 # to those of a data set. ``revert_sync_batchnorm`` makes the network one of a single process again.
 
 # %%
@@ -174,7 +174,7 @@ with tempfile.TemporaryDirectory() as folder:
 assert np.array_equal(other.eval()(x), net(x))
 
 # %% [markdown]
-# # 7. What goes wrong is said
+# # 7. Errors
 # A rank that passes bad data raises its own error, the others ``PeerError``; no rank waits for
 # ever, and nothing has changed in any layer.
 
@@ -198,8 +198,8 @@ assert said == ["PeerError", "PeerError", "ShapeError", "PeerError"]
 # %% [markdown]
 # # 8. Masks
 # Sequences of different lengths, padded to the longest. With a mask only the valid positions count,
-# whatever stands in the others: y is 0 there, and the statistics are those of the valid values of
-# all ranks.
+# whatever the others hold: y is 0 there, and the statistics are those of the valid values of all
+# ranks.
 
 # %%
 lengths = np.array([5, 2, 4, 1, 5, 3, 2, 2])

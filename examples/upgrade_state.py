@@ -6,7 +6,7 @@ import cupybn
 
 
 class GainBatchNorm(cupybn.BatchNorm2d):
-    """Batch norm with a trained gain, of which version 3 had the logarithm."""
+    """Batch norm with a trained gain; the state of version 3 had its logarithm."""
 
     version = 4
 

@@ -405,7 +405,7 @@ def _plain(x):
 
 
 def _run(function, args, options):
-    """What NumPy makes of device arrays, where the current stream has come to."""
+    """Device arrays as NumPy arrays, after the work of the current stream so far."""
     get_current_stream().synchronize()
     out = options.get("out")
     with touching_memory():

@@ -318,7 +318,7 @@ def run_alone(case):
 
 
 def in_two_launches(moments, form, x, y, weight, bias, eps, **options):
-    """``finish_forward`` by the two primitives of which it is made."""
+    """``finish_forward`` as the two primitives that it consists of."""
     state = {name: options.pop(name) for name in ("running", "factor") if name in options}
     mean, _, invstd = cuda.finalize_moments(moments, eps, form=form, **state)
     cuda.normalize(x, Transform(mean, invstd, weight, bias), **options, out3=y)
@@ -326,7 +326,7 @@ def in_two_launches(moments, form, x, y, weight, bias, eps, **options):
 
 
 def run_recentred(case, fused):
-    """What a forward of float64 data gives after its second message, in one launch or in two."""
+    """The results of a forward of float64 data after its second message, in one launch or two."""
     y, before = there(case.outputs[0]), case.outputs[0].copy()
     mean, var = case.forward.mean * case.count, case.forward.var * case.count
     moments = Moments(case.count, there(mean), there(var))

@@ -175,7 +175,7 @@ def gpu(monkeypatch):
 
 
 def test_gpu_with_numpy_in_its_place(gpu, capsys, monkeypatch):
-    """It goes on after a case for which there is no memory."""
+    """The bench goes on after a case that does not fit in memory."""
 
     def tensors(xp, torch, case, seed):
         if case.shape == (8, 16):

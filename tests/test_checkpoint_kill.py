@@ -71,7 +71,7 @@ class Server:
 
 
 def version_in(path):
-    """The version of the file, all of which must be of that version."""
+    """The version of the file; all of its arrays must be of that version."""
     state = cupybn.load(path)
     version = int(state["version"])
     assert (state["a"] == version).all()

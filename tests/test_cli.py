@@ -101,7 +101,7 @@ def test_info_with_nothing_there():
 
 
 def test_info_with_a_device():
-    """What a stand-in for CuPy says of itself."""
+    """The facts that a stand-in for CuPy reports."""
     code = """
 import sys, fake_cupy
 fake_cupy.install()

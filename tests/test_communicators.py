@@ -135,7 +135,7 @@ def test_any_object_with_rank_size_and_allreduce_will_do():
 
 @pytest.mark.parametrize("missing", ["mpi4py", "libmpi"])
 def test_without_mpi(tmp_path, missing):
-    """Everything but the communicator works; the error names the extras and the way out."""
+    """All but the communicator works; the error names the extras and the remedy."""
     if missing == "mpi4py":
         hide = "sys.modules['mpi4py'] = None"
     else:

@@ -38,7 +38,7 @@ COPIES = r"\bLDGSTS\.E(\.\w+)*\.128\b"  # of sm_80 and up, into shared memory
 
 
 class Compiled(NamedTuple):
-    """What the compiler says of one kernel; the last two for LOOKED_AT only."""
+    """The compiler's report on one kernel; the last two fields for LOOKED_AT only."""
 
     label: str  # of its module
     kernel: str

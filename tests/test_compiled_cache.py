@@ -74,7 +74,7 @@ def test_a_damaged_file_is_compiled_again_and_mended(folder, damage):
 
 
 def test_a_whole_file_that_cannot_be_used_is_compiled_again(folder, monkeypatch):
-    """Numba's own objects in it may have changed, whatever the numbers of the versions say."""
+    """Numba's own objects in the file may have changed, even between equal version numbers."""
     assert compiled_again()
     monkeypatch.setattr(compiler.pickle, "loads", lambda data: ("not", "what", "it", "was"))
     assert compiled_again()
@@ -182,7 +182,7 @@ def test_ranks_of_which_some_have_a_broken_numba(mpirun, broken_numba, ranks, br
 
 @pytest.mark.mpi
 def test_ranks_that_have_computed_before_they_hear_of_a_broken_numba(mpirun, broken_numba):
-    """What Numba began NumPy ends; the rank in question has said so before."""
+    """NumPy finishes what Numba began; the rank without Numba has warned before."""
     said = mpirun(2, broken_numba, "1", "earlier", env={"CUPYBN_CPU_BACKEND": "auto"}).stdout
     first, second = sorted(said.splitlines())
     assert first.startswith("0 | computed with numpy | Numba is installed, but not all ranks can")
@@ -207,7 +207,7 @@ def test_ranks_that_ask_for_a_numba_that_one_of_them_cannot_use(mpirun, broken_n
 
 @pytest.fixture
 def broken_numba(tmp_path):
-    """A program that trains with ranks of which some, its argument, cannot import Numba."""
+    """A program that trains on several ranks; those in its argument cannot import Numba."""
     script = tmp_path / "some_are_broken.py"
     script.write_text(
         """

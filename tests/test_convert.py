@@ -22,7 +22,7 @@ ALONE = SelfCommunicator()
 
 
 class Block(Layer):
-    """A container that is no Sequential."""
+    """A container that is not a Sequential."""
 
     def __init__(self):
         super().__init__()

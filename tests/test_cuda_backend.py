@@ -332,7 +332,7 @@ def test_a_captured_launch_has_scratch_of_its_own_for_good():
 
 @pytest.mark.parametrize("resident", [1, 2, 4])
 def test_blocks_are_as_many_as_the_driver_says_the_device_holds(monkeypatch, resident):
-    """Of the compiled kernel with its threads and the shared memory that it is launched with."""
+    """The occupancy is asked for the compiled kernel, with its threads and shared memory."""
     asked, launches = [], []
 
     def holds(function, threads, shared):

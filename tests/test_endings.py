@@ -326,7 +326,7 @@ def test_under_mpi4py_an_exception_ends_the_job_at_once(mpirun, n, case, text):
 @pytest.mark.parametrize("n", RANKS)
 @pytest.mark.parametrize("aborting", [False, True])
 def test_ctrl_c_ends_the_job(mpirun, n, aborting):
-    """MPICH's launcher hands it to the ranks, of which only one that computes can hear it."""
+    """MPICH's launcher passes Ctrl-C to the ranks; only a rank that computes notices it."""
     job = ending(mpirun, n, "sleeps", aborting=aborting, interrupted=True)
     assert job.code != 0
     assert left_over(job.ranks) == []

@@ -148,7 +148,7 @@ def trajectory(data, comm, *, batch, sync):
 
 
 def write_trajectories(path):
-    """On the ranks of COMM_WORLD; rank 0 writes, and goes the way of the single process."""
+    """Trains on the ranks of COMM_WORLD; rank 0 writes, and also trains as a single process."""
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD

@@ -1,4 +1,4 @@
-"""What every rank gets when one of them does something wrong, in real MPI jobs.
+"""The errors on every rank when one of them makes a mistake, in real MPI jobs.
 
 ``mpi/failures.py`` runs all cases in one job, each on a communicator of its own and in 20 seconds
 at most; every test here looks at one of them. A rank that waits for more than 10 seconds in a case

@@ -759,7 +759,7 @@ def test_messages_of_three_ranks(dtype):
 
 
 def finished(finish_forward, case):
-    """What a forward of float64 data gives after its second message."""
+    """The results of a forward of float64 data after its second message."""
     xp, c, y = case.xp, case.shape[1], case.field(case.offsets[3])
     relu_bits = xp.full((y.size + 7) // 8, 0xAA, dtype=xp.uint8) if case.needs_bits else None
     running = xp.full(c, 0.3), xp.full(c, 0.7)

@@ -1,4 +1,4 @@
-"""What the launcher says of a process, in its environment variables."""
+"""The launcher's environment variables of a process."""
 
 from __future__ import annotations
 

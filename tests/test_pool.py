@@ -1,4 +1,4 @@
-"""The threads of the compiled backend: whatever ends a call, nothing is written after it."""
+"""The threads of the compiled backend: however a call ends, nothing is written after it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def state(layer):
 
 
 def run(code, **env):
-    """What a fresh interpreter prints, in lines; it has to end well."""
+    """The lines that a fresh interpreter prints; it must end with code 0."""
     process = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "CUPYBN_CPU_BACKEND": "numba"} | env,
@@ -145,7 +145,7 @@ def test_a_process_that_ends_computes_to_the_last(warm):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_forks_while_others_compute():
-    """A child has none of the threads, whatever they were at, and starts its own."""
+    """A forked child has none of the threads, at whatever point they were, and starts its own."""
     code = """
         import os, threading
         import numpy as np, cupybn

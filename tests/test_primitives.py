@@ -100,7 +100,7 @@ def test_forward_and_backward_agree_with_float64(backend, shape, dtype, relu, wi
 
 
 def kept_by_relu(x, weight, bias, residual, expected, y):
-    """Where the exact y is above 0, or, so close to 0 that rounding decides, the computed y."""
+    """Where the exact y is above 0; where rounding decides, close to 0, where the computed y is."""
     exact = reference.normalized(x, expected.mean, expected.var, weight, bias, residual=residual)
     return np.where(np.abs(exact) < 1e-5, y > 0, exact > 0)
 

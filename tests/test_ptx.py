@@ -41,7 +41,7 @@ def assembled(body: str, parameters: int = 1, shared: int = 0):
 
 
 def computed(instruction, *operands, to="u64", of="u64"):
-    """What an instruction makes of lanes' operands, 64 bits each: their arrays, or immediates."""
+    """The results of an instruction; operands are arrays of lanes, 64 bits each, or numbers."""
     arrays = [np.atleast_1d(x) for x in operands if not isinstance(x, str)]
     n = len(arrays[0])
     words = [np.zeros(32, np.uint64) for _ in arrays]

@@ -123,7 +123,7 @@ def of_masks(variant):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_a_mask_there_is_no_instruction_for_it(dtype):
-    """Nor a parameter; tests/test_traffic.py sees that there is no byte more either."""
+    """Nor a parameter more; tests/test_traffic.py sees that no byte more moves, either."""
     plain = {(v.kernels, v.defines): of_masks(v) for v in variants(dtype.name)}
     assert not any(instructions for instructions, _ in plain.values())
     found = 0
@@ -216,7 +216,7 @@ def without(pattern, number):
 
 
 def places(ptx, pattern):
-    """Where in the sources the instructions that `without` counts come from."""
+    """The lines of the sources that the instructions counted by `without` come from."""
     return [
         place.rpartition("/")[2]
         for found in program.read(ptx).values()
@@ -247,7 +247,7 @@ def missed(pattern):
     [("membar.gl", 2, 0), ("bar.sync", 10, 1), ("bar.warp.sync", 1, 0)],
 )
 def test_every_barrier_and_fence_is_missed(pattern, places, idle):
-    """One after the other is taken away: there is a fault, whatever the results are."""
+    """Each is taken away in turn, and a fault is reported even if the results are right."""
     every, found = missed(re.escape(pattern))
     assert len(every) >= places
     assert len(every - found) <= idle, every - found

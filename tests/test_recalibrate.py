@@ -305,7 +305,7 @@ def test_masked_batches_count_their_valid_values():
 
 
 def test_masked_batches_over_ranks():
-    """Ranks with different numbers of batches, of which one has no mask."""
+    """Ranks have different numbers of batches, and one batch has no mask."""
     x = normal((12, 4, 5), seed=5)
     mask = np.random.default_rng(6).random((12, 5)) < 0.4
     mask[4:6] = True

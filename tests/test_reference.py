@@ -119,10 +119,10 @@ def test_nothing_is_missing_from_the_list_of_modules():
 
 
 def explained(thing, seen=()):
-    """Its docstring, and those that it refers to."""
+    """Its docstring, and those of this library that it refers to."""
     text = inspect.getdoc(thing) or ""
     for kind, name in re.findall(r":(func|class|mod):`~?([\w.]+)`", text):
-        if (kind, name) in seen:
+        if (kind, name) in seen or ("." in name and not name.startswith("cupybn.")):
             continue
         module = importlib.import_module(getattr(thing, "__module__", "cupybn"))
         if kind == "mod":
@@ -136,15 +136,55 @@ def explained(thing, seen=()):
     return text
 
 
+def has_errors(thing):
+    """Whether users call it with arguments: a function, or a class to construct."""
+    if inspect.isfunction(thing):
+        return True
+    if not inspect.isclass(thing) or issubclass(thing, (Exception, tuple, dict)):
+        return False  # errors, results, containers
+    if thing is cupybn.functional.Saved or getattr(thing, "_is_protocol", False):
+        return False  # the library makes them
+    return bool(inspect.signature(thing).parameters)
+
+
 @pytest.mark.parametrize("full", sorted(ENTRIES))
-def test_every_parameter_of_a_function_is_explained(full):
-    """Where it stands in the reference, or in what that names."""
+def test_every_parameter_is_explained_and_every_error(full):
+    """In its own docstring, or in one that this refers to."""
     thing = found(full)
     if thing is None:
         pytest.skip(f"{full} needs a framework that is not installed")
-    if not inspect.isfunction(thing):
+    if not has_errors(thing):
         return
     text = explained(thing)
-    for name in set(inspect.signature(thing).parameters) - {"args", "options"}:
-        assert re.search(rf"\b{name}\b", text), name
-    assert re.search(r"[Rr]aises|[Aa]s :func:|see :mod:|errors are", text), "which errors?"
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for name, parameter in inspect.signature(thing).parameters.items():
+        assert parameter.kind in variable or re.search(rf"\b{name}\b", text), name
+    assert re.search(r"[Rr]aises?\b|[Aa]s :func:|see\s:mod:|[Ee]rrors\b.* are", text), "which?"
+
+
+def shown_members(full):
+    """The members that an entry shows, by their names."""
+    listed = re.search(r"^ +:members:(.*)$", ENTRIES[full], re.MULTILINE)
+    thing = found(full)
+    if listed is None or thing is None:
+        return []
+    named = [name for name in re.split(r"[, ]+", listed[1].strip()) if name]
+    excluded = re.search(r"^ +:exclude-members:(.*)$", ENTRIES[full], re.MULTILINE)
+    hidden = set(re.split(r"[, ]+", excluded[1])) if excluded else set()
+    return named or [name for name in vars(thing) if name[0] != "_" and name not in hidden]
+
+
+@pytest.mark.parametrize("full", sorted(ENTRIES))
+def test_every_member_that_is_shown_is_explained(full):
+    """Sphinx leaves out what has no docstring."""
+    for name in shown_members(full):
+        member = inspect.getattr_static(found(full), name)
+        assert len((inspect.getdoc(member) or "").split()) > 1, name
+
+
+def test_the_sources_of_the_formulas_are_named():
+    assert "Ioffe and Szegedy" in cupybn.functional.__doc__
+    assert "Chan" in cupybn.functional.Moments.merge.__doc__
+    assert "double_backward.py" in cupybn.functional.batch_norm_double_backward.__doc__
+    for layer in (cupybn.BatchNorm1d, cupybn.BatchNorm2d, cupybn.BatchNorm3d, cupybn.SyncBatchNorm):
+        assert ":mod:`cupybn.functional`" in layer.__doc__

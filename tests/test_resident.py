@@ -325,7 +325,7 @@ def test_nan_and_inf_stay_in_their_channel(bad):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_static_shared_memory_and_threads_are_as_planned(dtype):
-    """What a block has beside its tile is taken from what the device gives."""
+    """The plan allows for at least the static shared memory that the kernels have."""
     for variant in variants(dtype.name):
         for name in set(variant.kernels) & set(KERNELS):
             program = compile_module(variant.source).get_function(name).program

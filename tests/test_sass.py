@@ -103,7 +103,7 @@ def unrolled(kernel: str, rows: int, dtype: str) -> int:
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize(("kernel", "rows"), list(product(KERNELS, (0, 1))))
 def test_vectors_of_all_tensors_are_loaded_before_one_is_used(dtype, kernel, rows):
-    """Of the residual, too; the first ones before the numbers of the channels are waited for."""
+    """Also loads of the residual; the first ones come before the wait for the channels' numbers."""
     blocks = listing(variant_of(dtype, kernel, rows).source, kernel)
     loading = [block for block in blocks if places(block, WIDE)]
     each = unrolled(kernel, rows, dtype)

@@ -55,7 +55,7 @@ class Answering:
 
 
 def read(total, text, ranks):
-    """What a rank that sent `text` makes of a summed header: the count, or what it raises."""
+    """The result of a summed header for a rank that sent `text`: the count, or an error."""
     comm = Answering(total, ranks)
     call = CollectiveCall(comm, "a call", padded_length(0), text, dtype=total.dtype)
     call.payload(np.zeros(0), 0)
@@ -110,7 +110,7 @@ def summed_pieces(pieces):
 
 @pytest.mark.parametrize("odd_one", [0, 1, 2])
 def test_fingerprints_that_nearly_agree_do_not(odd_one):
-    """Where the mean is an integer all the same; and where only 1 in 2**52 tells them apart."""
+    """Also if the mean is an integer all the same, and if they differ by 1 in 2**52."""
     for ranks in (2, 3, 4, 1000, *range(4000, 4097)):
         for f in ((1 << 20) - 1, (1 << 20) - 2, 1_000_001, 3):
             same = [f] * ranks

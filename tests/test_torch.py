@@ -365,26 +365,6 @@ def test_a_module_on_another_device_than_its_input():
         module(torch.randn(4, 3))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # with 2.14
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jvp's
-def test_transforms_of_functions_are_refused():
-    module = interop.SyncBatchNorm(3, comm=ALONE, name="bn")
-    x = torch.randn(2, 4, 3)
-    calls = [
-        lambda: torch.vmap(module)(x),
-        lambda: torch.func.grad(lambda x: module(x).sum())(x[0]),
-        lambda: torch.func.jacrev(module)(x[0]),
-        lambda: torch.func.jvp(module, (x[0],), (x[0],)),
-    ]
-    for call in calls:
-        with pytest.raises(
-            RuntimeError, match=r"bn: the transforms of torch\.func.*autograd\.grad"
-        ):
-            call()
-    assert module.num_batches_tracked == 0
-    torch.vmap(module.eval())(x)  # the advice
-
-
 def test_empty_batch():
     module = interop.SyncBatchNorm(3, comm=ALONE)
     x = torch.zeros(0, 3, 4, requires_grad=True)

@@ -453,7 +453,7 @@ def test_jit_script_in_evaluation_mode():
 
 
 def test_warnings_are_those_of_pytorch():
-    """None of this package's own when it is compiled."""
+    """Compiling gives no warning of this package's own."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.compile(interop.BatchNorm2d(4), backend="aot_eager")(torch.randn(2, 4, 3, 3))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
+from conftest import NUMBA  # noqa: E402
 from torch import distributed  # noqa: E402
 
 import cupybn  # noqa: E402
@@ -86,17 +90,33 @@ def test_another_version_is_an_error_on_every_rank(mpirun, tmp_path):
     lines = told(mpirun, tmp_path, "version", 3)
     assert len(lines) == 3
     assert len({line.partition(": ")[2] for line in lines}) == 1
-    assert "CollectiveMismatchError: the ranks run versions of cupybn that do not" in lines[0]
+    assert "CollectiveMismatchError: features.bn: the ranks run versions of cupybn that" in lines[0]
     assert "ranks 0, 1: cupybn" in lines[0]
     assert "rank 2: cupybn" in lines[0]
 
 
 @pytest.mark.mpi
-def test_where_one_rank_cannot_use_numba_all_compute_with_numpy(mpirun, tmp_path):
-    lines = told(mpirun, tmp_path, "numba", 3)
-    assert lines[-1].startswith("rank 0: Numba is installed, but not all ranks can use it")
-    problems = [(line.partition(":")[0], line.rpartition(", ")[2]) for line in lines[:-1]]
-    assert problems == [("  rank 2", "bad code object"), ("  ranks 0, 1", "no problem")]
+@pytest.mark.skipif(not NUMBA, reason="Numba is not installed")
+@pytest.mark.parametrize(("ranks", "kind"), [(2, "layer"), (3, "module")])
+def test_where_one_rank_cannot_use_numba_all_compute_with_numpy(mpirun, tmp_path, ranks, kind):
+    """From the first forward on, for they agree before anything is computed."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "numba.py").write_text("raise SystemError('bad code object')\n")
+    said = {}
+    for backend in ("auto", "numpy"):
+        command = MPI / "broken_numba.py", tmp_path / backend, kind
+        env = {"CUPYBN_CPU_BACKEND": backend}
+        output = mpirun(ranks, *command, env=env, aborting=False).stdout
+        said[backend] = [line.split(" | ") for line in sorted(output.splitlines()) if line]
+    assert [line[:3] for line in said["auto"]] == [line[:3] for line in said["numpy"]]
+    assert [line[1] for line in said["auto"]] == [""] * ranks  # nothing came from Numba
+    warned = [line[3:] for line in said["auto"]]
+    assert warned[1:] == [[]] * (ranks - 1)
+    (text,) = warned[0]
+    assert text.startswith("Numba is installed, but not all ranks can use it, so NumPy computes on")
+    assert "no problem" in text
+    assert f"rank {ranks - 1}: " in text
+    assert text.endswith("SystemError: bad code object")
 
 
 @pytest.mark.mpi
@@ -207,3 +227,58 @@ def test_mpi_is_as_it_was(group, monkeypatch):
     monkeypatch.setenv("PMI_RANK", "0")
     assert isinstance(resolve(None), MpiCommunicator)
     assert resolve(MPI.COMM_SELF).mpi_comm is MPI.COMM_SELF
+
+
+class OnDevice:
+    """A message of CuPy's, as far as a communicator looks at it, in host memory."""
+
+    def __init__(self, values):
+        self.values = np.array(values)
+        self.device = contextlib.nullcontext()
+        self.device.id = 3
+
+    def __dlpack__(self, **options):
+        return self.values.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.values.__dlpack_device__()
+
+
+@pytest.mark.parametrize("backend", ["cuda:nccl", "cpu:gloo,cuda:nccl"])
+def test_nccl_sums_on_the_stream_and_device_of_the_message(group, monkeypatch, backend):
+    """A stand-in for NCCL, which needs GPUs: what it is given, where, and on which stream."""
+    cuda = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=77))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(ndarray=OnDevice, cuda=cuda))
+    streams, summed = [], []
+
+    @contextlib.contextmanager
+    def on(stream):
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    def all_reduce(tensor, op=distributed.ReduceOp.SUM, group=None):
+        summed.append((getattr(tensor, "copied", False), op, [*streams]))
+        if op == distributed.ReduceOp.SUM:
+            tensor *= 2
+
+    def copied(tensor):
+        tensor = tensor.clone()
+        tensor.copied = True
+        return tensor
+
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda ptr, device: (ptr, str(device)))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.Tensor, "cuda", copied)
+    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
+    comm = interop.ProcessGroupCommunicator(group)
+    comm.backend = backend
+    message, host = OnDevice([1.0, 2.5]), np.array([3, 4])
+    assert comm.allreduce(message) is message
+    assert message.values.tolist() == [2.0, 5.0]  # in place, in the memory of the message
+    assert comm.allreduce(host) is host
+    assert host.tolist() == [6, 8]
+    through_device = "cpu:" not in backend  # a group of NCCL alone has nothing for host memory
+    total, least = distributed.ReduceOp.SUM, distributed.ReduceOp.MIN
+    expected = [(through_device, least, []), (False, total, [(77, "cuda:3")])]
+    assert summed == [*expected, (through_device, total, [])]

@@ -66,7 +66,7 @@ def reference(x, dy, mask, **options):
 
 
 def check(found, expected, mask, error):
-    """Of a tensor like x: valid values as expected, positive zeros elsewhere."""
+    """Checks a tensor like x: valid values as expected, positive zeros elsewhere."""
     found = found.detach()
     scale = max(1.0, float(expected.abs().max()))
     assert float((packed(found, mask) - expected).abs().max()) <= error * scale

@@ -108,8 +108,10 @@ def lazy(seed=0):
 
 
 def test_a_lazy_batch_norm_is_synchronised_from_its_first_forward_on():
+    nets = lazy(), lazy()  # not in the threads, which share PyTorch's generator
+
     def train(comm):
-        net = interop.convert_sync_batchnorm(lazy(), comm)
+        net = interop.convert_sync_batchnorm(nets[comm.rank], comm)
         calls = []
         net[1].register_forward_hook(lambda *args: calls.append(1))
         optimizer = None

@@ -123,7 +123,7 @@ def test_one_rank_alone_with_gradients_in_a_batch_does_not_hang_the_other():
 
 
 class Tagged(torch.Tensor):
-    """A subclass as PyTorch makes them by itself: results are of the class too."""
+    """A subclass in PyTorch's usual way: its results are of the class, too."""
 
 
 def test_a_subclass_comes_out_as_it_went_in():
@@ -193,6 +193,33 @@ def test_a_wrapper_is_asked_about_the_operator():
     assert module.num_batches_tracked == 0
 
 
+def test_a_dtensor_is_refused_by_name_and_its_local_part_is_taken():
+    """It knows no strategy for the operator; over ranks it is refused before that."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        x = distribute_tensor(torch.randn(4, 2), mesh, [Shard(0)])
+        for distributed in (False, True):
+            module = interop.SyncBatchNorm(2, comm=ALONE)
+            module = distribute_module(module, mesh) if distributed else module
+            match = r"cupybn\.batch_norm\.default .*(mixed .*DTensor|strategy)"
+            with pytest.raises((RuntimeError, NotImplementedError), match=match):
+                module(x)
+            assert int(module.num_batches_tracked) == 0
+        module = interop.SyncBatchNorm(2, comm=Two(), name="bn")
+        with pytest.raises(RuntimeError, match=r"bn: a DTensor cannot.* pass \.to_local\(\)"):
+            module(x)
+        module(x.to_local())  # the advice
+        assert module.num_batches_tracked == 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_sparse_and_nested_input_is_told_to_all_ranks():
     bad = [
@@ -224,6 +251,73 @@ def test_forward_mode_is_refused():
         assert module.num_batches_tracked == 3
         module(x)
     assert module.num_batches_tracked == 4
+
+
+def parameters(module):
+    return dict(module.named_parameters())
+
+
+def loss_of(module):
+    return lambda given, x: torch.func.functional_call(module, given, (x,)).sum()
+
+
+TRANSFORMS = {
+    "vmap": lambda m, x: torch.vmap(m)(x[None]),
+    "vmap of models": lambda m, x: torch.vmap(loss_of(m), (0, None))(
+        {name: value.detach()[None] for name, value in m.named_parameters()}, x
+    ),
+    "grad": lambda m, x: torch.func.grad(lambda x: m(x).sum())(x),
+    "grad of parameters": lambda m, x: torch.func.grad(loss_of(m))(parameters(m), x),
+    "grad_and_value": lambda m, x: torch.func.grad_and_value(loss_of(m))(parameters(m), x),
+    "vjp": lambda m, x: torch.func.vjp(m, x),
+    "jvp": lambda m, x: torch.func.jvp(m, (x,), (x,)),
+    "jacrev": lambda m, x: torch.func.jacrev(m)(x),
+    "jacfwd": lambda m, x: torch.func.jacfwd(m)(x),
+    "hessian": lambda m, x: torch.func.hessian(lambda x: m(x).sum())(x),
+    "functionalize": lambda m, x: torch.func.functionalize(m)(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # with 2.14
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jvp's
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_functions_are_refused(name):
+    """On one process; and on one of two ranks, of which the other one hears. Nothing moves."""
+    match = r"bn: the transforms of torch\.func.*autograd\.grad"
+
+    def rank(comm):
+        module, x = interop.SyncBatchNorm(2, comm=comm, name="bn"), torch.randn(4, 2)
+        if comm.rank == comm.size - 1:
+            with pytest.raises(RuntimeError, match=match):
+                TRANSFORMS[name](module, x)
+        else:
+            with pytest.raises(PeerError, match="forward of 'bn': rank 1 failed"):
+                module(x)
+        assert module.num_batches_tracked == 0
+        module(x)
+        assert module.num_batches_tracked == 1
+        if comm is ALONE and name != "functionalize":
+            TRANSFORMS[name](module.eval(), x)  # the advice; PyTorch's jvp is not for two threads
+        return module.running_mean.tolist()
+
+    rank(ALONE)
+    first, second = run_ranks(2, rank, timeout=30)
+    assert first == second
+
+
+def test_functional_call_is_no_transform():
+    """By itself it computes with other parameters, as with PyTorch's."""
+    x, results = torch.randn(4, 2).double(), []
+    for module in pair():
+        given = {name: value.detach() * 2 for name, value in module.named_parameters()}
+        for value in given.values():
+            value.requires_grad_()
+        for _ in range(3):
+            y = torch.func.functional_call(module, given, (x,))
+        found = torch.autograd.grad(y.pow(3).sum(), list(given.values()))
+        results.append([y, *found, module.running_var, module.weight])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 # ---- modes ---------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def check_backward_in_another_thread(comm):
 
 
 def slope(comm, value, inputs, which, index, eps=1e-6):
-    """Of the ranks' summed value in one element of an input; None: another rank's element moves."""
+    """The slope of the ranks' sum in one element of an input; None: in another rank's."""
     values = []
     for step in (eps, -eps):
         moved = [tensor.detach().clone() for tensor in inputs]
@@ -171,7 +171,7 @@ def check_differences(comm):
         return (factors * normalised(x, weight, bias).sin()).sum()
 
     def penalty(x, weight, bias):
-        """Of the gradients' sizes, as in a gradient penalty."""
+        """The squared size of the gradients, as in a gradient penalty."""
         inputs = [t if t.requires_grad else t.requires_grad_() for t in (x, weight, bias)]
         value = loss(*inputs)
         gradients = torch.autograd.grad(value, inputs, create_graph=True)

@@ -70,7 +70,7 @@ def aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
 def passes(
     tensors: list[np.ndarray[Any, Any]], valid: np.ndarray[Any, Any] | None = None
 ) -> dict[str, Callable[[], object]]:
-    """What each direction does with x, dy, y and dx, and a mask if there is one."""
+    """The accesses of each direction to x, dy, y, dx, and a mask if there is one."""
     x, dy, y, dx = tensors
     masked = {} if valid is None else {"mask": over(valid)}
     counted = {} if valid is None else masked | {"count": int(np.count_nonzero(valid))}
@@ -202,7 +202,7 @@ def measure_mask(
 
 
 def shortfalls(figures: Figures) -> list[str]:
-    """Where the figures miss what kernels.md promises for 16-byte aligned tensors."""
+    """The figures that miss what kernels.md says of 16-byte aligned tensors."""
     short_rows = figures.layout == "rows" and figures.size in (7, 14)
     wanted = 0.90 if short_rows else 0.95
     missed = []

@@ -1,8 +1,8 @@
-"""Which module computes: the backends offer the same five primitives under the same names.
+"""The choice of a backend: a module that offers the primitives, under the same names everywhere.
 
-On NumPy arrays that is the package ``cpu`` where Numba is installed (extra ``cpu``), else
-``numpy.py``. The environment variable ``CUPYBN_CPU_BACKEND``, read at the first call, forces one:
-"numpy" or "numba"; "auto" is the default.
+NumPy arrays go to the package ``cpu`` if Numba is installed (extra ``cpu``), else to ``numpy.py``.
+The environment variable ``CUPYBN_CPU_BACKEND``, read at the first call, forces one: "numpy" or
+"numba"; "auto" is the default.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def cpu_backend() -> ModuleType:
 
 
 def numba_problem() -> str:
-    """Why NumPy has to stand in for Numba, which is installed; "" where it has not.
+    """Why NumPy has to take the place of an installed Numba; "" if Numba works.
 
-    For ranks that agree on a backend before the first call: chooses as that will, without a
-    warning, and leaves errors to it.
+    For ranks that agree on a backend before the first call: it chooses as that call will, without
+    a warning, and leaves errors to that call.
     """
     with warnings.catch_warnings(), suppress(ImportError, ValueError):
         warnings.simplefilter("ignore")

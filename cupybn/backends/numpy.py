@@ -2,11 +2,11 @@
 
 Data are (N, C, L) arrays; everything per channel is (C,) float64. 16- and 32-bit data are computed
 in float32, float64 data in float64. The work goes block by block: a block's temporaries stay in
-the cache, and no float32 partial sum runs over more than one block. NaN and Inf pass through, in
-their channel alone, and warn nobody.
+the cache, and no float32 partial sum runs over more than one block. NaN and Inf pass through in
+their own channel, without a warning.
 
 A `mask` is an (N, L) array of bytes, nonzero where x is valid. Results are those of the valid
-values alone, and 0 where masked; `count` says how many are valid, where that is known.
+values alone, and 0 where masked; `count` is the number of valid values, if it is known.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class _Affine(NamedTuple):
     """``(x - mean) * invstd * weight + bias`` as ``(x - high) * scale + shift``, (C, 1) each.
 
     The mean is split into `high`, its value in the dtype of the arithmetic, and `low`, the rest;
-    `low` goes into `shift` in float64, so that no digit of it is lost and no pass over x is spent.
+    `low` goes into `shift` in float64: no digit is lost, and x is not read once more.
     """
 
     high: Data
@@ -108,10 +108,10 @@ def batch_moments(
 
 
 def _moments(x3: Data, mask: Data | None) -> Moments:
-    """Every block has its own pivot, its mean in low precision, about which the sums are taken.
+    """The sums of a block are taken about its own pivot, its mean in low precision.
 
     Blocks are merged in float64. Constants give an m2 of exactly 0, because deviations are first
-    taken from a value of the channel. Masked values stand at what deviations are taken from.
+    taken from a value of the channel. The deviation of a masked value is 0.
     """
     dtype = parameter_dtype(x3.dtype)
     moments = None
@@ -156,7 +156,7 @@ def _moments(x3: Data, mask: Data | None) -> Moments:
 def recentre_moments(local: Moments, weighted: PerChannel, count: int, payload: PerChannel) -> None:
     """Writes ``m2 + local.count * (mean - weighted / count)**2`` into `payload`, (C,) float64.
 
-    The second message of float64 data; `weighted` and `count` are what came back of the first.
+    The second message of float64 data; `weighted` and `count` are the results of the first.
     """
     shift = local.mean - weighted / max(count, 1)
     payload[...] = local.m2 + local.count * shift * shift
@@ -530,7 +530,7 @@ def prepare_forward(
     ranks: int = 1,
     mask: Data | None = None,
 ) -> None:
-    """A backend that compiles does so here, before the first message; NumPy has nothing to do."""
+    """Does nothing: other backends compile here, before the first message."""
 
 
 def prepare_backward(

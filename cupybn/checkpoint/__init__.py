@@ -24,8 +24,8 @@ def save(state_dict: Mapping[str, Any], path: str | bytes | os.PathLike[Any]) ->
     """Writes arrays and metadata into a file: all of it, or what was there stays.
 
     The new file is written beside the target under a temporary name, and takes its place when it
-    is on the disk. It gets the permissions that ``open(path, "wb")`` would give, where the file
-    system lets them be set; where `path` is a symbolic link, what it points to is replaced. The
+    is on the disk. It gets the permissions that ``open(path, "wb")`` would give, if the file
+    system lets them be set. If `path` is a symbolic link, its target is replaced. The
     same state gives the same bytes. A file that is mounted by itself cannot be replaced: the new
     one is copied into it, and the one under the temporary name goes when that is done.
 
@@ -39,8 +39,8 @@ def save(state_dict: Mapping[str, Any], path: str | bytes | os.PathLike[Any]) ->
     Raises:
         CheckpointError: the path has another suffix.
         ValueError: a name does not fit into a file: empty, "..", absolute, a backslash, ...
-        DTypeError: a value is no array, or of another dtype.
-        TypeError: `state_dict` is no mapping, or JSON cannot express the metadata.
+        DTypeError: a value is not an array, or of another dtype.
+        TypeError: `state_dict` is not a mapping, or JSON cannot express the metadata.
         ImportError: safetensors or ml_dtypes is missing.
         OSError: the file cannot be written: PermissionError if it is read-only. Its ``filename`` is
             `path`; the old file is whole, and the temporary one removed. If copying into a mounted
@@ -62,7 +62,7 @@ def _replace(target: str, write: Callable[[BinaryIO], None]) -> None:
         mode = _mode_of_writable(target)
     temporary = os.path.join(os.path.dirname(target), f".cupybn-{secrets.token_hex(8)}.tmp")
     try:
-        # From the start nobody may read it who could not read the old one.
+        # Nobody who could not read the old file may read this one, at any moment.
         limit = 0o666 if mode is None else mode
         with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, limit)) as file:
             write(file)
@@ -122,7 +122,7 @@ def _mode_of_writable(target: str) -> int:
     """The mode of a file that ``open(target, "wb")`` would write to.
 
     Raises:
-        OSError: there is no such file, or none that may be written to.
+        OSError: there is no such file, or it may not be written to.
     """
     status = os.stat(target)
     if not stat.S_ISREG(status.st_mode):
@@ -136,8 +136,8 @@ def _mode_of_writable(target: str) -> int:
 def load(path: str | bytes | os.PathLike[Any]) -> StateDict:
     """The state dict in the file `path` that ``save`` wrote: NumPy arrays, and its ``metadata``.
 
-    The structure of the file is checked against its size before anything is allocated, and what
-    was read against the SHA-256 in it. Nothing is ever unpickled.
+    The structure of the file is compared with its size before anything is allocated, and the data
+    with the SHA-256 in it. Nothing is ever unpickled.
 
     Raises:
         CheckpointError: the file is truncated, altered, of a newer format, or was not written by
@@ -147,7 +147,7 @@ def load(path: str | bytes | os.PathLike[Any]) -> StateDict:
     """
     path = os.fsdecode(path)
     form = _format_of(path)
-    # A named pipe is opened too, instead of waiting for somebody to write into it.
+    # Opening a named pipe does not wait for a writer.
     without_waiting = getattr(os, "O_NONBLOCK", 0)
     with open(
         path, "rb", opener=lambda name, flags: os.open(name, flags | without_waiting)
@@ -159,7 +159,7 @@ def load(path: str | bytes | os.PathLike[Any]) -> StateDict:
             return form.read(file, status.st_size)  # type: ignore[no-any-return]
         except (ImportError, MemoryError):
             raise
-        except Exception as error:  # whatever the parsers raise at damage they do not expect
+        except Exception as error:  # the parsers may raise anything at damage
             # EINVAL is of a damaged offset: a seek to before the start of the file.
             if isinstance(error, OSError) and error.errno != errno.EINVAL:
                 raise

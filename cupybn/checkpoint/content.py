@@ -1,4 +1,4 @@
-"""What a checkpoint says, whatever the file's format: arrays, metadata, header, digest.
+"""The content of a checkpoint in any file format: arrays, metadata, header, digest.
 
 The header is JSON: ``format``, ``library``, ``arrays`` (name, dtype, shape of each, in order),
 ``metadata``, and ``sha256`` over all of that and the bytes of the arrays. Files hold C-ordered
@@ -77,7 +77,7 @@ class StateDict(dict[str, Any]):
         return self
 
     def part(self, prefix: str) -> StateDict:
-        """The state of the layer at this path, under the names that it has by itself.
+        """The state of the layer at this path, with names that start at that layer.
 
         Args:
             prefix: a path, with or without a dot at its end; "" is all of it.
@@ -86,7 +86,7 @@ class StateDict(dict[str, Any]):
             The same arrays, not copied, and the versions of that layer and those inside it.
 
         Raises:
-            KeyError: there is nothing of that layer.
+            KeyError: the state has no names of that layer.
         """
         start = _with_dot(prefix)
         path = start.removesuffix(".")
@@ -101,7 +101,7 @@ class StateDict(dict[str, Any]):
         return StateDict(arrays, metadata=metadata)
 
     def with_prefix(self, prefix: str) -> StateDict:
-        """The state as that of a layer at this path: the reverse of :meth:`part`."""
+        """The state with this path before each name: the reverse of :meth:`part`."""
         start = _with_dot(prefix)
         arrays = {start + name: array for name, array in self.items()}
         metadata = {(start + path).removesuffix("."): e for path, e in self.metadata.items()}
@@ -121,7 +121,7 @@ class Description(NamedTuple):
 
     @property
     def stored(self) -> np.dtype[Any]:
-        """The dtype in the file; bfloat16 is there as its bits."""
+        """The dtype in the file, which has bfloat16 as uint16."""
         return np.dtype("<u2" if self.dtype == "bfloat16" else self.dtype.replace(">", "<"))
 
     @property
@@ -170,7 +170,7 @@ def pack(state: Mapping[str, Any]) -> Content:
 
 
 def metadata_of(state: Mapping[str, Any]) -> Any:
-    """What a state says of its layers: our ``metadata``, or PyTorch's ``_metadata``."""
+    """The metadata of a state: our ``metadata``, or PyTorch's ``_metadata``."""
     ours = getattr(state, "metadata", None)
     return getattr(state, "_metadata", {}) if ours is None else ours
 
@@ -245,7 +245,7 @@ def _described(name: Any, dtype: Any, shape: Any) -> Description:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as a dict; of two equal keys JSON readers choose as they like."""
+    """A JSON object as a dict; equal keys are an error, since JSON readers differ in them."""
     result = dict(pairs)
     if len(result) < len(pairs):
         raise CheckpointError("a name is there twice")

@@ -91,7 +91,7 @@ def _check_members(archive: ZipFile, size: int) -> None:
 
 
 def _check_npy_header(archive: ZipFile, member: ZipInfo, described: Description) -> None:
-    """It must be of the array described, and the member as long as that."""
+    """The header must describe this array, and the member must be as long as it says."""
     with archive.open(member) as file:
         if npy.read_magic(file) != (1, 0):
             raise CheckpointError(f"altered: {member.filename} has another .npy version than 1.0")

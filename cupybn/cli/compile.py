@@ -1,7 +1,7 @@
-"""``python -m cupybn compile``: what Numba would compile at the first forward and backward.
+"""``python -m cupybn compile``: compiles what the first forward and backward would.
 
-The result is kept on disk beside the library, or where ``NUMBA_CACHE_DIR`` says, for this machine's
-kind of processor. One run before a job saves each of its ranks the first seconds.
+The result stays on disk, beside the library or in ``NUMBA_CACHE_DIR``, for this machine's kind of
+processor. One run before a job saves each of its ranks the first seconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""All ranks of a job in one table: a line a host, differences marked; and what is wrong there."""
+"""All ranks of a job in one table: a line a host, differences marked; and warnings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..launcher import cores
 
 
 def facts(mpi: Any) -> dict[str, Any]:
-    """What may differ between the ranks of a job; `mpi` is ``mpi4py.MPI``, initialised."""
+    """Facts that may differ between the ranks of a job; `mpi` is ``mpi4py.MPI``, initialised."""
     name, version = mpi.get_vendor()
     return {
         "host": platform.node(),
@@ -43,7 +43,7 @@ def _found(look: Callable[[], str]) -> str:
 
 
 def backend() -> str:
-    """Which backend computes on NumPy arrays here, and why not the fast one if it is not."""
+    """The backend that computes on NumPy arrays here, and the reason if it is not the fast one."""
     try:
         name = backends.cpu_backend().__name__.rpartition(".")[2]
     except (ImportError, ValueError) as error:
@@ -81,7 +81,7 @@ def _crowds(ranks: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
 
 
 def warnings(ranks: list[dict[str, Any]]) -> list[str]:
-    """What is no error and makes a job slow, or its end late."""
+    """Warnings: what makes a job slow, or its end late."""
     found = [
         f"{number} ranks on {on} core{'s' * (on > 1)} of {host}: a rank that waits keeps a core "
         "busy, and with MPICH a message then takes 10 ms and more; Open MPI and Intel MPI give the "

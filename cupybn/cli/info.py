@@ -1,4 +1,4 @@
-"""``python -m cupybn info``: what this installation consists of; over ranks, on every host."""
+"""``python -m cupybn info``: versions, devices and MPI of this installation, on every host."""
 
 from __future__ import annotations
 

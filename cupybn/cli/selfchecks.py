@@ -1,7 +1,7 @@
-"""The checks of ``selftest``. Each runs on every rank and does what ranks do together first.
+"""The checks of ``selftest``. Each runs on every rank, and all its messages come first.
 
-Only then it compares, so that a rank whose results are wrong raises without leaving the others
-waiting. A check returns what it found, or None where one rank alone has nothing to show.
+It compares only then, so that a rank with wrong results raises without leaving the others
+waiting. A check returns what it found, or None if one rank alone has nothing to show.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def check_against_one_process(setup: Setup, dtype: str, sizes: list[int]) -> flo
 
 
 def _named(layer: Any, y: Array, dx: Array) -> dict[str, Array]:
-    """What a step gave, by the names for a person."""
+    """The results of a step, by names for the report."""
     gradients = {f"the gradient of {name}": grad for name, grad in layer.grads.items()}
     return {"y": y, "dx": dx, **gradients, **layer.buffers}
 

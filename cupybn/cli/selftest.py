@@ -1,8 +1,8 @@
 """``mpiexec -n 4 python -m cupybn selftest``: do synchronised layers work on these machines?
 
-Rank 0 prints what all ranks consist of, and a table of checks, a row for each device and transport.
-Exit code 0 if all is well on every rank, else 1; 124 if a rank did not come, as in any job. What
-makes a job slow is a warning.
+Rank 0 prints a table of the ranks, and a table of checks with a row for each device and transport.
+The exit code is 0 if all is well on every rank, else 1; 124 if a rank did not come, as in any job.
+What makes a job slow is a warning.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How messages are added up across ranks. They know nothing of what the numbers mean."""
+"""Sums of messages over ranks. The communicators do not know what the numbers mean."""
 
 from __future__ import annotations
 

@@ -28,23 +28,25 @@ class Communicator(Protocol):
     * ``rank`` and ``size`` never change.
     * ``allreduce`` is collective: all ranks call it in the same order, with messages of one length
       and dtype (float64, float32 or int64). It returns, on every rank, the same bits.
-    * It returns when the sum is there, or raises. A call that raises before anything was sent
-      leaves the communicator usable; if the others can wait for this rank then, a timeout of its
-      own has to end that.
+    * It returns the sum, or raises. A call that raises before anything was sent leaves the
+      communicator usable; if the others can wait for this rank then, a timeout of the
+      communicator has to end that.
     * It may keep or overwrite the message, and may return it.
     * Where a message is a CuPy array, so is the sum, and work on the current stream comes before
       and after it.
     * One thread at a time calls it.
 
-    It may have one method more, ``first_values(total, n)``: the first n values, in host memory, of
-    the sum that it returned last.
+    It may have two methods more. ``first_values(total, n)``: the first n values, in host memory, of
+    the sum that it returned last. ``agree()``: called on all ranks before anything is computed.
     """
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """The number of this rank, from 0."""
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """How many ranks there are."""
 
     def allreduce(self, message: Array, label: str = "") -> Array:
         """The elementwise sum of the ranks' messages, which are contiguous and of one dimension.
@@ -55,7 +57,7 @@ class Communicator(Protocol):
 
 
 class OfOneProcess:
-    """What is shared by copies, and stays in its process."""
+    """An object that copies share, and that cannot be pickled."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self
@@ -74,7 +76,7 @@ def seconds_to_wait(timeout: Any = None) -> float:
     """The seconds of a ``timeout=`` argument; None reads ``CUPYBN_TIMEOUT``, 600 where not set.
 
     Raises:
-        ValueError: it is no number of seconds; 0 is for no timeout.
+        ValueError: it is not a number of seconds; 0 is for no timeout.
     """
     what, value = "timeout", timeout
     if timeout is None:
@@ -89,7 +91,7 @@ def seconds_to_wait(timeout: Any = None) -> float:
 
 
 def sum_on_host(message: Array, summed: Callable[[Any], Any]) -> Array:
-    """A message whose values `summed` adds up in host memory; waits for the current stream."""
+    """The sum of a message, which `summed` adds up in host memory; waits for the current stream."""
     if not is_cupy(message):
         return summed(message)
     assign(message, summed(copy_to_host(message)))
@@ -99,7 +101,7 @@ def sum_on_host(message: Array, summed: Callable[[Any], Any]) -> Array:
 def first_values(comm: Communicator, total: Array, n: int) -> Any:
     """The first n values of what ``comm.allreduce`` returned last, in host memory.
 
-    A communicator that has them there already says so with a method ``first_values(total, n)``.
+    A communicator that has them there already has a method ``first_values(total, n)``.
     """
     if type(total) is np.ndarray:
         return total[:n]
@@ -108,7 +110,7 @@ def first_values(comm: Communicator, total: Array, n: int) -> Any:
 
 
 def by_rank(values: Iterable[_Value]) -> dict[_Value, str]:
-    """The ranks' values, each once, and whose they are: "ranks 0, 2"."""
+    """Each value once, with the ranks that have it: "ranks 0, 2"."""
     ranks_of: dict[_Value, list[int]] = {}
     for rank, value in enumerate(values):
         ranks_of.setdefault(value, []).append(rank)
@@ -121,19 +123,19 @@ def _name_ranks(ranks: list[int]) -> str:
 
 
 def listed(texts: Iterable[str]) -> str:
-    """A line for each of the ranks' texts, with whose it is."""
+    """A line for each text, with the ranks that have it."""
     return "".join(f"\n  {who}: {text}" for text, who in by_rank(texts).items())
 
 
 def warn_once(rank: int, text: str) -> None:
-    """A RuntimeWarning of rank 0 for all; as an error it would part this rank from the others."""
+    """Rank 0 warns for all; a warning turned into an error is dropped, or this rank would leave."""
     if rank == 0:
         with suppress(RuntimeWarning):
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def all_take_numpy(rank: int, problems: str) -> None:
-    """Where some of the ranks cannot use their Numba, NumPy computes on all; rank 0 says why."""
+    """NumPy computes on all ranks, because some cannot use their Numba; rank 0 says why."""
     use_cpu_backend("numpy")
     warn_once(
         rank,
@@ -143,7 +145,7 @@ def all_take_numpy(rank: int, problems: str) -> None:
 
 
 class SelfCommunicator:
-    """The communicator of a process by itself: size one, nothing is ever sent."""
+    """The communicator of one process alone: size 1; nothing is ever sent."""
 
     rank = 0
     size = 1
@@ -156,13 +158,13 @@ class SelfCommunicator:
         return "SelfCommunicator()"
 
 
-# Those that a mismatch closed, by identity: a communicator need not be hashable. Kept alive, so
-# that no other gets the id.
+# The communicators that a mismatch closed, by id, since they need not be hashable. They are kept
+# alive, so that no other gets the id.
 refused: dict[int, tuple[Communicator, str]] = {}
 
 
 def refuse(comm: Communicator, reason: str) -> None:
-    """After a mismatch: nobody knows which rank has which message next, so there is no next one."""
+    """Closes comm after a mismatch: no rank knows what the others would send next."""
     refused[id(comm)] = (comm, reason)
 
 
@@ -176,7 +178,7 @@ def check_usable(comm: Communicator) -> None:
 
 
 def raise_for(comm: Communicator, what: str, fingerprint: str, summed: Any) -> NoReturn:
-    """Raises, on every rank, what a summed header that was not accepted stands for. Collective."""
+    """Raises the error that a summed header stands for, on every rank. Collective."""
     number, rank = failed_ranks(summed)
     if number:
         who = f"rank {rank}" if number == 1 else f"{number} of {comm.size} ranks"

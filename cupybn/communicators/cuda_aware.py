@@ -1,7 +1,7 @@
 """Whether the loaded MPI library takes device pointers.
 
-One that does not and is given one dies with a segmentation fault, which Python cannot catch. So
-nothing is guessed: only what the library itself, or the user, says clearly counts as a yes.
+A library that does not take them dies of one with a segmentation fault, which Python cannot catch.
+So nothing is guessed: only a clear yes of the library itself, or of the user, counts.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 VARIABLE = "CUPYBN_CUDA_AWARE_MPI"
 _GPU_IS_CUDA = 0  # MPIX_GPU_SUPPORT_CUDA, in MPICH's mpi.h
 
-# Libraries that have CUDA code and take device pointers only if their variable says so, whatever
-# they answer: how their version text begins, and the variable.
+# Libraries with CUDA code that take device pointers only if a variable says so, whatever they
+# answer: the beginning of their version text, and the variable.
 _SWITCHES = {
     "Intel": "I_MPI_OFFLOAD",
     "MVAPICH2": "MV2_USE_CUDA",
@@ -35,7 +35,7 @@ def cuda_aware(mpi: Any) -> Answer:
     Does not touch CUDA. `mpi` is the module ``mpi4py.MPI``, initialised.
 
     Raises:
-        ValueError: the variable is something else than auto, 0 or 1.
+        ValueError: the variable is not auto, 0 or 1.
     """
     setting = os.environ.get(VARIABLE, "") or "auto"
     if setting not in ("auto", "0", "1"):

@@ -1,5 +1,5 @@
-"""Ranks that are MPI processes. mpi4py is imported when the first of them is made, not before:
-importing ``mpi4py.MPI`` initialises MPI.
+"""Communicators over MPI. mpi4py is imported when the first one is made, not before: importing
+``mpi4py.MPI`` initialises MPI.
 """
 
 from __future__ import annotations
@@ -60,21 +60,21 @@ class MpiCommunicator(OfOneProcess):
     * ``"host"``: copied to ordinary host memory and back.
 
     Args:
-        mpi_comm: an mpi4py intracommunicator. It is duplicated once a process, so that its other
-            traffic never meets ours; the duplicate is kept with it, and freed with it.
+        mpi_comm: a :class:`mpi4py.MPI.Intracomm`. It is duplicated once a process, so that its
+            other traffic never meets ours; the duplicate is kept with it, and freed with it.
         transport: one of these, or ``"auto"``: "device" where it is possible, else "pinned".
         timeout: seconds to wait for the other ranks before the job is ended with code 124;
             None reads ``CUPYBN_TIMEOUT`` (default 600), 0 waits for ever.
 
-    Making one is collective: the ranks agree on the transport, and take the largest of their
-    timeouts; where these differ, rank 0 warns. Where Numba is installed, each looks whether it can
-    be used, and if not everywhere, NumPy computes on all, and rank 0 warns.
+    Making one is collective: the ranks agree on the transport and take the largest of their
+    timeouts; if these differ, rank 0 warns. If Numba is installed on a rank but cannot be used,
+    NumPy computes on all ranks, and rank 0 warns.
 
     Raises:
         RuntimeError: MPI is not running in this process; or the launcher started several processes
             and MPI sees only this one (``CUPYBN_ALLOW_SINGLETON=1`` says that it is meant).
         ValueError: no such transport or timeout, or a bad ``CUPYBN_CUDA_AWARE_MPI``.
-        DeviceError: "device", and MPI is not known to be CUDA-aware on every rank; on all ranks.
+        DeviceError: on all ranks: "device", and some rank's MPI is not known to be CUDA-aware.
         CollectiveMismatchError: the ranks ask for different transports, or run versions of cupybn
             that do not understand each other's messages; on all ranks.
         PeerError: another rank raised ValueError.
@@ -82,7 +82,7 @@ class MpiCommunicator(OfOneProcess):
     Attributes:
         timeout: the one in force, in seconds, the same on every rank; 0 is none.
         transport: of CuPy messages, the same on every rank: "device", "pinned" or "host".
-        why: how that came about.
+        why: the reason for this transport.
         cuda_aware: whether this rank's MPI takes device pointers, and how that was found.
     """
 
@@ -105,7 +105,7 @@ class MpiCommunicator(OfOneProcess):
             if transport not in _TRANSPORTS:
                 raise ValueError(f"transport must be one of {_TRANSPORTS}, got {transport!r}")
             self.cuda_aware = cuda_aware(mpi)
-        except Exception as caught:  # raised below, when the other ranks know
+        except Exception as caught:  # raised below, once the other ranks know
             error = caught
         self._in_place = mpi.IN_PLACE
         self._is_finalized = mpi.Is_finalized
@@ -115,8 +115,8 @@ class MpiCommunicator(OfOneProcess):
         if self.timeout:
             watchdog.add(self._watch)
         kept = kept_with(mpi_comm)
-        # What is on its way over the duplicate: one thread at a time has its turn. Python changes
-        # threads after a call, so not between looking at it and setting it.
+        # The label of the message on its way: one thread at a time sends. Python changes threads
+        # after a call, so not between reading this and setting it.
         self._turn: list[str | None] = kept.setdefault("turn", [None])
         if "dup" not in kept:
             why = "duplicating the communicator for its first use"
@@ -125,7 +125,7 @@ class MpiCommunicator(OfOneProcess):
         self.transport, self.why = self._agree(transport, error)
 
     def _agree(self, wanted: str, error: Exception | None) -> tuple[str, str]:
-        """The transport that all ranks take, and why; or every rank raises. Touches no device.
+        """The transport of all ranks, and the reason; or every rank raises. Touches no device.
 
         The first message between two ranks, whatever their versions: 16 words of int64, their
         minimum over the ranks. The first two are the protocol and its negative. Where these differ,
@@ -178,7 +178,7 @@ class MpiCommunicator(OfOneProcess):
         return listed(unpack_texts(table, self.size))
 
     def _take_longest(self, seconds: float) -> None:
-        """Makes the longest of the ranks' timeouts that of all; rank 0 warns."""
+        """Sets the timeout of all ranks to the longest; rank 0 warns if they differ."""
         own = f"{self.timeout:g} s" if self.timeout else "no limit"
         timeouts = self._gather(f"{own}, {platform.node()}")
         self.timeout = 0.0 if seconds == np.inf else seconds
@@ -192,7 +192,7 @@ class MpiCommunicator(OfOneProcess):
         )
 
     def _choose(self, wanted: str, not_aware: int) -> tuple[str, str]:
-        """The transport, and why; `not_aware` is the first rank whose MPI is not CUDA-aware."""
+        """The transport, and the reason; `not_aware` is the first rank without CUDA-aware MPI."""
         if not self.cuda_aware.aware:
             how = f"MPI is not known to be CUDA-aware ({self.cuda_aware.how})"
         elif not_aware < self.size:
@@ -209,7 +209,7 @@ class MpiCommunicator(OfOneProcess):
         return ("pinned" if not_aware < self.size else "device"), how
 
     def allreduce(self, message: Array, label: str = "") -> Array:
-        """The sum over the ranks, in place. Raises DTypeError for other than arrays."""
+        """The sum over the ranks, in place. Raises DTypeError if the message is not an array."""
         watch, turn = self._watch, self._turn
         label = label or "allreduce"
         if self._is_finalized() or process.forked or turn[0] is not None:
@@ -233,7 +233,7 @@ class MpiCommunicator(OfOneProcess):
         return message
 
     def _refuse(self, label: str) -> None:
-        """Raises what forbids a message now, before anything is sent."""
+        """Raises the reason why no message may be sent now."""
         try:
             running_mpi()
         except RuntimeError as error:
@@ -245,7 +245,7 @@ class MpiCommunicator(OfOneProcess):
         )
 
     def _allreduce_other(self, message: Array, label: str) -> None:
-        """The same for a CuPy array, by the transport, or a subclass of NumPy's."""
+        """``allreduce`` for a CuPy array, by the transport, or for a subclass of NumPy's."""
         transport = self.transport if is_cupy(message) else "host"
         if transport == "device":
             sum_on_device(message, self._sum)
@@ -311,7 +311,7 @@ def _free(mpi_comm: Any, keyval: int, kept: dict[str, Any]) -> None:
 
 
 def mpi_communicator(mpi_comm: Any | None) -> MpiCommunicator:
-    """The one communicator of this library for an mpi4py one, or for COMM_WORLD."""
+    """This library's communicator for an mpi4py one, or for COMM_WORLD; one for each."""
     mpi = running_mpi()
     comm = mpi.COMM_WORLD if mpi_comm is None else mpi_comm
     kept = kept_with(comm)
@@ -325,10 +325,10 @@ def _is_mpi(comm: Any) -> bool:
 
 
 def check_comm(comm: Any) -> Any:
-    """A ``comm=`` argument as it is; not collective.
+    """Checks a ``comm=`` argument and returns it; not collective.
 
     Raises:
-        TypeError, ValueError: it is no communicator.
+        TypeError, ValueError: it is not a communicator.
     """
     if _is_mpi(comm):
         check_intracomm(comm)
@@ -347,13 +347,17 @@ def check_comm(comm: Any) -> Any:
 def resolve(comm: Any) -> Communicator:
     """The communicator for a ``comm=`` argument; None is ``MPI.COMM_WORLD``.
 
-    The first call for an mpi4py communicator duplicates it, which is collective.
+    The first call for an mpi4py communicator duplicates it, which is collective. So is the first
+    one for a communicator that has a method ``agree``, which is called here.
 
     Raises:
         RuntimeError: comm is None and no MPI library can be loaded.
-        TypeError, ValueError: comm is no communicator.
+        TypeError, ValueError: comm is not a communicator.
+        As ``agree``.
     """
     check_comm(comm)
     if comm is None or _is_mpi(comm):
         return mpi_communicator(comm)
+    if hasattr(comm, "agree"):
+        comm.agree()
     return comm  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""MPI in this process: whether there is one, and whether it may be used."""
+"""MPI in this process: whether it can be loaded, and whether it may be used now."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load_mpi() -> Any:
     """The module ``mpi4py.MPI``.
 
     Raises:
-        RuntimeError: it cannot be imported, for want of mpi4py or of an MPI library.
+        RuntimeError: it cannot be imported, because mpi4py or an MPI library is missing.
     """
     try:
         from mpi4py import MPI
@@ -63,5 +63,5 @@ def running_mpi() -> Any:
 
 
 def library_version(mpi: Any) -> str:
-    """The first line of what the MPI library says of itself."""
+    """The first line of the MPI library's version text."""
     return " ".join(str(mpi.Get_library_version()).splitlines()[0].split()).rstrip("\0, ")

@@ -1,6 +1,6 @@
-"""Device arrays on their way through MPI, which knows nothing of streams.
+"""CuPy messages through MPI, which knows nothing of streams.
 
-Only here does the host wait for a device: on an event of the stream that is current on the
+The host waits for a device only here: on an event of the stream that is current on the
 message's device, after the work that writes the message, and never for the whole device.
 """
 
@@ -43,24 +43,24 @@ class _Staging:
 
     def host_array_for(self, message: Array) -> np.ndarray[Any, Any]:
         if message.nbytes > self.size:
-            # Freed pinned memory goes to the next who asks: not while a copy still reads it.
+            # Freed pinned memory may be handed out again at once: not while a copy still reads it.
             self.returned.synchronize()
             self.size = message.nbytes
             try:
                 self.memory = self.cuda.alloc_pinned_memory(self.size)
             except Exception as error:
-                # Raising now would leave the other ranks waiting. Pageable memory is slower, and
-                # right.
+                # An exception now would leave the other ranks waiting. Pageable memory is
+                # slower, but correct.
                 self.refused = self.refused or error
                 self.memory = np.empty(self.size, np.uint8)
         flat: np.ndarray[Any, Any] = np.frombuffer(self.memory, message.dtype, message.size)
         return flat.reshape(tuple(message.shape))
 
     def warn(self, device: int) -> None:
-        """Once, that messages are slower than they could be."""
+        """Warns once that messages are slower than they could be."""
         if self.refused is not None and not self.told:
             self.told = True
-            with suppress(RuntimeWarning):  # as an error it would part this rank from the others
+            with suppress(RuntimeWarning):  # an error would part this rank from the others
                 warnings.warn(
                     f"cuda:{device}: no pinned memory to be had ({self.refused}); messages go "
                     "through pageable memory, which is slower",
@@ -71,14 +71,14 @@ class _Staging:
 
 @cache
 def _staging(device: int, thread: int) -> _Staging:
-    """What a thread stages with; the next thread of that number takes it over."""
+    """The staging of a thread; the next thread with this number takes it over."""
     return _Staging(sys.modules["cupy"].cuda)
 
 
 def sum_on_device(message: Array, summed: Sum) -> None:
     """Hands the message itself to `summed` once the current stream has written it.
 
-    The stream is then done with whatever memory `summed` gets from CuPy's pool, too.
+    The stream has then also finished with any memory that `summed` gets from CuPy's pool.
     """
     with message.device:
         staging = _staging(message.device.id, get_ident())
@@ -89,13 +89,13 @@ def sum_on_device(message: Array, summed: Sum) -> None:
 def sum_through_pinned(message: Array, summed: Sum) -> np.ndarray[Any, Any]:
     """Copies the message to pinned memory, sums there, and copies back without waiting for it.
 
-    Returns the sum in pinned memory, which is good until this thread's next message.
+    Returns the sum in pinned memory, valid until this thread's next message.
     """
     with message.device:
         staging = _staging(message.device.id, get_ident())
         stream = staging.cuda.get_current_stream()
         host = staging.host_array_for(message)
-        # The sum before may still be on its way out of this memory, on another stream.
+        # The previous sum may still be copied out of this memory, on another stream.
         stream.wait_event(staging.returned)
         message.data.copy_to_host_async(host.ctypes.data, host.nbytes, stream)
         staging.wait(stream)

@@ -15,7 +15,7 @@ from .base import OfOneProcess, seconds_to_wait, sum_on_host
 
 @dataclass(eq=False)
 class _Meeting:
-    """Where the ranks of a group meet: one sum at a time, added up in the order of the ranks."""
+    """The sums of a group of ranks: one at a time, added up in the order of the ranks."""
 
     size: int
     condition: threading.Condition = field(default_factory=threading.Condition)
@@ -24,7 +24,7 @@ class _Meeting:
     total: Array = None
     fault: str | None = None
     left: dict[int, str] = field(default_factory=dict)
-    # By the number of the split, and the color.
+    # The subgroups, by the number of the split and the color.
     groups: dict[tuple[int, int], _Meeting] = field(default_factory=dict)
 
     def sum(self, rank: int, message: Array, label: str, timeout: float) -> Array:
@@ -71,8 +71,16 @@ class ThreadCommunicator(OfOneProcess):
     """One rank of a group of threads. ``ThreadCommunicator.group(n)`` makes the n of them.
 
     Sums are taken in the order of the ranks, so they have the same bits on every rank and in every
-    run. Past the timeout (seconds; None reads ``CUPYBN_TIMEOUT``, 0 is none) ``allreduce`` raises
-    ``CollectiveTimeoutError``; when a rank has left, ``PeerError``.
+    run.
+
+    Args:
+        meeting, rank: what the group shares, and this rank's number; :meth:`group` sets both.
+        timeout: seconds to wait for the other ranks; None reads ``CUPYBN_TIMEOUT``, 0 is none.
+
+    Raises:
+        ValueError: `timeout` is not a number of seconds. Then, from ``allreduce``:
+        CollectiveTimeoutError: a rank did not come within the timeout.
+        PeerError: a rank has left.
     """
 
     def __init__(self, meeting: _Meeting, rank: int, timeout: float | None = None) -> None:
@@ -84,7 +92,11 @@ class ThreadCommunicator(OfOneProcess):
 
     @classmethod
     def group(cls, size: int, timeout: float | None = None) -> list[ThreadCommunicator]:
-        """The communicators of `size` ranks, to be handed to one thread each."""
+        """The communicators of `size` ranks, to be handed to one thread each.
+
+        Raises:
+            ValueError: `size` is less than 1, or `timeout` is not a number of seconds.
+        """
         if size < 1:
             raise ValueError(f"a group has at least 1 rank, got {size}")
         meeting = _Meeting(size)

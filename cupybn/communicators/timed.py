@@ -1,4 +1,4 @@
-"""What each layer's messages cost, and which rank the others wait for."""
+"""The time of each layer's messages, and the rank that the others wait for."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .mpi import resolve
 
 
 class Total(NamedTuple):
-    """Of the messages with one label, on one rank.
+    """Counts and seconds of the messages with one label, on one rank.
 
     Attributes:
         messages: how many.
@@ -38,19 +38,22 @@ class Total(NamedTuple):
 
 
 class Timed(OfOneProcess):
-    """A communicator that writes down, by label, what goes over another one.
+    """A communicator that records, by label, the messages over another one.
 
     A label is a call of a layer, such as ``"forward of 'features.bn1'"``. Give it to the layers in
-    place of the communicator: ``comm = Timed(MPI.COMM_WORLD)``. Nothing is written down with one
-    rank, for nothing is sent.
+    place of the communicator: ``comm = Timed(MPI.COMM_WORLD)``. With one rank it
+    records nothing, since nothing is sent.
 
     Args:
         comm: as for SyncBatchNorm; None is ``MPI.COMM_WORLD``. Making an MPI communicator is
             collective.
 
+    Raises:
+        As :func:`resolve`.
+
     Attributes:
         comm: the other communicator.
-        totals: a :class:`Total` for each label, of this rank. ``totals.clear()`` starts anew.
+        totals: a :class:`Total` for each label, of this rank. ``totals.clear()`` starts again.
     """
 
     def __init__(self, comm: Any = None) -> None:
@@ -99,7 +102,7 @@ class Timed(OfOneProcess):
 
 
 def table(ranks: list[dict[str, Any]]) -> list[str]:
-    """The lines of a report, from what each rank wrote down."""
+    """The lines of a report, from the records of each rank."""
     labels = dict.fromkeys(label for totals in ranks for label in totals)
     rows = {label: [Total(*totals.get(label, ())) for totals in ranks] for label in labels}
     rows["all"] = [Total(*map(sum, zip(*totals.values(), strict=True))) for totals in ranks]

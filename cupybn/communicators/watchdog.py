@@ -1,9 +1,9 @@
 """Ends a job whose ranks wait for a message that never comes.
 
 A blocking MPI call cannot be interrupted from Python, and no error of another rank makes it
-return. So one daemon thread a process looks at what the communicators are waiting for; past the
-limit it says who waits for what, and aborts. The caller only writes down that it waits: two
-attributes. How long, the thread finds out by looking again.
+return. So one daemon thread in each process looks at what the communicators wait for; past the
+limit it prints who waits for what, and aborts. The caller only sets two attributes when it waits;
+the thread measures the time by looking again.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _GRACE = 3.0  # seconds for the abort to work before this process ends by itself
 
 @dataclass(eq=False)
 class Watch:
-    """One communicator under the watchdog's eyes. The caller writes, before a blocking call::
+    """A communicator that the watchdog looks at. The caller sets, before a blocking call::
 
         watch.sequence += 1
         watch.label = "what it waits for"
 
-    and sets ``label`` to None when the call is over, whatever its outcome. A timeout of infinity
-    is none.
+    and sets ``label`` to None when the call is over, also after an exception. An infinite timeout
+    means none.
     """
 
     where: str
@@ -44,7 +44,7 @@ class Watch:
     since: float = 0.0
 
     def waited(self, now: float) -> float:
-        """Seconds, by the clock of `now`, for which the present call was seen waiting, or 0."""
+        """Seconds for which the present call was seen waiting at the time `now`, or 0."""
         sequence, label = self.sequence, self.label
         if label is None or sequence != self.seen:
             self.seen, self.since = sequence, now
@@ -64,7 +64,7 @@ class Watchdog:
         self._lock = threading.Lock()
 
     def add(self, watch: Watch) -> None:
-        """From now on the job ends if a call of this watch does not return in time."""
+        """Ends the job, from now on, if a call of this watch does not return in time."""
         with self._lock:
             self._watches.add(watch)
             if self._thread is None:
@@ -81,7 +81,7 @@ class Watchdog:
         while True:
             time.sleep(_POLL)
             now = time.monotonic()
-            # While the whole job is suspended nobody looks, and that time must not count.
+            # The time while the whole job is suspended must not count.
             clock += min(now - last, _LONGEST_LOOK)
             last = now
             with self._lock:
@@ -95,10 +95,10 @@ class Watchdog:
 def _give_up(watch: Watch, waited: float) -> None:
     try:
         _tell(watch, waited)
-    finally:  # also where nobody reads what this rank has to say
+    finally:  # also if nobody reads this rank's output
         last_resort = threading.Timer(_GRACE, os._exit, (EXIT_CODE,))
         last_resort.daemon = True
-        with suppress(RuntimeError):  # where no thread can be started any more
+        with suppress(RuntimeError):  # if no thread can be started any more
             last_resort.start()
         watch.abort(EXIT_CODE)
 
@@ -109,7 +109,7 @@ def _tell(watch: Watch, waited: float) -> None:
         f"{watch.timeout:g} s, CUPYBN_TIMEOUT). A rank has stopped, its host or network is gone, "
         "or it calls other layers than this one: suspect the ranks that say nothing. Ending the "
         "job. This rank stands at:\n",
-        end="",  # in one piece: other ranks speak too
+        end="",  # in one write: other ranks print too
         file=sys.__stderr__,
         flush=True,
     )

@@ -1,4 +1,4 @@
-"""Meeting other frameworks. Nothing here is imported by ``import cupybn``; one module at a time:
+"""Other frameworks. ``import cupybn`` imports none of these modules:
 
 * ``cupybn.interop.names``: state dicts under the names of other frameworks.
 * ``cupybn.interop.jax``: synchronised batch norm for JAX, under jit and gradients.

@@ -1,22 +1,22 @@
 """Batch norm over the ranks of a communicator for JAX: a function, and the order of its messages.
 
 Every rank must send the same messages in the same order. XLA orders computations by their data
-alone: over several ranks callbacks that do not depend on each other were seen in another order on
-each. So every message takes a token from the one before it and gives one to the next, forward and
-backward, and the wrappers here carry the token::
+alone: callbacks that do not depend on each other ran in another order on each rank. So every
+message takes a token from the one before it and gives one to the next, forward and backward, and
+the wrappers here carry the token::
 
     def loss(params, x, labels):                 # calls batch_norm(...) anywhere
         ...
     step = jax.jit(ordered_value_and_grad(loss))
 
-``in_order`` is for functions without a gradient. Inside of either, ``scan``, ``jit`` and
-``checkpoint`` take the place of JAX's own around calls of ``batch_norm``: JAX's own do not carry
-the token, and are refused. Outside of both, a call with values (not traced) sends at once, in the
+``in_order`` is for functions without a gradient. Inside either, ``scan``, ``jit`` and
+``checkpoint`` replace JAX's own around calls of ``batch_norm``: JAX's own do not carry the token,
+and are refused. Outside of both, a call with values (not traced) sends at once, in the
 order of the program; a traced one over several ranks is refused.
 
 A rank whose call fails raises JAX's error for callbacks, with cupybn's exception in its text; the
-others raise it with PeerError. The next call works. What is kept for a backward are arrays, so a
-gradient that nobody asks for costs nothing, and a vjp may be called twice. CPU only.
+others raise it with PeerError. The next call works. A backward keeps arrays only, so an unused
+gradient costs nothing, and a vjp may be called twice. CPU only.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ __all__ = [
 
 
 class Statistics(NamedTuple):
-    """Of the batch of all ranks; constants to JAX, nothing is differentiated through them.
+    """Statistics of the batch of all ranks; constants to JAX, without gradients.
 
     Attributes:
         mean, var: (C,), float32, or float64 with x of float64; var is biased.
@@ -70,9 +70,9 @@ class Statistics(NamedTuple):
 
 @dataclass(frozen=True)
 class _Call:
-    """The options of one call of :func:`batch_norm`. Equal ones share what JAX compiles."""
+    """The options of one call of :func:`batch_norm`. JAX compiles once for equal ones."""
 
-    comm: Communicator = field(compare=False)  # need not be hashable
+    comm: Communicator = field(compare=False)  # it need not be hashable
     identity: int
     name: str | None
     eps: float
@@ -81,7 +81,7 @@ class _Call:
 
 
 class _Open(threading.local):
-    """The token of the wrapper that is being traced in this thread, and which trace it is of."""
+    """The token of the wrapper that this thread traces, and the trace that it belongs to."""
 
     token: Any = None
     trace: Any = None
@@ -110,8 +110,7 @@ def batch_norm(
             float32 or float64. N may be 0, and another one on each rank.
         weight, bias: (C,), float32, or float64 with x of float64; or None.
         comm: an mpi4py or cupybn communicator; None is ``MPI.COMM_WORLD``.
-        name: of the layer, equal on all ranks; layers that must not be confused have different
-            names.
+        name: of the layer, equal on all ranks; different for different layers.
         mask: bool or uint8, of x's shape without its channels, nonzero where x is valid (True is
             valid, as in Flax): everything is that of the valid values alone, and y and the gradient
             of x are 0 elsewhere. None: all are valid; other ranks may have one.
@@ -177,8 +176,8 @@ def ordered_value_and_grad(
 ) -> Callable[..., Any]:
     """``jax.value_and_grad`` of a function that calls :func:`batch_norm`, in one order.
 
-    All forwards come in the order of the program, then all backwards in the opposite one, on every
-    rank, whatever is done with the results. To be called inside ``jax.jit`` or by itself.
+    All forwards run in the order of the program, then all backwards in the opposite order, on every
+    rank, whether or not it uses the results. Call it inside ``jax.jit`` or by itself.
 
     Args:
         f, argnums, has_aux: as of ``jax.value_and_grad``.
@@ -216,10 +215,10 @@ def ordered_value_and_grad(
 def in_order(f: Callable[..., Any]) -> Callable[..., Any]:
     """`f` with the messages of its :func:`batch_norm` calls in the order of the program.
 
-    For what has no gradient; inside of another wrapper it changes nothing.
+    For functions without a gradient; inside another wrapper it changes nothing.
 
     Raises:
-        NotImplementedError: where the result is differentiated.
+        NotImplementedError: the result is differentiated.
         RuntimeError: a `batch_norm` is called inside a transformation of JAX's that is not one of
             this module's; where it is traced.
     """
@@ -275,8 +274,9 @@ def scan(f: Callable[..., Any], init: Any, xs: Any = None, length: int | None = 
 def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
     """``jax.checkpoint`` for use inside of a wrapper: the backward runs the forward again.
 
-    With its messages, in the same order on every rank. `f` takes all that it differentiates as
-    arguments: it must not close over traced arrays. Errors are those of :func:`in_order`.
+    It sends its messages again, in the same order on every rank. `f` takes all that it
+    differentiates as arguments: it must not close over traced arrays. Errors are those of
+    :func:`in_order`.
     """
 
     @jax.custom_vjp
@@ -288,7 +288,7 @@ def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
 
     def backward(args: Any, cotangents: Any) -> Any:
         _, token = cotangents
-        # Again, after all that came later in the forward; and its own backward after that.
+        # Once more, after all later parts of the forward; its own backward comes after that.
         (_, last), vjp = jax.vjp(_carrying(f), token, *_after(token, args))
         return vjp((cotangents[0], last))
 
@@ -307,7 +307,7 @@ def _token() -> Any:
     """The token of the open wrapper; None outside of one.
 
     Raises:
-        RuntimeError: a transformation of JAX's stands between, which does not hand the token on.
+        RuntimeError: a transformation of JAX's is in between, which does not hand on the token.
     """
     if _open.token is not None and _open.trace != _current_trace():
         raise RuntimeError(
@@ -348,7 +348,7 @@ def _handing_over(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _need(token: Any) -> None:
-    """Keeps all messages up to this token: a rank that uses no result has to send them too."""
+    """Keeps all messages up to this token: a rank that uses no result must send them, too."""
     io_callback(_nothing, None, _not_differentiated(token))
 
 
@@ -370,7 +370,7 @@ def _nothing(token: Any) -> None:
 
 
 def _after(token: Any, tree: Any) -> Any:
-    """The tree, once the token is there. It is 0, which XLA does not know."""
+    """The tree, after the token. The token is 0, which XLA does not know."""
 
     def tied(leaf: Any) -> Any:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.number):
@@ -421,12 +421,12 @@ _batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 def _forward(call: _Call, x: Any, weight: Any, bias: Any, mask: Any, token: Any) -> Any:
     """y, statistics, what the backward needs of them, and the next token."""
-    # What does not fit is refused in its turn, where the other ranks hear of it: on the host.
+    # The host refuses bad arguments, when their turn comes, so that the other ranks hear of it.
     channels = x.shape[call.channel_axis] if x.ndim > 1 and call.channel_axis in (1, -1) else 0
     wide = _wide(x)
     vector = jax.ShapeDtypeStruct((channels,), wide)
     statistics = vector, vector, jax.ShapeDtypeStruct((), wide)
-    # float64 and int64 as pairs of uint32, which JAX holds without x64 too.
+    # float64 and int64 go as pairs of uint32, which JAX can hold without x64.
     kept = jax.ShapeDtypeStruct((4 * channels + 2,), np.uint32)
     results = jax.ShapeDtypeStruct(x.shape, x.dtype), statistics, kept, _TOKEN
     return _on_host(_host(_host_forward, call), results, x, weight, bias, mask, token)
@@ -438,7 +438,7 @@ def _wide(x: Any) -> Any:
 
 @lru_cache(maxsize=1024)
 def _host(function: Callable[..., Any], call: _Call) -> Callable[..., Any]:
-    """The same object for the same call: JAX compiles a callback once."""
+    """One object for equal calls: JAX compiles a callback once."""
     return partial(function, call)
 
 
@@ -497,7 +497,7 @@ def _arrays(*arrays: Any) -> list[Any]:
 
 
 def _on_host(host: Callable[..., Any], results: Any, *args: Any) -> Any:
-    """Calls `host` when the computation gets there; refuses what JAX cannot make of the call."""
+    """Calls `host` when the computation gets there; refuses transformations that JAX cannot do."""
 
     @jax.custom_jvp
     @jax.custom_batching.custom_vmap
@@ -522,7 +522,7 @@ def _on_host(host: Callable[..., Any], results: Any, *args: Any) -> Any:
 
 
 def _check_place(x: Any, name: str | None) -> None:
-    """Raises unless the computation is one for a single CPU device."""
+    """Raises unless the computation is for a single CPU device."""
     what = f"cupybn.interop.jax.batch_norm {name or ''}"
     if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
         platforms = {device.platform for device in x.devices()}

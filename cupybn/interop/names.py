@@ -18,7 +18,7 @@ layers and not part of the state, as is eps: 1e-5 here, in PyTorch and in Flax, 
 1e-3 in Keras. Chainer's ``N`` counts the batches of fine-tuning only, where it averages over all of
 them: ``momentum=None`` here.
 
-Which variance is kept was found by a step of Chainer 7.8.1, Keras 3.15.1 (on JAX) and Flax 0.12.8.
+A step of Chainer 7.8.1, Keras 3.15.1 (on JAX) and Flax 0.12.8 showed which variance each keeps.
 The fused kernel of Keras 2, for 4-D input, keeps the unbiased one: leave `count` out for that.
 """
 
@@ -37,7 +37,7 @@ COUNTER = "num_batches_tracked"
 
 
 class Convention(NamedTuple):
-    """How a framework names the state of a batch norm, and what its variance is.
+    """The names of a framework for the state of a batch norm, and the kind of its variance.
 
     `collections` go before the path of the layer: those of Flax, by the name of the array here.
     """
@@ -53,7 +53,7 @@ class Convention(NamedTuple):
         return self.separator.join((*first, *path, self.names[ours]))
 
     def parse(self, key: str) -> tuple[tuple[str, ...], str] | None:
-        """(path of the layer, name of the array here); None if it is no batch norm's."""
+        """(path of the layer, name of the array here); None if it is not a batch norm's."""
         *path, name = key.removeprefix("/").removesuffix(":0").split(self.separator)
         for ours, theirs in self.names.items():
             first = [self.collections[ours]] if ours in self.collections else []
@@ -95,8 +95,8 @@ def convert_state_dict(
             ``flatten_dict(variables, sep="/")``.
         source, target: "cupybn", "pytorch", "chainer", "keras" or "flax".
         count: values per channel (N * H * W over all ranks) that the running variance was taken
-            from, for all layers, or by path with dots. Without it, variances are left alone, and
-            an evaluation with the same eps gives what it gave: for inference. With it, they become
+            from, for all layers, or by path with dots. Without it, variances stay, and an
+            evaluation with the same eps gives the same result: for inference. With it, they become
             what the target would have kept of the same batches, for training on: multiplied by
             n / (n - 1) on the way from a framework that keeps the biased one to one that keeps the
             unbiased one, and by (n - 1) / n on the way back.
@@ -107,8 +107,8 @@ def convert_state_dict(
         takes as "keep your count". Where the target has no counter, it is left out.
 
     Raises:
-        ValueError: a framework or count that is none, or keys that belong to no batch norm with
-            running statistics; pass only those of batch norms.
+        ValueError: an unknown framework or a bad count; or keys that do not belong to a batch norm
+            with running statistics: pass only those of batch norms.
     """
     theirs, ours = _convention(source), _convention(target)
     layers, others = _by_layer(state, theirs)
@@ -145,7 +145,7 @@ def _by_layer(
 ) -> tuple[dict[tuple[str, ...], dict[str, Any]], list[str]]:
     """(arrays of the batch norms by path and name, keys of everything else).
 
-    A batch norm is what has running statistics: a weight and a bias alone are anybody's.
+    A batch norm has running statistics: other layers, too, have a weight and a bias.
     """
     found: dict[tuple[str, ...], dict[str, tuple[str, Array]]] = {}  # with their keys
     others = []

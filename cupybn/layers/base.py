@@ -27,7 +27,7 @@ _OWN = frozenset({"params", "grads", "buffers", "children", "saved", "_absent"})
 
 
 def _layers_in(value: Any, depth: int = 3) -> Iterator[Layer]:
-    """Layers in a list, tuple, set or dict, and in those inside it: among the first ten of each."""
+    """Layers in a list, tuple, set or dict, or in those inside it: among the first ten of each."""
     if isinstance(value, Layer):
         yield value
     elif depth and isinstance(value, _CONTAINERS):
@@ -36,7 +36,7 @@ def _layers_in(value: Any, depth: int = 3) -> Iterator[Layer]:
 
 
 def _changed(array: Any, device: str | None, dtype: Any) -> Any:
-    """The array on the device, and of the dtype if it is floating; None: as it is."""
+    """The array moved to the device and, if floating, cast to the dtype; None keeps either."""
     array = array if device is None else move(array, device)
     if dtype is None or not is_floating(array.dtype):
         return array
@@ -97,7 +97,7 @@ class Layer:
 
         Raises:
             ValueError: the name is empty, has a dot, or is taken.
-            DTypeError: what is registered is no array, or not floating.
+            DTypeError: `array` is not an array, or not floating.
         """
         own = self._registered(name, array)
         if own is not None:
@@ -109,11 +109,11 @@ class Layer:
             self.grads[name] = np.zeros_like(own)
 
     def register_buffer(self, name: str, array: ArrayLike | None) -> None:
-        """Registers an array that belongs to the state but is not trained; None: absent.
+        """Registers an untrained array of the state; None registers the name as absent.
 
         Raises:
             ValueError: the name is empty, has a dot, or is taken.
-            DTypeError: what is registered is no array.
+            DTypeError: `array` is not an array.
         """
         own = self._registered(name, array)
         if own is not None:
@@ -156,7 +156,7 @@ class Layer:
         self.__dict__.get("children", {}).pop(name, None)
         super().__setattr__(name, value)
 
-    if not TYPE_CHECKING:  # with these, every misspelt attribute is one
+    if not TYPE_CHECKING:  # with these, every misspelt attribute would exist
         __getattr__ = _registered_value
         __setattr__ = _set
 
@@ -196,7 +196,7 @@ class Layer:
 
     @property
     def path(self) -> str:
-        """Where this layer was last attached: its names from the root, joined by dots."""
+        """The path of this layer, where it was last attached: names from the root, with dots."""
         return self._path
 
     def _set_path(self, path: str) -> None:
@@ -217,7 +217,7 @@ class Layer:
     def forward(
         self, x: ArrayLike, *args: Any, save_for_backward: bool | None = None, **options: Any
     ) -> Array:
-        """y; keeps the context in ``self.saved`` if `save_for_backward` (None: when training)."""
+        """y; keeps the context in ``self.saved`` if `save_for_backward` (None: in training)."""
         save = self.training if save_for_backward is None else save_for_backward
         y: Array
         y, context = self.run_forward(x, save, *args, **options)
@@ -229,9 +229,9 @@ class Layer:
         return self.forward(*args, **options)
 
     def run_forward(self, x: Any, save: bool, *args: Any, **options: Any) -> tuple[Any, Any]:
-        """``compute_forward``, told whether the context will be kept if it wants to know.
+        """Calls ``compute_forward``, with ``save_for_backward`` if it declares that keyword.
 
-        A note of what it raises says in which layer (in the text on Python 3.10).
+        An exception gets a note that names the layer (in its text on Python 3.10).
         """
         if self._wants_save:
             options["save_for_backward"] = save
@@ -251,9 +251,9 @@ class Layer:
         cls._takes_mask = "mask" in parameters
 
     def backward(self, dy: ArrayLike, saved: Any = None, **options: Any) -> Any:
-        """dx, from the context of the last saving forward, or from the one passed in.
+        """Returns dx, from the context of the last saving forward or from the one passed in.
 
-        The context is dropped, unless backward raises. Gradients of parameters are added to
+        The context is dropped unless backward raises. Gradients of parameters are added to
         ``self.grads``.
 
         Raises:
@@ -282,7 +282,7 @@ class Layer:
         return any(child.leave_backward(error) for child in reversed(self.children.values()))
 
     def say_where(self, error: Exception, direction: str) -> None:
-        """Adds to an error which layer raised it, unless a layer inside this one did already."""
+        """Adds the name of this layer to an error, unless a layer inside this one added its own."""
         with suppress(Exception):  # of an exception that takes no note, or has no text
             said = "\n".join([str(error), *getattr(error, "__notes__", ())])
             if any(f"{way} of " in said for way in ("forward", "backward")):
@@ -295,7 +295,7 @@ class Layer:
 
     @property
     def label(self) -> str:
-        """The path in the tree, or the class: what errors call this layer."""
+        """The name of this layer in errors: its path in the tree, or its class."""
         return self.path or type(self).__name__
 
     # ---- modes, walks and state ------------------------------------------------------------------
@@ -325,12 +325,12 @@ class Layer:
 
         Args:
             device: where parameters, gradients and buffers go.
-            dtype: float32 or float64, of all of them that are floating; a ``dtype`` that a layer
-                keeps is set. Gradients of zeros stay so; integers, such as counters, stay as well.
+            dtype: float32 or float64, for all of them that are floating; sets a ``dtype`` that a
+                layer keeps. Zero gradients stay zero; integers, such as counters, stay as they are.
 
         Raises:
             DeviceError: there is no such device, or CuPy is not installed.
-            DTypeError: another dtype. Nothing was changed.
+            DTypeError: another dtype. Nothing has changed then.
         """
         place = None if device is None else check_device(device)
         wanted = None if dtype is None else check_layer_dtype(dtype)
@@ -362,7 +362,7 @@ class Layer:
     def _walk(self, prefix: str) -> Iterator[tuple[str, Layer]]:
         for name, value in self.__dict__.items():
             if type(value) in _CONTAINERS and name not in _OWN:
-                self._check_seen(name, value)  # what was appended to a list since it was assigned
+                self._check_seen(name, value)  # appended to a list since it was assigned?
         yield prefix, self
         for name, child in self.children.items():
             yield from child._walk(f"{prefix}.{name}" if prefix else name)
@@ -408,7 +408,7 @@ class Layer:
 
         Raises:
             StateDictError: lists everything that does not fit.
-            TypeError: `state` is no mapping.
+            TypeError: `state` is not a mapping.
         """
         return load_state(list(self._walk("")), state, strict)
 
@@ -423,7 +423,7 @@ class Layer:
         return self.__dict__ | {"saved": None}
 
     def extra_repr(self) -> str:
-        """What stands between the parentheses of the repr, before the children."""
+        """The text in the parentheses of the repr, before the children."""
         return ""
 
     def __repr__(self) -> str:

@@ -32,7 +32,7 @@ from ..statistics import Moments, message_length
 from ..typing import Array, ArrayLike
 from .base import Layer
 
-# What a binding is made of. A subclass that has its own is asked at every call.
+# What binding calls. A subclass that overrides one of these is bound anew in every forward.
 _ASKED_WHEN_BINDING = frozenset(
     {"communicator", "label", "path", "_bind", "_call", "_check_input", "_factor", "_settings"}
 )
@@ -80,7 +80,7 @@ ARGUMENTS = """
 
 
 def named(function: Any, qualname: str) -> Any:
-    """The same function under another name: that by which TypeErrors call it."""
+    """The same function under another name, which TypeErrors show."""
     named = FunctionType(function.__code__, function.__globals__, closure=function.__closure__)
     named.__dict__.update(function.__dict__)
     for each in ("__defaults__", "__kwdefaults__", "__annotations__", "__doc__", "__module__"):
@@ -171,20 +171,20 @@ class BatchNorm(Layer):
         self.to(device)
 
     def reset_parameters(self) -> None:
-        """Weight as `weight_init` says, bias 0."""
+        """Sets the weight as `weight_init` says, and the bias to 0."""
         if "weight" in self.params:
             self.weight = _initial_weight(self.weight_init, (self.num_features,), self.dtype)
         if "bias" in self.params:
             self.bias[...] = 0
 
     def reset_running_stats(self) -> None:
-        """Running mean 0, running variance 1, no batches tracked."""
+        """Sets the running mean to 0, the running variance to 1, the number of batches to 0."""
         for name, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
             if name in self.buffers:
                 self.buffers[name][...] = value
 
     def communicator(self) -> Communicator:
-        """Who takes part in the next forward."""
+        """The communicator of the next forward."""
         return ALONE
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -272,7 +272,7 @@ class BatchNorm(Layer):
     def _bind_and_run(
         self, key: Any, x: Any, save: bool, arrays: dict[str, Any]
     ) -> tuple[Any, Saved]:
-        """A forward of a signature that was not met twice before; `key` None: not to be kept."""
+        """A forward whose signature is not bound yet; with `key` None its binding is not kept."""
         with self._call("forward", self.communicator()) as call:
             x = as_array(x)
             self._check_input(x)

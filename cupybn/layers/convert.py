@@ -15,11 +15,11 @@ _STATE = ("params", "grads", "buffers", "children")
 
 
 def convert_sync_batchnorm(layer: Layer, comm: Any = None, *, skip: Iterable[str] = ()) -> Layer:
-    """Every BatchNorm1d, 2d and 3d of the tree as a SyncBatchNorm over `comm`.
+    """Replaces every BatchNorm1d, 2d and 3d of the tree by a SyncBatchNorm over `comm`.
 
-    The new layers have the very same parameter, gradient and buffer arrays and every option of the
+    The new layers have the same parameter, gradient and buffer arrays and every option of the
     old ones; a layer that was shared stays shared. A SyncBatchNorm gets the new `comm`. Containers
-    are changed in place: what is returned is `layer`, or its successor if it is a batch norm.
+    are changed in place. Returns `layer`, or its successor if it is a batch norm.
 
     Args:
         layer: the root of the tree.
@@ -48,10 +48,10 @@ def convert_sync_batchnorm(layer: Layer, comm: Any = None, *, skip: Iterable[str
 
 
 def revert_sync_batchnorm(layer: Layer, *, skip: Iterable[str] = ()) -> Layer:
-    """Every SyncBatchNorm of the tree as what it was converted from, arrays and options kept.
+    """Replaces every SyncBatchNorm of the tree by what it was converted from; arrays stay.
 
-    One that was made directly stays a SyncBatchNorm, over ``SelfCommunicator()``. Arguments, what
-    comes back, and errors are those of :func:`convert_sync_batchnorm`.
+    One that was made directly stays a SyncBatchNorm, over ``SelfCommunicator()``. Arguments,
+    result and errors are those of :func:`convert_sync_batchnorm`.
     """
 
     def reverted(old: BatchNorm, path: str) -> BatchNorm:
@@ -110,7 +110,7 @@ def replace_norms(
     Args:
         paths: every layer or module by its path, the root first, a shared one once a path.
         children: the attribute with the dict of a part's children.
-        known: the classes of batch norms without behaviour of a user's; `base` is that of all.
+        known: the library's own classes of batch norms; `base` is the base of all.
         successor: takes a batch norm and its first path.
         skip: paths to leave as they are.
         names: what errors call a part, and the root.

@@ -13,7 +13,13 @@ _Self = TypeVar("_Self", bound="LayerList")
 class LayerList(Layer):
     """Layers as a list that is a child: ``LayerList([a, b])``, with the names "0", "1", ...
 
-    It has no forward of its own: the layer that it belongs to runs its layers, as it runs others.
+    It has no forward of its own: the layer that holds it runs its layers.
+
+    Args:
+        layers: in their order; more can be appended.
+
+    Raises:
+        TypeError: one of them is not a Layer.
     """
 
     def __init__(self, layers: Iterable[Layer] = ()) -> None:
@@ -25,7 +31,7 @@ class LayerList(Layer):
         """Adds a layer at the end, under its number; returns this list.
 
         Raises:
-            TypeError: it is no Layer.
+            TypeError: it is not a Layer.
         """
         self._add(str(len(self)), layer)
         return self

@@ -1,4 +1,4 @@
-"""State dicts in memory: out of a tree of layers, and into it, all or nothing."""
+"""State dicts in memory: copied out of a tree of layers, and into it, all or nothing."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _upgraded(
 
 
 def _version_in(metadata: Any, path: str) -> int | None:
-    """The version of a layer's state, 1 where nothing is said of it; None for what is no number."""
+    """The version of a layer's state; 1 if the metadata has none, None if it is not a number."""
     try:
         entry = (metadata or {}).get(path) or {}
         return index(entry.get("version", 1))

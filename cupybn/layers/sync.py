@@ -13,7 +13,7 @@ from .batchnorm import ARGUMENTS, BatchNorm
 
 
 class CommReference:
-    """How a layer holds its communicator: shared by deepcopy, left behind by pickle."""
+    """A layer's reference to its communicator: deepcopy shares it, pickle leaves it out."""
 
     def __init__(self, comm: Any, detached: bool = False) -> None:
         self.comm = comm
@@ -21,7 +21,7 @@ class CommReference:
         self.resolved: Communicator | None = None
 
     def resolve(self, label: str, look_up: Callable[[Any], Communicator]) -> Communicator:
-        """The communicator, looked up once; `label` is the layer's, for the error if it is gone."""
+        """The communicator, looked up once; the error for a lost one names the layer by `label`."""
         if self.resolved is None:
             if self.detached:
                 raise RuntimeError(
@@ -30,7 +30,7 @@ class CommReference:
                 )
             try:
                 self.resolved = look_up(self.comm)
-            except RuntimeError as error:
+            except (RuntimeError, TimeoutError) as error:
                 raise type(error)(f"{label}: {error}") from error
         return self.resolved
 
@@ -60,11 +60,11 @@ class Synchronised:
 
     @property
     def label(self) -> str:
-        """What errors call it."""
+        """The name of this layer in errors."""
         return self.name or super().label  # type: ignore[misc]
 
     def communicator(self) -> Communicator:
-        """Who takes part in the next forward."""
+        """The communicator of the next forward."""
         if not self.training:
             return ALONE
         return self._comm.resolve(self.label, self._look_up)

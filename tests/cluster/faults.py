@@ -53,7 +53,7 @@ FAULTS = {
 
 
 def quickly(*chosen):
-    """The faults, of which the others are slow."""
+    """Parameters for the faults; all but these are slow."""
     return pytest.mark.parametrize(
         "fault", [pytest.param(f, marks=() if f in chosen else pytest.mark.slow) for f in FAULTS]
     )

@@ -17,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 DOCUMENT = (ROOT / "docs" / "clusters.md").read_text()
 BLOCKS = dict(re.findall(r"```\w+ (\S+)\n(.*?)```", DOCUMENT, re.DOTALL))
+BLOCKS["ssh-mpich"] = BLOCKS["ssh-impi"] = BLOCKS.pop("ssh")
 VENVS = dict(pair.split("=") for pair in os.environ["CUPYBN_CLUSTER"].split())
 START = 240  # seconds that a job may take until it has saved once, on a busy machine
 WHOLE = 240  # and until it is over
@@ -103,7 +104,7 @@ def ended(job: str, seconds: float) -> str:
 
 
 def clean_up() -> None:
-    """Both hosts are there and idle again, whatever a test has done to them."""
+    """Brings both hosts back, idle, after any test."""
     subprocess.run(["scancel", "--user=root"])
     for host in ("n1", "n2"):
         subprocess.run(["ip", "link", "set", f"p{host[1]}", "up"], stderr=subprocess.DEVNULL)

@@ -87,7 +87,15 @@ def inductor(kind):
     wait_asleep()
     over = interop.ProcessGroupCommunicator()  # whose ranks sleep while they wait for compilers
     model = torch.compile(synchronised(kind, over), dynamic=True)
-    return train(model, FULL, comm=over), alone(kind, FULL)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    states = [train(model, FULL, comm=over)]
+    model.load_state_dict(start)
+    for module in model.modules():  # and over MPI, with what was compiled
+        if isinstance(module, interop.SyncBatchNorm):
+            module.comm = comm
+    states.append(train(model, FULL, comm=comm))
+    assert all(m.communicator() is comm for m in model.modules() if hasattr(m, "communicator"))
+    return torch.stack(states), alone(kind, FULL)
 
 
 def autocast(kind):

@@ -148,7 +148,7 @@ class Kernel:
     def start(
         self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], *, shared_mem: int = 0
     ) -> Launch:
-        """The launch, of which nothing has run yet."""
+        """The launch, before anything has run."""
         if shared_mem > self.max_dynamic_shared_size_bytes:
             raise PtxError(
                 f"{shared_mem} bytes of dynamic shared memory: set max_dynamic_shared_size_bytes"
@@ -372,7 +372,7 @@ class Launch:
         self._words("copies", copies * slots * words.COPIES * words.COPY_FIELDS)
 
     def _memory(self, args: Sequence[Any]) -> None:
-        """The arrays of the launch: whatever is not in one is out of bounds."""
+        """The arrays of the launch; an access outside all of them is out of bounds."""
         self.ranges = _ranges([a for a in args if isinstance(a, np.ndarray)])
         table, grains, sectors = [], 0, 0
         watched = self.how.races

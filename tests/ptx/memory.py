@@ -92,7 +92,7 @@ def _addresses(s, r, m, row, offset, total):
 
 @inside
 def _fault_of_lane(s, m, kind, total, crooked):
-    """Of the first lane whose address is crooked, or is in no range."""
+    """The fault of the first lane whose address is misaligned, or is in no range."""
     for lane in range(32):
         x = bits(s.masks, 64 + lane)
         if bits(m, lane):

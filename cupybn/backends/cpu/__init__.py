@@ -83,14 +83,15 @@ class _Bound(NamedTuple):
 @lru_cache(maxsize=1024)
 def _bound(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Bound:
     plan, kernels = plan_for(*shape), load()
-    constant = True if plan.columns else None, plan.items
+    columns = True if plan.columns else None
+    shared, alone = (columns, plan.items), (columns, plan.alone)
     bits = DATA_TYPES[dtype.name].bits
     seen = np.dtype(bits) if bits else None
 
     def on_threads(kernel: Callable[..., None]) -> Callable[..., None]:
         if plan.threads > 1:
-            return partial(spread, kernel, plan.threads, constant)
-        return partial(kernel, False, *constant)
+            return partial(spread, kernel, plan.threads, shared, alone=alone)
+        return partial(kernel, False, *alone)
 
     no_data, no_parameter = np.empty((0, 0, 0), seen or dtype), np.empty(0, parameter_dtype(dtype))
     forward, backward = on_threads(kernels.forward), on_threads(kernels.backward)

@@ -1,4 +1,4 @@
-"""What is computed once a channel: merging, finalizing, and the coefficients of the long loops."""
+"""Arithmetic per channel: merging, finalizing, and the coefficients of the long loops."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """How the loops are compiled: Numba's options, and the cache on disk that outlives a process.
 
 Numba compiles a kernel for a dtype when it is first called, and keeps the result beside this
-package, or where ``NUMBA_CACHE_DIR`` says. Numba's own index believes what it reads, and takes what
-it kept for out of date when the one file changes that the kernel is in. A kernel here is made of
-functions from several files, and machine code that was cut off or altered ends the process. So each
-signature has a file of its own, which begins with a digest of it and of all that it was made of.
-What cannot be read, or written, does without: it is compiled again.
+package, or in ``NUMBA_CACHE_DIR``. Numba's own index trusts what it reads, and looks for changes
+only in the one file that the kernel is in. A kernel here is made of functions from several files,
+and truncated or altered machine code would end the process. So each signature has a file of its
+own, which begins with a digest of its content and of all that it was made of. A file that cannot
+be read or written only costs time: the kernel is compiled again.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ from ...launcher import local_rank
 if numba.config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
-# Only adding up may be reassociated, to make it a vector loop (`plus` of ``intrinsics.py``).
-# Differences from a pivot or mean are taken as written; nothing may assume that no value is NaN or
-# Inf.
+# Only sums may be reassociated, to become vector loops (`plus` of ``intrinsics.py``). Differences
+# from a pivot or mean are computed as written, and values may be NaN or Inf.
 _options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
-_NAMES = {dtype.bits: name for name, dtype in DATA_TYPES.items()}  # where Numba sees the bits
+_NAMES = {dtype.bits: name for name, dtype in DATA_TYPES.items()}  # of those Numba sees as bits
 _kernels: list[Any] = []
 announced: set[str] = set()
 """Names of the dtypes whose compiling the user was told of."""
-_warned = False  # that nothing can be kept
+_warned = False  # whether the warning that nothing can be kept was given
 
 inside = numba.njit(inline="always", **_options)
 """For functions of kernels: their statements become the kernel's, which is compiled as one."""
@@ -53,7 +52,7 @@ def kernel(function):
     made = numba.njit(**_options)(function)
     try:
         made._cache = _Cache(function)
-    except (RuntimeError, OSError):  # there is nowhere to keep it
+    except (RuntimeError, OSError):  # no folder to keep it in
         made._cache = _Nowhere()
     _kernels.append(made)
     return made
@@ -65,12 +64,12 @@ def compiled() -> int:
 
 
 def folder() -> str:
-    """Where the compiled kernels are kept; empty where there is no such place."""
+    """The folder of the compiled kernels; empty if there is none."""
     return str(_kernels[0].stats.cache_path or "")
 
 
 def _digest() -> bytes:
-    """Of what all kernels are made of: every file of the package, and what compiles them."""
+    """The digest of all that kernels are made of: every file of the package, and the compilers."""
     found = sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         found.update(path.read_bytes())
@@ -78,7 +77,7 @@ def _digest() -> bytes:
 
 
 class _Files(IndexDataCacheFile):  # type: ignore[misc]
-    """A file for each signature and kind of processor; one that is not whole is as good as none."""
+    """A file for each signature and kind of processor; a damaged one counts as absent."""
 
     def __init__(self, cache_path, filename_base, source_stamp):
         super().__init__(cache_path, filename_base, source_stamp)
@@ -113,7 +112,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]
     def load_overload(self, sig, target_context):
         try:
             kept = super().load_overload(sig, target_context)
-        except Exception:  # whatever is wrong with what was kept, it can be compiled again
+        except Exception:  # whatever is wrong with the file, the kernel can be compiled again
             kept = None
         if kept is None:
             _announce(sig, f"once; kept in {self.cache_path}")

@@ -8,7 +8,7 @@ from .intrinsics import buffer, double_buffer, load, moved, plus, zero
 
 RUN = 4096  # values in one float32 sum, at most
 ROWS = 64  # of columns in one float32 sum, four at a time
-SAMPLE = 16  # values that make a pivot, or a row of a channel's columns
+SAMPLE = 16  # values behind a pivot, or in a row of a channel's columns
 
 
 @summed
@@ -24,7 +24,7 @@ def _deviations(x, begin, size, pivot):
 
 @inside
 def row_moments(x, mean, m2, item, c0, c1):
-    """Of the channels c0 to c1 of an item, WIDE at most, into mean and m2, at segment + c."""
+    """Writes mean and m2, at segment + c, of the channels c0 to c1 of an item, at most WIDE."""
     segment, _, channels, length, _, _, n0, n1, l0, l1, _, _ = item
     pivot, sums, squares = buffer(x), double_buffer(x), double_buffer(x)
     for c in range(segment + c0, segment + c1):
@@ -63,7 +63,7 @@ def row_moments(x, mean, m2, item, c0, c1):
 
 @inside
 def column_moments(x, mean, m2, item):
-    """Into mean and m2, at segment + c; x begins at the item's columns, WIDE of them at most."""
+    """Writes to mean and m2, at segment + c; x begins at the item's columns, at most WIDE."""
     segment, _, _, width, c0, c1, m0, m1, j0, j1, step, _ = item
     columns = j1 - j0
     pivot, sums, squares = buffer(x), double_buffer(x), double_buffer(x)
@@ -108,7 +108,7 @@ def column_moments(x, mean, m2, item):
 
 @shared
 def _fill_pivot(x, pivot, width, m0, m1, columns, repeat, step):
-    """A value near the mean of each channel, from the first row and a few more."""
+    """Writes a value near the mean of each channel, from the first row and a few more."""
     first = moved(x, m0 * width)
     rows = min(m1 - m0, max(1, SAMPLE // step))
     for j in range(repeat):
@@ -132,7 +132,7 @@ def _fill_pivot(x, pivot, width, m0, m1, columns, repeat, step):
 def add_columns(sums, products, columns, repeat, step):
     """Adds up the columns of each channel, into its first one.
 
-    The columns from `repeat` on belong to the same channels once more, and so on.
+    From `repeat` on the columns belong to the same channels again, and so on.
     """
     for begin in range(repeat, columns, repeat):
         for k in range(repeat):

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-SHORT = 96  # runs below this are done by columns
+SHORT = 96  # shorter runs are done by columns
 LINE = 64  # bytes of a cache line
-WIDE = 1024  # columns or channels at a time, at most: what is known of each stays in L1
-_NARROW = 1024  # columns below this are done several rows at a time
-_LITTLE = 1 << 12  # values that are not worth the trouble
-_CACHED = 1 << 17  # values of x, of dy and of dx that fit in a 2 MB cache together
+WIDE = 1024  # columns or channels at a time, at most: their coefficients stay in L1
+_NARROW = 1024  # with fewer columns, several rows are done at a time
+_LITTLE = 1 << 12  # values; so few are done row by row
 _ITEM = 1 << 18  # values of a work item, about
+_ALONE = 1 << 20  # the same where one thread does all: x and dy are read again from its cache
 _LEAST = 1 << 16  # values per channel that are worth a segment
 _SHARE = 1 << 17  # values that are worth waking a thread: about 100 us of forward
 _UNITS = 256  # channels times segments that keep any number of threads busy
@@ -33,8 +33,8 @@ class WorkItem(NamedTuple):
     `step` side by side, and all channels may be repeated; c0 and c1 say which channels they are of.
 
     Attributes:
-        segment: where the sums of its segment begin: the number of the segment times C.
-        group: so many channels are done together; of rows, as many as stay in the cache.
+        segment: the start of the sums of its segment: the segment's number times C.
+        group: the number of channels done together; more of them lie side by side in longer runs.
     """
 
     segment: int
@@ -55,37 +55,47 @@ class Plan(NamedTuple):
     """The work on a shape.
 
     Attributes:
-        columns: which loops.
+        columns: whether the loops for columns run, or those for rows.
         items: one a row, in the order of ``WorkItem``.
+        alone: the same work for one thread, in fewer items.
         counts: values per channel of each segment. Sums over a segment are merged in this order.
-        threads: at most, that are of use.
+        threads: the largest number that is of use.
     """
 
     columns: bool
     items: np.ndarray[Any, np.dtype[np.int64]]
+    alone: np.ndarray[Any, np.dtype[np.int64]]
     counts: np.ndarray[Any, np.dtype[np.float64]]
     threads: int
 
 
 @lru_cache(maxsize=1024)
 def plan_for(n: int, channels: int, length: int) -> Plan:
-    """The plan for an (n, channels, length) array; one without items where it is empty."""
+    """The plan for an (n, channels, length) array; without items if that is empty."""
     columns = length < SHORT
     items: list[WorkItem] = []
+    alone: list[WorkItem] = []
     counts: list[float] = []
-    if n * channels * length > 0:
-        items, counts = (_columns if columns else _rows)(n, channels, length)
+    if n * channels * length > 0 and columns:
+        items, counts = _columns(n, channels, length)
+        alone = items
+    elif n * channels * length > 0:
+        items, counts = _rows(n, channels, length, _ITEM)
+        alone, _ = _rows(n, channels, length, _ALONE)
     threads = max(1, min(len(items), n * channels * length // _SHARE))
-    table = np.array(items, np.int64).reshape(-1, len(WorkItem._fields))
-    return Plan(columns, table, np.array(counts), threads)
+    return Plan(columns, _table(items), _table(alone), np.array(counts), threads)
+
+
+def _table(items: list[WorkItem]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.array(items, np.int64).reshape(-1, len(WorkItem._fields))
 
 
 @lru_cache(maxsize=1024)
 def repeated(n: int, channels: int, length: int) -> int:
-    """How many bytes of a mask the loops want of each sample: its own, or those repeated.
+    """The number of a mask's bytes that the loops need of each sample: its own, or repeated.
 
-    Repeated where a row of columns is one sample: so often that a line can begin anywhere in the
-    first half of them.
+    They are repeated if a row of columns is one sample, so often that a line can begin anywhere in
+    the first half of them.
     """
     plan = plan_for(n, channels, length)
     if not plan.columns or not len(plan.items) or plan.items[0, 3] > channels * length:
@@ -100,22 +110,20 @@ def bits_items(size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.array(bounds, np.int64).reshape(-1, 2)
 
 
-def _rows(n: int, channels: int, length: int) -> tuple[list[WorkItem], list[float]]:
+def _rows(n: int, channels: int, length: int, size: int) -> tuple[list[WorkItem], list[float]]:
+    """Items of `size` values, about, and what each segment has of a channel."""
     segments = max(1, min(_UNITS // channels, n * length // _LEAST))
     items: list[WorkItem] = []
     counts: list[float] = []
     parts = min(n, segments)
-    group = max(1, min(WIDE, _CACHED // (n * length)))
     for n0, n1 in _cut(n, parts):
         for l0, l1 in _cut(length, -(-segments // parts)):
             count = (n1 - n0) * (l1 - l0)
-            step = max(1, _ITEM // count)
+            step = max(1, min(WIDE, size // count))
             segment = len(counts) * channels
             for c in range(0, channels, step):
                 c1 = min(c + step, channels)
-                items.append(
-                    WorkItem(segment, 0, channels, length, c, c1, n0, n1, l0, l1, 1, group)
-                )
+                items.append(WorkItem(segment, 0, channels, length, c, c1, n0, n1, l0, l1, 1, step))
             counts.append(float(count))
     return items, counts
 

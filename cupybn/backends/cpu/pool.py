@@ -1,15 +1,15 @@
 """Threads for the kernels: how many, and handing them the work items of one call.
 
-The kernels release Python's lock, so Python's own threads do. They take the lock once a call, not
-once an item: a thread that waits for it sleeps, and wakes slowly. Any number of callers may hand in
-work at once, and each does its own items too.
+The kernels release Python's lock, so Python's own threads will do. They take the lock once a call,
+not once an item: a thread that waits for it sleeps, and wakes slowly. Any number of callers may
+hand in work at once, and each does its own items, too.
 
 A helper works only while its caller is inside the kernel: the kernel lets helpers in when the
 caller enters, lends them its arrays, and keeps the caller until they have left (``enter`` and
-``leave`` of ``intrinsics.py``). So nothing depends on a helper, and whatever interrupts the caller
-in Python, nothing is written after it: a helper that comes late finds the door closed. Nor does it
-keep an array alive while it waits for Python's lock. The threads are daemons, which a process does
-not wait for, and end before the interpreter does.
+``leave`` of ``intrinsics.py``). So nothing depends on a helper, and nothing is written after an
+interrupt of the caller in Python: a late helper is not let in. Nor does it keep an array alive
+while it waits for Python's lock. The threads are daemons, which a process does not wait for, and
+end before the interpreter does.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _calls: SimpleQueue[Any] = SimpleQueue()  # (kernel, arguments, core), or None: 
 
 
 def thread_count() -> int:
-    """Threads for one call: what :func:`set_threads` said, or the environment, or a fair share.
+    """Threads for one call: set by :func:`set_threads`, or by the environment, or a fair share.
 
     ``NUMBA_NUM_THREADS``, then ``OMP_NUM_THREADS``; where neither is set, the cores that the
     launcher bound this rank to, or those of this machine divided by the ranks on it.
@@ -57,12 +57,18 @@ def set_threads(number: int | None) -> None:
 
 
 def spread(
-    kernel: Callable[..., Any], at_most: int, constant: tuple[Any, ...], turns: Any, *arguments: Any
+    kernel: Callable[..., Any],
+    at_most: int,
+    constant: tuple[Any, ...],
+    turns: Any,
+    *arguments: Any,
+    alone: tuple[Any, ...] | None = None,
 ) -> None:
     """``kernel(False, *constant, turns, *arguments)``, helped by other threads.
 
     So that there are as many threads as there may be, `at_most` so many; fewer where the system
     starts no more. Each call takes work items, by a counter in `turns`, until there are none.
+    Without helpers the kernel is given `alone`, if there is that, in place of `constant`.
     """
     helpers = _start(min(thread_count(), at_most) - 1)
     if helpers:
@@ -70,11 +76,13 @@ def spread(
         call = kernel, (*constant, turns, *map(_absent, arguments)), _current_core()
         for _ in range(helpers):
             _calls.put(call)
+    elif alone is not None:
+        constant = alone
     kernel(False, *constant, turns, *arguments)
 
 
 def _absent(argument: Any) -> Any:
-    """What a helper is given in place of an array: an empty one, that is the same to Numba."""
+    """A helper's argument in place of an array: an empty one, of the same type to Numba."""
     if not isinstance(argument, np.ndarray):
         return argument
     return _empty(argument.ndim, argument.dtype)
@@ -86,7 +94,7 @@ def _empty(ndim: int, dtype: Any) -> Any:
 
 
 def _start(number: int) -> int:
-    """Has `number` workers wait for calls, or as many as can be had; returns how many."""
+    """Starts workers until `number` wait for calls, or as many as possible; returns how many."""
     while len(_workers) < number:
         worker = Thread(target=_work, args=(_calls,), name="cupybn", daemon=True)
         try:
@@ -100,7 +108,7 @@ def _start(number: int) -> int:
 def _work(calls: SimpleQueue[Any]) -> None:
     while (call := calls.get()) is not None:
         kernel, arguments, core = call
-        with suppress(Exception):  # such as no memory: the caller does what no helper does
+        with suppress(Exception):  # such as no memory: the caller does what the helpers leave
             _leave_core(core)
             kernel(True, *arguments)
     calls.put(None)  # for the next worker
@@ -118,7 +126,7 @@ if sys.platform == "linux":
     _current_core = ctypes.PyDLL(None).sched_getcpu
 
     def _leave_core(core: int) -> None:
-        """Moves a worker that was woken on the caller's core, where it would wait for its turn.
+        """Moves a worker that woke up on the caller's core, where it would wait for its turn.
 
         It stays away from that core until it meets a caller on another one.
         """
@@ -135,14 +143,14 @@ else:
 
 
 def _forget_workers() -> None:
-    """In a forked process: the workers are the parent's."""
+    """Forgets the workers in a forked process: they are the parent's."""
     global _calls
     _calls = SimpleQueue()
     _workers.clear()
 
 
 def _end_workers() -> None:
-    """Before the interpreter ends; who calls after it works alone."""
+    """Ends the workers before the interpreter ends; later callers work alone."""
     set_threads(1)
     _calls.put(None)
     for worker in _workers:

@@ -2,7 +2,7 @@
 
 ``plan`` says how a kernel covers a tensor, ``source`` compiles kernels, ``launch`` keeps what calls
 of one signature have in common, and ``primitives`` are the functions that every backend offers.
-Those take for granted that the current device is the one of their arrays.
+They rely on the current device being the one of their arrays.
 """
 
 from .primitives import (

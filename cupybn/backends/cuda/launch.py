@@ -1,8 +1,7 @@
 """Prepared launches: kernels, grids and constant arguments, found once for a signature; scratch.
 
-A call is a look-up among what is kept here, and the launches. Nothing is looked up by name in it,
-and nothing here makes a Python frame in it but :func:`scratch_for`. The current device is the one
-of the arrays.
+A call looks up what is kept here, and launches. It looks up nothing by name, and enters no Python
+function of this module but :func:`scratch_for`. The current device is the one of the arrays.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Launch(NamedTuple):
     Attributes:
         run: launches; takes the tuple of all arguments.
         sizes: the last arguments.
-        empty: ``cupy.ndarray``, which allocates at a third of the price of ``cupy.empty_like``.
+        empty: ``cupy.ndarray``, which allocates in a third of the time of ``cupy.empty_like``.
         partials, counters: how much scratch it needs; 0 where no channel is split.
     """
 
@@ -100,7 +99,7 @@ def tensor_launch(
 
 
 def mask_loads(plan: LaunchPlan, shape: tuple[int, int, int], itemsize: int) -> str:
-    """How the mask of a vector is read, as ``cuda/mask.cuh`` has it.
+    """How the mask of a vector is read, in the terms of ``cuda/mask.cuh``.
 
     Its elements have one position in columns. They have as many neighbouring ones, at a multiple
     of their number, where rows are whole vectors; of narrow vectors that is not worth a kernel.
@@ -144,10 +143,10 @@ def resident_launch(
     some: int,
     whole_bytes: bool = False,
 ) -> Launch | None:
-    """The launch that is a whole direction of one rank, or None: then that streams, in two.
+    """The one launch for a direction of one rank, or None: then two launches stream.
 
-    It is where the plan says so, unless the environment variable ``CUPYBN_RESIDENT`` is 0; with 1
-    wherever it fits. Arguments as for :func:`tensor_launch`.
+    The plan decides, unless the environment variable ``CUPYBN_RESIDENT`` is 0 (never) or 1
+    (wherever it fits). Arguments as for :func:`tensor_launch`.
 
     Raises:
         ValueError: the variable is neither auto, 0 nor 1.
@@ -189,7 +188,7 @@ def forward_launches(
     every: int,
     whole_bytes: bool,
 ) -> tuple[Launch, Launch | None]:
-    """Those of ``local_forward``: the statistics, and y. Of a resident kernel the second is None.
+    """The launches of ``local_forward``: statistics, and y; or one resident kernel, and None.
 
     Bits as for :func:`tensor_launch`: of x alone, and of all tensors.
     """
@@ -212,7 +211,7 @@ def backward_launches(
     some: int,
     every: int,
 ) -> tuple[Launch, Launch | None]:
-    """Those of ``local_backward``: the sums over what is read, and dx; or one that is resident."""
+    """The launches of ``local_backward``: sums, and dx; or one resident kernel, and None."""
     resident = resident_launch("local_backward", shape, dtype, device, some)
     if resident is not None:
         return resident, None
@@ -233,7 +232,7 @@ class _Kept(threading.local):
 
 
 _kept = _Kept()
-# Of launches that went into CUDA graphs, for good: nobody says when a graph is gone.
+# Scratch of launches in CUDA graphs is kept for good: nothing says when a graph is gone.
 _captured: list[Scratch] = []
 
 
@@ -255,7 +254,7 @@ def scratch_for(launch: Launch, device: int) -> Scratch:
     if held is not None:
         if held[0].size >= partials and held[1].size >= counters:
             return held
-        # what is outgrown goes back to its stream, which uses it again only after this launch
+        # scratch that is too small goes back to its stream, which reuses it only after this launch
         partials, counters = max(partials, 2 * held[0].size), max(counters, 2 * held[1].size)
     made = cupy.empty(max(partials, 4096)), cupy.zeros(max(counters, 1024), np.uint32)
     _kept.scratch[key] = made
@@ -269,5 +268,5 @@ def _multiprocessors(device: int) -> int:
 
 @lru_cache(maxsize=64)
 def _shared_memory(device: int) -> int:
-    """Bytes that a block can have, if it asks for them."""
+    """Bytes of shared memory that a block can have, if it asks for them."""
     return int(sys.modules["cupy"].cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])

@@ -1,9 +1,9 @@
 """How a kernel covers an (N, C, L) tensor: grid, block, vector width, slices. Integers only.
 
 The terms are those of ``cuda/geometry.cuh``: rows, where a block owns one channel, and runs, where
-it owns a tile of neighbouring channels that together are a whole number of vectors; a slice is the
-share of one block in them: so many vectors of a channel, or so many lines of a run. A resident
-kernel keeps a tile in a block's shared memory between the sums and the write: it is read once.
+it owns a tile of neighbouring channels that together are a whole number of vectors; a slice is one
+block's share of them: some vectors of a channel, or some lines of a run. A resident kernel keeps a
+tile in a block's shared memory between the sums and the write: it is read once.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ WARP = 32
 BYTE = 8
 
 VECTOR_BYTES = 16
-_SHORT_ROW_BYTES = 512  # shorter rows leave a warp's access in several places of memory
-_RUN_BYTES = 128  # what a run should at least be: whole lines of a cache
+_SHORT_ROW_BYTES = 512  # with shorter rows a warp's access is in several places of memory
+_RUN_BYTES = 128  # the least length of a run: whole cache lines
 _SLICE_BYTES = 16 << 10  # a smaller share of a channel is not worth a block
 _COUNTED = 1 << 30  # of a row's vectors and a slice's vectors or samples: kernels count in 32 bits
-_FULL = 0.85  # of the places for blocks that is worth no smaller slices
+_FULL = 0.85  # of the places for blocks is full enough
 _TRIED = 8
 _BATCH = 8  # as in cuda/reduce.cuh
 _PAIR_BYTES = 16  # two doubles
 RESIDENT_THREADS = 512  # as in cuda/resident.cuh
-_SECTOR_BYTES = 32  # of memory, that is moved whole
-# What a multiprocessor could move in the time that the second launch of a direction takes.
+_SECTOR_BYTES = 32  # of memory, moved as a whole
+# Bytes that a multiprocessor could move in the time of a direction's second launch.
 _LAUNCH_BYTES = 128 << 10
 
 
@@ -45,8 +45,8 @@ class LaunchPlan:
         tiles: of channels.
         threads: of a block.
         length: vectors (rows) or lines (runs) of a tile.
-        step: those that a block takes at once.
-        tile_bytes: what of the tensor is in a tile.
+        step: vectors or lines that a block takes at once.
+        tile_bytes: bytes of the tensor in a tile.
         tile_channels: channels of a tile.
         line_samples: samples of a line.
         line_vectors: vectors of a line in a tile (runs).
@@ -81,8 +81,8 @@ class LaunchPlan:
     def group_slices(self) -> int:
         """Slices whose sums are added by the last of them, before those of the groups are added.
 
-        Of runs as many as one batch of loads holds. One channel, in rows, needs no groups; neither
-        do a few batches, which take no longer than groups would.
+        For runs, as many as one batch of loads holds. One channel, in rows, needs no groups; nor do
+        a few batches, which take no longer than groups would.
         """
         at_once = _BATCH * max(1, self.threads // self.tile_channels)
         return self.slices if self.rows or self.slices <= 4 * at_once else at_once
@@ -107,7 +107,7 @@ class LaunchPlan:
 
     @property
     def kept_begin(self) -> int:
-        """Where they lie in shared memory, in vectors: behind what the sums take."""
+        """Where they begin in shared memory, in vectors: behind the memory of the sums."""
         return self.shared_bytes // VECTOR_BYTES
 
     @property
@@ -132,8 +132,8 @@ class LaunchPlan:
     def over(self, places: int) -> LaunchPlan:
         """The plan in slices, for a device with places for so many blocks at once.
 
-        They fill it once, if they can: a second wave would wait for the last block of the first.
-        Where tiles then leave many places empty, slices are smaller and more.
+        They fill it once, if they can: a second wave would wait for the last block of the first. If
+        tiles then leave many places empty, slices are smaller, and more.
         """
         if self.flat:
             return self
@@ -192,15 +192,13 @@ def _plan_rows(
 ) -> LaunchPlan:
     n, c, length = shape
     vector = VECTOR_BYTES // itemsize
-    # those of ragged rows do not begin with a byte of ReLU bits
-    if (
-        not vector <= length <= vector * _COUNTED
-        or (alignment if whole_bytes else congruence) < VECTOR_BYTES
-    ):
+    narrow = not vector <= length <= vector * _COUNTED
+    # vectors of ragged rows do not begin at a byte of ReLU bits
+    if narrow or (alignment if whole_bytes else congruence) < VECTOR_BYTES:
         vector = 1
     ragged = length % vector != 0 or alignment < vector * itemsize
     total = n * (length // vector)
-    # what is read by the element costs a thread as much as a vector
+    # an element read by itself costs a thread as much as a vector
     alone = 2 * n * vector if ragged else 0
     tile_bytes = (total + alone) * vector * itemsize
     return LaunchPlan(True, vector, ragged, c, 0, total, 0, tile_bytes).with_threads(THREADS)
@@ -214,7 +212,7 @@ def _plan_runs(
     whole_bytes: bool,
     row_vector: int,
 ) -> LaunchPlan | None:
-    """Runs in the widest vectors there are, where single rows are short, ragged or narrower."""
+    """Runs in the widest possible vectors, if single rows are short, ragged or narrower."""
     length = shape[2]
     vector = max(1, min(alignment, VECTOR_BYTES) // itemsize)
     while vector:
@@ -247,7 +245,7 @@ def _fit_run(
 def _runs(
     shape: tuple[int, int, int], itemsize: int, vector: int, unit: int
 ) -> Iterator[LaunchPlan]:
-    """Runs of a multiple of `unit` elements that fit into a block, ever wider ones."""
+    """Runs of a multiple of `unit` elements that fit into a block, each wider than the last."""
     n, c, length = shape
     channels, samples = unit // gcd(unit, length), 1
     if c % channels:
@@ -287,8 +285,8 @@ def plan_resident(
 ) -> tuple[LaunchPlan | None, str]:
     """The launch that keeps `tensors` tensors in shared memory, and why; or None: they stream.
 
-    It is chosen where the busiest multiprocessor then moves less than when all of them stream twice
-    over the tensors, and a launch more.
+    It is chosen if the busiest multiprocessor then moves less than if all of them streamed twice
+    over the tensors, with a launch more.
 
     Args:
         shared: bytes of shared memory that the device gives a block.
@@ -326,7 +324,7 @@ def plan_resident(
 
 
 def _with_more_threads(plan: LaunchPlan, available: int, tensors: int) -> LaunchPlan:
-    """Where a multiprocessor holds one block alone, that has more threads."""
+    """The plan with more threads in a block, if a multiprocessor holds only one block."""
     more = plan.with_threads(RESIDENT_THREADS)
     alone = 2 * plan.resident_bytes(tensors) > available >= more.resident_bytes(tensors)
     return more if alone else plan

@@ -1,14 +1,14 @@
 """The backend's functions on CuPy arrays: they allocate, and launch what ``launch.py`` prepared.
 
-Same names and meanings as in ``backends/numpy.py``. The current device must be the one of the
-arrays: callers see to that. Nothing here waits for the device, and nothing is allocated but outputs
-and scratch, which is kept; all of it before the first launch, so that nothing fails after a write.
+Same names and meanings as in ``backends/numpy.py``. Callers make the device of the arrays current.
+Nothing here but ``count_valid`` waits for the device. Only outputs and scratch (which is kept) are
+allocated, all before the first launch, so that nothing fails after a write.
 
-A kernel takes pointers. An array stands for its address, ``NULL`` for one that is not there. Arrays
-of one value a channel may be strided: :func:`_pointers` copies those. Tensors and messages that are
-strided come from the public primitives alone, and go through ``call_plainly``.
+A kernel takes pointers: an array is passed for its address, ``NULL`` for an absent one. Arrays of
+one value a channel may be strided: :func:`_pointers` copies those. Strided tensors and messages
+come only from the public primitives, and go through ``call_plainly``.
 
-A `mask` is (N, L) bytes, nonzero where x is valid; `count` is how many of them are.
+A `mask` is (N, L) bytes, nonzero where x is valid; `count` is the number of valid ones.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ update_running = reference.update_running
 
 
 def count_valid(mask: Array) -> int:
-    """How many positions are valid; the one function here that waits for the device."""
+    """The number of valid positions; the one function here that waits for the device."""
     total = sys.modules["cupy"].zeros(1, np.uint64)
     if mask.size:
         launch = channel_launch("count_valid", mask.size)
@@ -124,7 +124,7 @@ def given_statistics(mean: Array, var: Array, eps: float) -> tuple[Array, Array,
 def recentre_moments(local: Moments, weighted: Array, count: int, payload: Array) -> None:
     """Writes ``m2 + local.count * (mean - weighted / count)**2`` into `payload`, (C,) float64.
 
-    The second message of float64 data; `weighted` and `count` are what came back of the first.
+    The second message of float64 data; `weighted` and `count` are the results of the first.
     """
     launch = channel_launch("recentre_moments", local.mean.size)
     pointers = _pointers(payload, local.mean, local.m2, weighted)
@@ -447,10 +447,10 @@ def prepare_forward(
     ranks: int = 1,
     mask: Array | None = None,
 ) -> None:
-    """Compiles what comes after the first message of a forward, to fail before it, if at all.
+    """Compiles the kernels after the first message of a forward, so that it can only fail before.
 
-    With one rank there is none: what fails then fails before anything is written; with a mask not,
-    so that is compiled here too.
+    One rank sends none, and compiles before it writes anything; with a mask it would not, so that
+    is compiled here, too.
     """
     if ranks == 1 and mask is None:
         return
@@ -522,7 +522,7 @@ def _zeros(channels: int, payload: Array | None) -> Array:
 
 
 def _pointers(*arrays: Array | None) -> list[Array]:
-    """What a kernel takes for arrays of one value a channel: a copy of one that is strided."""
+    """The arguments of a kernel for arrays of one value a channel: a strided one is copied."""
     pointers = []
     for array in arrays:
         if array is not None and array.strides[0] != array.itemsize:

@@ -1,8 +1,8 @@
 """The CUDA sources: finds them, pastes their headers in, compiles a kernel when first used.
 
-CuPy's cache on disk knows a kernel by its text and its options, not by the headers which the text
-includes. So the text has no headers of ours to include: they are pasted in, and a changed one is a
-changed text. ``#line`` keeps the true places in compiler messages.
+CuPy's cache on disk knows a kernel by its text and its options, not by the headers that the text
+includes. So our headers are pasted into the text, and a changed header is a changed text. ``#line``
+keeps the true places in compiler messages.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 OPTIONS = ("-std=c++17",)
-# Kernels that one pass needs are compiled together: some of a module's time is our headers, and
-# whatever else the compiler does before it comes to the kernel.
+# The kernels of one pass are compiled together: headers, and all that the compiler does before it
+# comes to a kernel, take some of a module's time.
 TOGETHER = (("batch_moments", "normalize"), ("backward_reduce", "backward_input"))
 
 _OWN_INCLUDE = re.compile(r'^#include "([\w.]+)"$')
@@ -24,7 +24,7 @@ _lock = threading.Lock()
 
 
 def source_directory() -> Path:
-    """Where the .cu files are: package data of an installed cupybn, or the checkout's cuda/.
+    """The folder of the .cu files: package data of an installed cupybn, or the checkout's cuda/.
 
     Raises:
         FileNotFoundError: neither is there.
@@ -66,7 +66,7 @@ def paste(*names: str) -> str:
 
 
 def get_kernel(kernel: str, **defines: str | int) -> Any:
-    """The compiled kernel of these choices, from this process' memory if it was used before."""
+    """The compiled kernel with these macros, from this process' memory if it was used before."""
     choices = tuple(sorted(defines.items()))
     with _lock:
         if (kernel, choices) not in _kernels:
@@ -78,7 +78,7 @@ def get_kernel(kernel: str, **defines: str | int) -> Any:
 
 
 def compile_module(text: str, kernels: tuple[str, ...]) -> Any:
-    """The compiled module of these kernels. Tests have another in this function's place."""
+    """The compiled module of these kernels. Tests replace this function."""
     import cupy  # type: ignore[import-not-found, unused-ignore]
 
     module = cupy.RawModule(code=text, options=OPTIONS, name_expressions=None)

@@ -3,11 +3,11 @@
 ``SyncBatchNorm`` and ``BatchNorm1d``, ``2d``, ``3d`` stand in for those of ``torch.nn``: the same
 arguments (``comm`` for ``process_group``), parameters, buffers and state dicts, and in evaluation
 mode PyTorch's own arithmetic. In training mode forward and backward are this library's, over the
-tensors' own memory; on CUDA tensors CuPy works on PyTorch's current stream. Second derivatives are
-there, third ones are not.
+tensors' own memory; on CUDA tensors CuPy works on PyTorch's current stream. There are second
+derivatives, and no third ones.
 
-Every rank runs forward, backward and double backward of the same layers in the same order. What
-autograd does about the order, and what a rank must not do, stands in ``docs/embedding.md``.
+Every rank runs forward, backward and double backward of the same layers in the same order.
+``docs/embedding.md`` says what autograd does about the order, and what a rank must not do.
 """
 
 try:
@@ -21,14 +21,14 @@ _FOUND = (
 )
 if _torch.__version__ < (2, 13):
     raise ImportError(f"{_FOUND}: pip install 'torch>=2.13'")
-try:  # a later version may work, and may lack what this one asks of it
+try:  # a later version may work, or may lack what is imported here
     from .calibration import fold, recalibrate
     from .checkpoint import recompute_contexts
     from .convert import convert_sync_batchnorm, revert_sync_batchnorm
     from .gradients import allreduce_gradients, broadcast_parameters, verify_sync
     from .groups import ProcessGroupCommunicator
     from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
-except AttributeError as error:
+except (AttributeError, ImportError) as error:
     raise ImportError(f"{_FOUND}, which lacks what is needed: {error}") from error
 
 SyncBatchNorm.convert_sync_batchnorm = staticmethod(convert_sync_batchnorm)

@@ -1,8 +1,8 @@
 """Batch norm as a function of PyTorch tensors that can be differentiated twice.
 
-The context of a forward keeps x, weight and bias where autograd wants them, among its saved
-tensors, so that checkpointing, hooks on saved tensors and the check for changes in place work; and
-the statistics beside them. Several gradients at once (``is_grads_batched``, ``vmap`` of a backward)
+The context of a forward keeps x, weight and bias among autograd's saved tensors, so that
+checkpointing, hooks on saved tensors and the check for changes in place work; it keeps the
+statistics beside them. Several gradients at once (``is_grads_batched``, ``vmap`` of a backward)
 go through the operators, which PyTorch knows how to repeat.
 """
 
@@ -23,7 +23,7 @@ from .tensors import HOST, Tensor, on_stream_of, stands_for_another
 class Normalise(torch.autograd.Function):
     """``y = Normalise.apply(x, weight, bias, module, backward, mask)``, by ``module.normalise``.
 
-    Its context comes without arrays like x or the parameters: autograd keeps those.
+    Its context has no arrays like x or the parameters: autograd keeps those.
     """
 
     @staticmethod
@@ -46,8 +46,8 @@ class Normalise(torch.autograd.Function):
         bound = ctx.statistics.bound
         call = CollectiveCall(bound.comm, *bound.backward_call) if bound.ranks > 1 else None
         try:
-            # Unpacking raises where a tensor was changed in place, or was given up by an earlier
-            # backward, and runs a checkpoint's recomputation.
+            # Unpacking raises if a tensor was changed in place, or freed by an earlier backward;
+            # it also runs a checkpoint's recomputation.
             (x, weight, mask), bias, saved = ctx.saved_tensors, ctx.bias, ctx.statistics
             if not stands_for_another(dy, watched=bound.ranks == 1):
                 gradients, direct = None, ctx.direct
@@ -112,8 +112,8 @@ class Gradients(torch.autograd.Function):
 class Last(torch.autograd.Function):
     """(ddy, dx, dweight) of :class:`Gradients`, which cannot be differentiated.
 
-    ``once_differentiable`` would cut them off from x, and ``torch.autograd.grad(value, x)`` pass
-    over what leads nowhere: a third derivative without these terms, instead of an error.
+    ``once_differentiable`` would cut them off from x, and ``torch.autograd.grad(value, x)`` would
+    skip them: a third derivative without these terms, instead of an error.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What ``cupybn.recalibrate`` and ``cupybn.fold`` do for layers, for modules."""
+"""``recalibrate`` and ``fold`` for modules, as ``cupybn.recalibrate`` and ``cupybn.fold``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .tensors import Tensor, check_mask
 
 
 class _Observer:
-    """A batch norm module that is recalibrated; a forward pre-hook of it."""
+    """A forward pre-hook of a batch norm module that is recalibrated."""
 
     def __init__(self, norm: Any) -> None:
         self.norm = norm
@@ -34,7 +34,7 @@ class _Observer:
         return self.norm.communicator() if own else SelfCommunicator()
 
     def __call__(self, norm: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Merges the moments of an input (N, C, ...), in float64, if it is one."""
+        """Merges the moments of an input (N, C, ...), in float64; ignores other inputs."""
         given = dict(zip(("input", "mask"), args, strict=False)) | named
         x, mask = given.get("input"), given.get("mask")
         if isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[1] == self.num_features:
@@ -81,9 +81,9 @@ class _Modules:
 
 
 class _Uncompiled:
-    """A context in which compiled modules run uncompiled: what was compiled knows no new hooks.
+    """A context in which compiled modules run uncompiled, since they do not call new hooks.
 
-    The switch is the process's, so of threads in it the first turns it, and the last back.
+    The switch belongs to the process: the first thread in turns it, the last one turns it back.
     """
 
     def __init__(self) -> None:
@@ -123,7 +123,7 @@ def _observed(module: Any, observers: list[_Observer]) -> Iterator[None]:
             handle.remove()
         for each, tracks in zip(observers, tracking, strict=True):
             each.norm.track_running_stats = tracks
-        module.train(module.training)  # for modules that do more than to note it
+        module.train(module.training)  # for modules whose train() does more than set it
         for part, mode in modes:
             part.training = mode
 
@@ -133,9 +133,9 @@ def recalibrate(
 ) -> None:
     """Sets the running statistics of every batch norm of a module to those of a data set.
 
-    Those of this package and of ``torch.nn``, also ``torch.nn.SyncBatchNorm``, whose message is its
-    own. What is computed, on which ranks, and what is raised is as for
-    :func:`cupybn.recalibrate`; `batches` are tensors, or tuples or lists that begin with one, on
+    It takes those of this package and of ``torch.nn``, also ``torch.nn.SyncBatchNorm``, which sends
+    its own messages. Results, ranks and errors are as for :func:`cupybn.recalibrate`; `batches` are
+    tensors, or tuples or lists that begin with one, on
     the module's device, `comm` is as for :class:`SyncBatchNorm`. With `masked` they are pairs of
     tensors (x, mask), and the module is called with ``mask=mask``. Nothing is recorded for
     autograd, and compiled modules run uncompiled. ``torch.optim.swa_utils.update_bn`` averages the
@@ -172,10 +172,11 @@ def recalibrate(
 def fold(module: Any) -> tuple[Tensor, Tensor]:
     """The scale and shift, (C,) each, of a batch norm module in evaluation mode.
 
-    Of this package or of ``torch.nn``; new tensors, as :func:`cupybn.fold` computes them.
+    The module is one of this package or of ``torch.nn``. New tensors, as :func:`cupybn.fold`
+    computes them.
 
     Raises:
-        TypeError: module is no batch norm.
+        TypeError: module is not a batch norm.
         ValueError: it has no running statistics.
     """
     if not isinstance(module, TorchBatchNorm):

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what the first forward of a batch norm leaves for its recomputation."""
+"""Activation checkpointing: a first forward keeps its statistics for the recomputation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _active = _Active()
 
 
 class _Recording:
-    """Writes down the statistics of the batch norms that run inside it."""
+    """Records the statistics of the batch norms that run inside it."""
 
     def __init__(self) -> None:
         self.records: list[Saved] = []
@@ -36,7 +36,7 @@ class _Recording:
 
 
 class _Recomputation(_Recording):
-    """Hands out what a recording wrote down, in its order; from the start each time."""
+    """Hands out the statistics of a recording, in order; from the start each time."""
 
     def __init__(self, recording: _Recording) -> None:
         self.records = recording.records
@@ -113,7 +113,7 @@ def is_watching() -> bool:
 def remembered(label: str, shape: tuple[int, ...], in_graph: bool = False) -> Saved | None:
     """The statistics for a batch norm that is being recomputed; None in a first forward.
 
-    A compiled graph (`in_graph`) may compute anew in its backward what it did not keep.
+    A compiled graph (`in_graph`) may compute again in its backward what it did not keep.
 
     Raises:
         RuntimeError: it is recomputed without :func:`recompute_contexts`, or in another order.
@@ -132,9 +132,9 @@ def remembered(label: str, shape: tuple[int, ...], in_graph: bool = False) -> Sa
 
 
 def remember(saved: Saved) -> None:
-    """Writes down a forward for every recording that this thread is in.
+    """Adds a forward to every recording that this thread is in.
 
-    Not for those outside a recomputation: they saw the first forward.
+    Recordings outside a recomputation get none: they saw the first forward.
     """
     for context in reversed(_active.contexts):
         if isinstance(context, _Recomputation):

@@ -32,7 +32,7 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
                 raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
             self._check_input_dim(input)
             super().initialize_parameters(input)
-            # Which PyTorch leaves at 0 where there is nothing to initialise.
+            # PyTorch leaves it at 0 if there is nothing to initialise.
             known = self.running_mean if self.weight is None else self.weight
             self.num_features = input.shape[1] if known is None else known.numel()
 
@@ -44,16 +44,16 @@ _STATE = ("_parameters", "_buffers", "_modules")
 
 
 def convert_sync_batchnorm(module: Any, comm: Any = None, *, skip: Iterable[str] = ()) -> Any:
-    """Every batch norm of a module, PyTorch's or this one's, as a SyncBatchNorm over `comm`.
+    """Replaces every batch norm of a module, PyTorch's or this one's, by a SyncBatchNorm.
 
-    The new ones have the very same parameters, buffers, mode and hooks, and their path as their
-    name; a shared one stays shared. A lazy one becomes a SyncBatchNorm in its first forward. What
-    is returned is `module`, changed in place, or its successor if it is a batch norm itself. `comm`
-    is as for :class:`SyncBatchNorm`, `skip` as for :func:`cupybn.convert_sync_batchnorm`.
+    The new ones have the same parameters, buffers, mode and hooks, and their path as their name; a
+    shared one stays shared. A lazy one becomes a SyncBatchNorm in its first forward. Returns
+    `module`, changed in place, or its successor if it is a batch norm itself. `comm` is as for
+    :class:`SyncBatchNorm`, `skip` as for :func:`cupybn.convert_sync_batchnorm`.
 
     Raises:
         TypeError: a batch norm is of a subclass, whose own behaviour would be lost; put its path
-            into `skip`, or replace it yourself; or `module` is no module. Nothing was changed.
+            into `skip`, or replace it yourself; or `module` is not a module. Nothing was changed.
         ValueError: `skip` names a path that is not in the module.
     """
     comm = check_comm(comm)
@@ -64,7 +64,7 @@ def convert_sync_batchnorm(module: Any, comm: Any = None, *, skip: Iterable[str]
             old.name = old.name or path or None
             return old
         changes = {"_comm": CommReference(comm), "name": path or None, "_was": _origin(old)}
-        if isinstance(old, _LAZY):  # whose hooks are methods of it: it stays the same object
+        if isinstance(old, _LAZY):  # its hooks are methods of it, so it stays the same object
             old.__class__ = LazySyncBatchNorm
             old.__dict__.update(changes)
             return old
@@ -76,9 +76,9 @@ def convert_sync_batchnorm(module: Any, comm: Any = None, *, skip: Iterable[str]
 
 
 def revert_sync_batchnorm(module: Any, *, skip: Iterable[str] = ()) -> Any:
-    """Every SyncBatchNorm of this package in a module as what it was converted from.
+    """Replaces every SyncBatchNorm of this package in a module by what it was converted from.
 
-    Of the class that it was, which checks its input's dimensions again, with the parameters,
+    It gets its class back, which checks its input's dimensions again, and keeps the parameters,
     buffers, mode and hooks that it has now. One that was made directly stays a SyncBatchNorm, over
     ``SelfCommunicator()``; one that was ``torch.nn.SyncBatchNorm`` gets its process group back, if
     it was not pickled in between. Otherwise as :func:`convert_sync_batchnorm`.

@@ -1,9 +1,9 @@
 """The usual step of one process on the CPU, by the shortest way.
 
-A step on a small batch takes as long as what is asked around its arithmetic. So where a signature
-is bound, its loops are compiled, and all tensors lie in memory as they usually do, a backend's
-``local_forward`` and ``local_backward`` are called on that memory at once. Whatever is otherwise
-goes through ``passes.py``; both give the same bits.
+The checks around a small batch take as long as its arithmetic. So if a signature is bound, its
+loops are compiled, and all tensors are dense in memory as usual, this calls a backend's
+``local_forward`` and ``local_backward`` on that memory at once. All else goes through
+``passes.py``; both give the same bits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Dense:
         self.shape, self.strides, self.dtype, self.seen = shape, strides, dtype, seen
 
     def view(self, tensor: Tensor) -> Array | None:
-        """Its memory, which the caller keeps alive; None if it is another sort of tensor."""
+        """The tensor's memory, which the caller keeps alive; None for another kind of tensor."""
         if (
             type(tensor) in PLAIN
             and tensor.is_cpu
@@ -61,13 +61,13 @@ class Direct:
     def __init__(self, bound: Bound, x: Tensor) -> None:
         layout, (dtype, shape) = bound.layout, bound.expected
         self.bound, self.usual = bound, bound.on_host and bound.ranks == 1 and bound.updates
-        self.usual &= bound.count > 1  # no batch, and one value, are cases of their own
+        self.usual &= bound.count > 1  # an empty batch and a single value are cases of their own
         self.data = Dense(bound.shape, layout.strides, x.dtype, (bound.shape3, bound.dtype))
         self.channels = Dense(shape, (1,), WIDE[x.dtype], (shape, dtype))
         self.counter = Dense((), (), torch.int64, ((), np.dtype(np.int64)))
 
     def forward(self, x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Saved] | None:
-        """As ``passes.run_forward``; None, and nothing was done, where something is unusual."""
+        """As ``passes.run_forward``; None, with nothing done, if something is unusual."""
         bound, backend, view = self.bound, by_type[np.ndarray], self.channels.view
         if not (self.usual and bound.prepared.get(("forward", True)) is backend and is_usual()):
             return None
@@ -79,12 +79,12 @@ class Direct:
         if (counter := self.counter.view(batches)) is None or (x3 := self.data.view(x)) is None:
             return None
         y, y3 = self.data.new()
-        moved = mean.copy(), var.copy()  # what fails half-way leaves all unchanged
+        moved = mean.copy(), var.copy()  # a failure half-way leaves all unchanged
         mean_of_x, invstd = backend.local_forward(
             x3, y3, weight, bias, bound.eps, running=moved, factor=bound.factor
         )
         values = *moved, int(counter) + 1
-        # No call from here on: Python looks for interrupts at calls and jumps alone.
+        # No call from here on: Python checks for interrupts only at calls and jumps.
         mean[...], var[...] = values[:2]
         counter[...] = values[2]
         increment_version(tensors[2:])
@@ -93,7 +93,7 @@ class Direct:
     def backward(
         self, saved: Saved, dy: Tensor, x: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """As ``passes.run_backward``, likewise."""
+        """As ``passes.run_backward``; None, with nothing done, if something is unusual."""
         backend = by_type[np.ndarray]
         if self.bound.prepared.get(("backward", True)) is not backend:
             return None

@@ -1,4 +1,4 @@
-"""What ``cupybn.distributed`` does for layers, for modules. `comm` is as for SyncBatchNorm."""
+"""The functions of ``cupybn.distributed`` for modules. `comm` is as for SyncBatchNorm."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def _first(module: Any) -> Tensor:
 def allreduce_gradients(module: Any, comm: Any = None, op: str = "mean") -> None:
     """Replaces every gradient of the module by its mean or sum over the ranks, in one message.
 
-    For parameters that require grad; one without a gradient counts as zeros, and gets one. As
-    :func:`cupybn.distributed.allreduce_gradients` otherwise.
+    It takes parameters that require grad; one without a gradient counts as zeros, and gets one.
+    As :func:`cupybn.distributed.allreduce_gradients` otherwise.
     """
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     gradients = {

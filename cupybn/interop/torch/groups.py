@@ -1,4 +1,4 @@
-"""Ranks that are processes of a ``torch.distributed`` process group: gloo, NCCL, or another."""
+"""Communicators over a ``torch.distributed`` process group: gloo, NCCL, or another."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from ...layers.sync import CommReference
 from ...statistics import PROTOCOL, pack_texts, unpack_texts
 
 if distributed.is_available():
-    # If it is imported later (by an optimizer's first step), defaults of its functions keep the
-    # group of then, and gloo's threads may abort a process that ends with a group.
+    # If an optimizer's first step imports it later, defaults of its functions keep that time's
+    # group, and gloo's threads may abort a process that ends with a group.
     import torch.distributed.nn.functional
 
 
 class ProcessGroupCommunicator(OfOneProcess):
     """Sums messages with ``torch.distributed.all_reduce`` over a process group.
 
-    NumPy messages are summed in place where the group has a backend for CPU tensors (gloo), and
-    through the current CUDA device where it has none (NCCL alone). CuPy messages are summed in
-    place, on the current stream, where it has one for CUDA tensors, and in host memory otherwise.
+    NumPy messages are summed in place if the group has a backend for CPU tensors (gloo), and
+    through the current CUDA device if it has none (NCCL alone). CuPy messages are summed in place,
+    on the current stream, if it has one for CUDA tensors, and in host memory otherwise.
 
-    Messages share the group with whatever else is sent over it, so all of that has to be in the
-    same order on every rank, as for ``torch.nn.SyncBatchNorm``; ``torch.distributed.new_group()``
-    makes one for this library alone. How long to wait for a rank is the group's own timeout.
+    Messages share the group with all else that is sent over it, so all must be in the same order on
+    every rank, as for ``torch.nn.SyncBatchNorm``; ``torch.distributed.new_group()`` makes one for
+    this library alone. The timeout is the group's own.
 
     Args:
         group: a process group that this process is in; None is the default one.
@@ -59,28 +59,30 @@ class ProcessGroupCommunicator(OfOneProcess):
         self.rank = distributed.get_rank(group)
         self.size = distributed.get_world_size(group)
         self.backend: str = distributed.get_backend_config(group)
-        # Not kept alive: destroy_process_group() ends it.
+        # A weak reference: destroy_process_group() ends the group.
         self._group = ref(group)
         self._agreed = False
+
+    def agree(self) -> None:
+        """Has the ranks agree on what can be computed and sent, the first time; collective then.
+
+        Looking up a ``comm=`` argument calls it, before anything is computed. Raises as
+        :meth:`allreduce`.
+        """
+        if not self._agreed:
+            with self._usable("agreeing on a protocol and a backend") as group:
+                self._agree(group)
 
     def allreduce(self, message: Array, label: str = "") -> Array:
         """The sum over the ranks, in place.
 
         Raises:
             CollectiveTimeoutError: a rank did not come within the group's timeout.
-            PeerError: a rank is gone; what the group said stands in the text.
+            PeerError: a rank is gone; the text has what the group said.
             CollectiveMismatchError: other ranks run another version of cupybn.
             RuntimeError: the group was destroyed.
         """
-        group, label = self._group(), label or "allreduce"
-        try:
-            _check_group(group)
-        except ValueError as error:
-            raise RuntimeError(
-                f"{label}: the process group was destroyed; modules keep the one they have until "
-                "module.comm is set (to another group, or to None for the default one)"
-            ) from error
-        try:
+        with self._usable(label or "allreduce") as group:
             if not self._agreed:
                 self._agree(group)
             if not is_cupy(message):
@@ -90,13 +92,27 @@ class ProcessGroupCommunicator(OfOneProcess):
                     distributed.all_reduce(torch.from_dlpack(message), group=group)
             else:
                 sum_on_host(message, lambda values: self._reduce(values, group))
+        return message
+
+    @contextmanager
+    def _usable(self, label: str) -> Any:
+        """The group, if it is still there; its errors become this library's."""
+        group = self._group()
+        try:
+            _check_group(group)
+        except ValueError as error:
+            raise RuntimeError(
+                f"{label}: the process group was destroyed; modules keep the one they have until "
+                "module.comm is set (to another group, or to None for the default one)"
+            ) from error
+        try:
+            yield group
         except CupyBNError:
             raise
         except RuntimeError as error:  # the group has no other type for these
             late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
             kind = CollectiveTimeoutError if late else PeerError
             raise kind(f"{label}, rank {self.rank} of {self.size}: {error}") from error
-        return message
 
     def _agree(self, group: Any) -> None:
         """The first message: the protocol and its negative, as of :class:`MpiCommunicator`."""
@@ -154,7 +170,7 @@ def default_group() -> Any:
     """The process group that ``comm=None`` stands for; None where it is ``MPI.COMM_WORLD``."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
-    # What torchrun starts inherits the variables of the launcher that started torchrun.
+    # Processes of torchrun inherit the variables of the launcher that started torchrun.
     if started_by_mpi() and not distributed.is_torchelastic_launched():
         return None
     return distributed.group.WORLD
@@ -175,7 +191,7 @@ def resolve(comm: Any) -> Communicator:
 
 
 def _is_group(comm: Any) -> bool:
-    """Whether it is a process group, or what stands for one that this process is not in."""
+    """Whether it is a process group, or the mark for one that this process is not in."""
     return distributed.is_available() and (
         isinstance(comm, distributed.ProcessGroup)
         or comm is distributed.GroupMember.NON_GROUP_MEMBER
@@ -183,13 +199,13 @@ def _is_group(comm: Any) -> bool:
 
 
 def _check_group(group: Any) -> None:
-    """Raises ValueError unless it is a process group that is there and has this process in it."""
+    """Raises ValueError unless it is a live process group with this process in it."""
     if not _is_group(group) or distributed.get_rank(group) < 0:
         raise ValueError("comm is a process group that this process is not in")
 
 
 def describe(reference: CommReference) -> str:
-    """What the text of a module says of its communicator; looks none up."""
+    """The communicator in the text of a module; looks none up."""
     comm = reference.comm
     if reference.resolved is not None:
         return repr(reference.resolved)

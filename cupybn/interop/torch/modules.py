@@ -83,11 +83,11 @@ class BatchNorm(TorchBatchNorm):
 
     @property
     def label(self) -> str:
-        """What errors call this layer."""
+        """The name of this layer in errors."""
         return self.name or type(self).__name__
 
     def communicator(self) -> Communicator:
-        """Who takes part in the next forward."""
+        """The communicator of the next forward."""
         return ALONE
 
     def forward(self, input: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -99,10 +99,10 @@ class BatchNorm(TorchBatchNorm):
                 values alone; y and the gradient are 0 elsewhere. None: all are valid.
 
         Raises:
-            ShapeError, DTypeError, DeviceError: bad input; PeerError, CollectiveMismatchError: on
-                another rank. Nothing was changed then.
+            ShapeError, DTypeError, DeviceError: bad input. PeerError, CollectiveMismatchError: of
+                another rank. Nothing has changed then.
         """
-        if not torch.jit.is_scripting():  # what is in here TorchScript does not compile
+        if not torch.jit.is_scripting():  # TorchScript does not compile what is in here
             if torch.compiler.is_compiling() or stands_for_another(input):
                 return self._traced(input, mask)
             if self.training or (mask is not None and self.running_mean is None):
@@ -124,7 +124,7 @@ class BatchNorm(TorchBatchNorm):
         """A forward with the statistics of the batch."""
         try:
             weight, bias = _affine(self.__dict__["_parameters"])
-        except KeyError:  # attributes, which take longer: parametrised, or deleted
+        except KeyError:  # parametrised, or deleted: attributes, which take longer
             weight, bias = self.weight, self.bias
         backward = False
         if torch.is_grad_enabled():
@@ -133,7 +133,7 @@ class BatchNorm(TorchBatchNorm):
         return apply(x, weight, bias, self, backward, mask)
 
     def _evaluate(self, x: Tensor, mask: Tensor = None) -> Tensor:
-        """A forward of PyTorch's own; what is masked is in no gradient, whatever stands there."""
+        """A forward of PyTorch's own; masked values reach no gradient, whatever they are."""
         if mask is None:
             return super().forward(x)
         self._check_input_dim(x)
@@ -142,7 +142,7 @@ class BatchNorm(TorchBatchNorm):
         return super().forward(x.masked_fill(masked, 0)).masked_fill(masked, 0)
 
     def _traced(self, x: Tensor, mask: Tensor = None) -> Tensor:
-        """A forward of what stands for a tensor in memory, or that something looks on."""
+        """A forward of something else than a tensor in memory, or one that is being recorded."""
         of_batch = self.training or (mask is not None and self.running_mean is None)
         if torch.compiler.is_dynamo_compiling():
             if not of_batch:
@@ -169,11 +169,11 @@ class BatchNorm(TorchBatchNorm):
             if type(x) in PLAIN:
                 return self._train(x, mask)
             return self._train(x.as_subclass(torch.Tensor), mask).as_subclass(type(x))
-        remembered(self.label, tuple(x.shape))  # raises in a recomputation
+        remembered(self.label, tuple(x.shape))  # this raises in a recomputation
         return self._operator(x, mask)
 
     def _refuse(self, why: str) -> NoReturn:
-        """Raises RuntimeError; the other ranks, which may be in the same forward, hear of it."""
+        """Raises RuntimeError, and tells the other ranks, which may be in the same forward."""
         what, length = call_name("forward", self.label), message_length(self.num_features)
         with CollectiveCall(self.communicator(), what, length):
             raise RuntimeError(f"{self.label}: {why}")
@@ -196,7 +196,7 @@ class BatchNorm(TorchBatchNorm):
     def normalise(
         self, x: Tensor, weight: Tensor, bias: Tensor, backward: bool, mask: Tensor
     ) -> tuple[Tensor, Saved, Direct | None]:
-        """What :class:`Normalise` does in a forward.
+        """The forward of :class:`Normalise`.
 
         Returns:
             y, the context without arrays, and the direct way of its backward, if there is one.
@@ -219,7 +219,7 @@ class BatchNorm(TorchBatchNorm):
             )
             for tensor in (mean, var, batches):
                 if tensor is not None and tensor.is_inference():
-                    key = None  # who may write it, may change
+                    key = None  # its writer may change
             if "_bindings" in own:
                 direct = own["_bindings"].get(key)
         tensors = weight, bias, mean, var, batches
@@ -239,7 +239,7 @@ class BatchNorm(TorchBatchNorm):
     def _bind_and_run(
         self, key: Any, x: Tensor, tensors: tuple[Tensor, ...], backward: bool, mask: Tensor
     ) -> tuple[Tensor, Saved, None]:
-        """A forward of a signature that was not met twice before; `key` None: not to be kept."""
+        """A forward whose signature is not bound yet; with `key` None its binding is not kept."""
         comm, label = self.communicator(), self.label
         what, length = call_name("forward", label), message_length(self.num_features)
         with CollectiveCall(comm, what, length) as call, on_stream_of(x):
@@ -248,7 +248,7 @@ class BatchNorm(TorchBatchNorm):
             batches, momentum = tensors[4], self._momentum()
             tracks = self.track_running_stats and tensors[2] is not None
             factor = None
-            if tracks:  # PyTorch's own does not move anything where it has nothing to count with
+            if tracks:  # without a counter PyTorch's own updates nothing
                 counts = momentum is not None or batches is not None
                 factor = running_factor(momentum, batches) if counts else 0.0
             options = Options(
@@ -285,7 +285,7 @@ class BatchNorm(TorchBatchNorm):
     def _check_input(
         self, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, batches: Tensor
     ) -> None:
-        """Raises where x, or what a forward reads and writes besides, does not fit."""
+        """Raises if x, or another tensor that a forward reads or writes, does not fit."""
         self._check_input_dim(x)
         if x.shape[1] != self.num_features:
             raise ShapeError(
@@ -303,7 +303,7 @@ class BatchNorm(TorchBatchNorm):
             self._check_buffers(mean, var, batches)
 
     def _check_buffers(self, mean: Tensor, var: Tensor, batches: Tensor) -> None:
-        """Raises where the running statistics cannot be updated."""
+        """Raises if the running statistics cannot be updated."""
         if (mean is None) != (var is None):
             raise ValueError(
                 "running_mean and running_var must either both be None or neither be None"
@@ -326,19 +326,30 @@ class BatchNorm(TorchBatchNorm):
 
 
 class BatchNorm1d(BatchNorm, torch.nn.BatchNorm1d):
-    """``torch.nn.BatchNorm1d`` with this library's training mode, over this process alone."""
+    """:class:`torch.nn.BatchNorm1d` with this library's training mode, over this process alone.
+
+    Of (N, C) or (N, C, L) input. Arguments, dtypes and errors: as :class:`SyncBatchNorm`.
+    """
 
 
 class BatchNorm2d(BatchNorm, torch.nn.BatchNorm2d):
-    """``torch.nn.BatchNorm2d`` with this library's training mode, over this process alone."""
+    """:class:`torch.nn.BatchNorm2d` with this library's training mode, over this process alone.
+
+    Of (N, C, H, W) input. Arguments, dtypes and errors: as :class:`SyncBatchNorm`.
+    """
 
 
 class BatchNorm3d(BatchNorm, torch.nn.BatchNorm3d):
-    """``torch.nn.BatchNorm3d`` with this library's training mode, over this process alone."""
+    """:class:`torch.nn.BatchNorm3d` with this library's training mode, over this process alone.
+
+    Of (N, C, D, H, W) input. Arguments, dtypes and errors: as :class:`SyncBatchNorm`.
+    """
 
 
 class SyncBatchNorm(Synchronised, BatchNorm):
-    """``torch.nn.SyncBatchNorm`` over a process group or MPI, on the CPU too; 2 or more dimensions.
+    """:class:`torch.nn.SyncBatchNorm` over a process group or MPI, on the CPU too.
+
+    Input has 2 or more dimensions.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as in
@@ -348,12 +359,16 @@ class SyncBatchNorm(Synchronised, BatchNorm):
             process group where one is initialised, unless an MPI launcher started this process:
             then, and where there is none, ``MPI.COMM_WORLD``. Not in the state dict; shared by
             deepcopy, left behind by pickling (then set ``module.comm``).
-        name: stands for the layer in errors, and tells it from others in messages; the same on all
-            ranks. :func:`convert_sync_batchnorm` sets it to the path in the module.
+        name: of the layer, in errors and messages; the same on all ranks, different for different
+            layers. :func:`convert_sync_batchnorm` sets it to the path in the module.
 
     In training mode forward and backward are collective, for ranks without samples (N = 0) too. If
     no rank has any, nothing is updated, ``num_batches_tracked`` included. Evaluation mode never
-    communicates.
+    communicates. Input is float16, bfloat16, float32 or float64; parameters and statistics, (C,)
+    each, have its dtype, or float32 for 16-bit input. :mod:`cupybn.functional` has the formulas.
+
+    Raises:
+        TypeError, ValueError: bad options. Those of a forward: see :meth:`forward`.
     """
 
     _communicates = True

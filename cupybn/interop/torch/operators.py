@@ -2,7 +2,7 @@
 
 ``cupybn::batch_norm``, ``batch_norm_backward`` and ``batch_norm_double_backward`` are functional:
 new running statistics come back, and the module copies them into its buffers. They do not
-communicate: whoever records them may leave them out, repeat them and change their order.
+communicate: what records them may leave them out, repeat them and change their order.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _new_like(x: Tensor) -> Tensor:
 
 
 def _or_nothing(tensor: Tensor, x: Tensor) -> Tensor:
-    """What an operator returns in the place of None."""
+    """A tensor in the place of None, which operators cannot return."""
     return x.new_empty(0) if tensor is None else tensor
 
 
@@ -201,7 +201,7 @@ _library = torch.library.Library("cupybn", "DEF")
 
 
 def _operator(name: str, kernel: Any, fake: Any, schema: str) -> Any:
-    """The operator ``cupybn::name``; under ``vmap`` it runs once for each of what there is."""
+    """The operator ``cupybn::name``; under ``vmap`` it runs once for each entry."""
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
     _library.define(name + schema, tags=tags)
     for key in ("CPU", "CUDA"):

@@ -78,7 +78,7 @@ def run_backward(
     bound.backward(
         call,
         array_of_tensor(dy, "dy"),
-        _complete(saved, x, [weight], mask),  # only a ReLU asks for the bias
+        _complete(saved, x, [weight], mask),  # only a ReLU needs the bias
         dx3=dx3,
         dweight=of_weight,
         dbias=of_bias,

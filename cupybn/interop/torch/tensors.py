@@ -20,8 +20,8 @@ Tensor = Any
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 """Tensors of these types are arrays in memory, and not something that stands for one."""
 HOST = nullcontext()
-# Private to PyTorch, which has no public names for these; looked up once, so that a version without
-# them is told when this module is imported.
+# Private to PyTorch, which has no public names for these; looked up here, so that importing this
+# module fails with a version that lacks them.
 _modes, _is_tracing = torch._C._len_torch_dispatch_stack, torch._C._is_tracing
 _transforms = torch._C._functorch.peek_interpreter_stack
 WIDE = {getattr(torch, name): getattr(torch, kind.arithmetic) for name, kind in DATA_TYPES.items()}
@@ -36,7 +36,7 @@ def array_of(tensor: Tensor, what: str = "input") -> Array:
 
 
 def check_mask(mask: Tensor, x: Tensor) -> None:
-    """Raises unless the mask says of each position of x whether it is valid; asks for no values."""
+    """Raises unless the mask has a value for each position of x; reads no values."""
     if not isinstance(mask, torch.Tensor):
         raise DTypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
     if mask.dtype not in (torch.bool, torch.uint8):
@@ -79,7 +79,7 @@ def _on_stream(tensor: Tensor) -> Iterator[None]:
     cupy = cupy_for("the tensor")
     stream = torch.cuda.current_stream(device).cuda_stream
     with (
-        torch.cuda.device(device),  # without which PyTorch does not hand the tensor over
+        torch.cuda.device(device),  # PyTorch does not hand the tensor over otherwise
         cupy.cuda.Device(device.index),
         cupy.cuda.ExternalStream(stream, device.index),
     ):
@@ -87,7 +87,7 @@ def _on_stream(tensor: Tensor) -> Iterator[None]:
 
 
 def stands_for_another(x: Tensor, watched: bool = True) -> bool:
-    """Whether x is no array in memory, or something looks on that wants to see an operator.
+    """Whether x is not an array in memory, or something records operators.
 
     A tensor without values (meta, fake), of a subclass, of a transform of ``torch.func``, or of
     several gradients at once. With `watched` also where there is a mode that records, counts or
