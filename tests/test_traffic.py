@@ -47,7 +47,7 @@ def test_a_mask_is_read_once_a_pass(layout, dtype):
         for direction, found in masked.items():
             assert found.bytes == [1.0] * passes[direction]
             assert all(0.5 < fetched < 1.5 for fetched in found.fetched), (shape, found.fetched)
-            assert found.others == plain[direction].others
+            assert sorted(found.others) == sorted(plain[direction].others)  # by chance of address
             assert not plain[direction].bytes
 
 

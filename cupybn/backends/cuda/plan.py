@@ -192,11 +192,9 @@ def _plan_rows(
 ) -> LaunchPlan:
     n, c, length = shape
     vector = VECTOR_BYTES // itemsize
+    narrow = not vector <= length <= vector * _COUNTED
     # vectors of ragged rows do not begin at a byte of ReLU bits
-    if (
-        not vector <= length <= vector * _COUNTED
-        or (alignment if whole_bytes else congruence) < VECTOR_BYTES
-    ):
+    if narrow or (alignment if whole_bytes else congruence) < VECTOR_BYTES:
         vector = 1
     ragged = length % vector != 0 or alignment < vector * itemsize
     total = n * (length // vector)
