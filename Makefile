@@ -51,6 +51,7 @@ test-frameworks:
 	.venv-frameworks/bin/python -m pytest $(FRAMEWORKS:%=tests/test_%.py)
 	CUPYBN_CPU_BACKEND=numba .venv-frameworks/bin/python -m pytest -m 'not mpi and not gpu' \
 		$(NUMBA:%=tests/test_%.py)
+	.venv-frameworks/bin/python -m pytest -m compiles
 
 # The site, build/docs/index.html: a warning is an error. With PyTorch and JAX, which the modules in
 # its reference import.

@@ -35,14 +35,15 @@ STARTS = 3  # how often a job is started at most
 # What Open MPI's mpiexec says in one start of very many, before it has started any rank: the fault
 # is the launcher's, and nothing of the job has happened.
 NO_LISTENER = "The PMIx server's listener thread failed to start"
-# The first files of a run. While one worker has Numba compile what many tests use, in test_numba.py
-# and test_mask.py, the other waits for MPI's processes: later neither compiles what the other does.
-FIRST = ("test_numba", "test_endings", "test_resume", "test_mask")
+# The first files of a run: in the first Numba compiles what many tests use. Files that start MPI's
+# processes come last, beside each other: ranks that wait keep the cores busy.
+FIRST = ("test_numba", "test_cuda_layers", "test_mask")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: place for place, name in enumerate(FIRST)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(FIRST)))
+    mpi = {item.path for item in items if item.get_closest_marker("mpi")}
+    items.sort(key=lambda item: (order.get(item.path.stem, len(FIRST)), item.path in mpi))
 
 
 def _mpiexec() -> str | None:

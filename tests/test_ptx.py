@@ -438,7 +438,7 @@ extern "C" __global__ void past_shared(float* y, int n) {
     __shared__ float some[64], more[64];
     more[threadIdx.x] = some[threadIdx.x] = 1;
     if (threadIdx.x == 0) some[n] = 1;
-    y[threadIdx.x] = more[threadIdx.x] + some[threadIdx.x];
+    y[64 * blockIdx.x + threadIdx.x] = more[threadIdx.x] + some[threadIdx.x];
 }
 extern "C" __global__ void past_dynamic(float* y, int n) {
     extern __shared__ float chosen[];
@@ -466,13 +466,13 @@ extern "C" __global__ void within_block(float* y, int n) {
 extern "C" __global__ void within_warp(float* y, int n) {
     __shared__ float some[64];
     some[threadIdx.x] = threadIdx.x;
-    y[threadIdx.x] = some[threadIdx.x ^ 1];
+    y[64 * blockIdx.x + threadIdx.x] = some[threadIdx.x ^ 1];
 }
 extern "C" __global__ void uninitialised(float* y, int n) {
     __shared__ float some[64];
     if (threadIdx.x < 63) some[threadIdx.x] = 1;
     __syncthreads();
-    y[threadIdx.x] = some[63 - threadIdx.x];
+    y[64 * blockIdx.x + threadIdx.x] = some[63 - threadIdx.x];
 }
 extern "C" __global__ void for_ever(float* y, int n) {
     while (atomicAdd((unsigned*)y, 0u) != 77u) {}
