@@ -367,7 +367,8 @@ QUICK = "empty or running or message or pooled or without or outputs or public o
 @pytest.mark.parametrize(
     "given",
     [
-        ["test_gpu_layers.py"],
+        pytest.param(["test_gpu_layers.py"], marks=pytest.mark.ptx),
+        ["test_gpu_layers.py", "-k", "streams or graph or device or float32-residual"],
         ["test_gpu_transports.py"],
         ["test_gpu.py", "-k", f"({QUICK}) and not small and not one_launch"],
         ["test_gpu.py", "-k", "every_mask and float32"],
