@@ -368,7 +368,7 @@ QUICK = "empty or running or message or pooled or without or outputs or public o
     "given",
     [
         pytest.param(["test_gpu_layers.py"], marks=pytest.mark.ptx),
-        ["test_gpu_layers.py", "-k", "streams or graph or device or float32-residual"],
+        ["test_gpu_layers.py", "-k", "device or (training_and_evaluation and float32)"],
         ["test_gpu_transports.py"],
         ["test_gpu.py", "-k", f"({QUICK}) and not small and not one_launch"],
         ["test_gpu.py", "-k", "every_mask and float32"],
