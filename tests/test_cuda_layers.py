@@ -370,8 +370,11 @@ QUICK = "empty or running or message or pooled or without or outputs or public o
         pytest.param(["test_gpu_layers.py"], marks=pytest.mark.ptx),
         ["test_gpu_layers.py", "-k", "device or (training_and_evaluation and float32)"],
         ["test_gpu_transports.py"],
-        ["test_gpu.py", "-k", f"({QUICK}) and not small and not one_launch"],
-        ["test_gpu.py", "-k", "every_mask and float32"],
+        pytest.param(
+            ["test_gpu.py", "-k", f"({QUICK}) and not small and not one_launch"],
+            marks=pytest.mark.ptx,
+        ),
+        pytest.param(["test_gpu.py", "-k", "every_mask and float32"], marks=pytest.mark.ptx),
     ],
     ids=lambda given: "-".join(given[::2]),
 )
