@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     try:
         return _selftest(world, args)
-    except Exception:  # the other ranks wait for this one
+    except Exception:  # whatever it is, the others wait for this rank: shown, and the job ended
         traceback.print_exc()
         sys.stderr.flush()
         world.Abort(1)
