@@ -180,12 +180,13 @@ def finalize_moments(
     the ranks of both halves of the message (``"pooled"``); the pooled first half, and the pooled
     result of :func:`recentre_moments` (``"recentred"``).
     """
-    return _finalize(moments, eps, running, factor, form)
+    mean, var, invstd = _finalize(moments, eps, form)
+    if running is not None and moments.count > 0:
+        update_running(*running, mean, var, moments.count, factor)
+    return mean, var, invstd
 
 
-def _finalize(
-    moments: Moments, eps: float, running: tuple[Data, Data] | None, factor: float, form: str
-) -> tuple[PerChannel, PerChannel, PerChannel]:
+def _finalize(moments: Moments, eps: float, form: str) -> tuple[PerChannel, PerChannel, PerChannel]:
     count, mean, m2 = moments
     if form != "local":
         mean = mean / max(count, 1)
@@ -193,8 +194,6 @@ def _finalize(
         m2 = m2 - moments.mean * mean
     var = np.maximum(m2, 0.0) / max(count, 1)
     invstd = 1.0 / np.sqrt(var + eps)
-    if running is not None and count > 0:
-        update_running(*running, mean, var, count, factor)
     return mean, var, invstd
 
 
@@ -214,11 +213,19 @@ def update_running(
     var: PerChannel,
     count: int,
     factor: float,
+    batches: Data | None = None,
 ) -> None:
-    """``running = (1 - factor) * running + factor * new`` in place; the variance is unbiased."""
+    """``running = (1 - factor) * running + factor * new`` in place; the variance is unbiased.
+
+    `batches` counts one more.
+    """
     unbiased = var * (count / max(count - 1, 1))
-    running_mean[...] = (1.0 - factor) * running_mean.astype(np.float64) + factor * mean
-    running_var[...] = (1.0 - factor) * running_var.astype(np.float64) + factor * unbiased
+    moved_mean = (1.0 - factor) * running_mean.astype(np.float64) + factor * mean
+    moved_var = (1.0 - factor) * running_var.astype(np.float64) + factor * unbiased
+    counter = np.zeros((), np.int64) if batches is None else batches
+    number = int(counter) + 1
+    # No call between these: Python checks for interrupts only at calls and jumps.
+    running_mean[...], running_var[...], counter[...] = moved_mean, moved_var, number
 
 
 @_quiet
@@ -432,10 +439,16 @@ def _input(
         if mask is not None:
             np.copyto(dx, 0, where=~valid)
         dx3[part] = dx
-    if local is not None and dweight is not None:
-        dweight += (local.sum_dy_xmu * invstd).astype(dweight.dtype)
-    if local is not None and dbias is not None:
-        dbias += local.sum_dy.astype(dbias.dtype)
+    if local is not None:
+        of_weight, of_bias = dweight, dbias
+        if of_weight is not None:
+            of_weight = of_weight + (local.sum_dy_xmu * invstd).astype(of_weight.dtype)
+        if of_bias is not None:
+            of_bias = of_bias + local.sum_dy.astype(of_bias.dtype)
+        if dweight is not None:  # no call from here on: see update_running
+            dweight[...] = of_weight
+        if dbias is not None:
+            dbias[...] = of_bias
 
 
 # ---- whole stretches of a forward and a backward -------------------------------------------------
@@ -455,12 +468,15 @@ def finish_forward(
     residual3: Data | None = None,
     relu_bits: Data | None = None,
     running: tuple[Data, Data] | None = None,
+    batches: Data | None = None,
     factor: float = 0.0,
     mask: Data | None = None,
 ) -> tuple[PerChannel, PerChannel]:
     """:func:`finalize_moments` and :func:`normalize` into y3: (mean, invstd)."""
-    mean, _, invstd = _finalize(moments, eps, running, factor, form)
+    mean, var, invstd = _finalize(moments, eps, form)
     _normalize(x3, y3, Transform(mean, invstd, weight, bias), relu, residual3, relu_bits, mask)
+    if running is not None and moments.count > 0:
+        update_running(*running, mean, var, moments.count, factor, batches)
     return mean, invstd
 
 
@@ -476,13 +492,17 @@ def local_forward(
     residual3: Data | None = None,
     relu_bits: Data | None = None,
     running: tuple[Data, Data] | None = None,
+    batches: Data | None = None,
     factor: float = 0.0,
     mask: Data | None = None,
     count: int | None = None,
 ) -> tuple[PerChannel, PerChannel]:
     """The forward of one rank: :func:`batch_moments`, then as :func:`finish_forward`."""
-    mean, _, invstd = _finalize(_moments(x3, mask), eps, running, factor, "local")
+    moments = _moments(x3, mask)
+    mean, var, invstd = _finalize(moments, eps, "local")
     _normalize(x3, y3, Transform(mean, invstd, weight, bias), relu, residual3, relu_bits, mask)
+    if running is not None and moments.count > 0:
+        update_running(*running, mean, var, moments.count, factor, batches)
     return mean, invstd
 
 
