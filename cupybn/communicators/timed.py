@@ -10,14 +10,12 @@ import numpy as np
 
 from ..arrays import Array
 from ..statistics import (
-    FAILED,
-    FINGERPRINT,
     HEADER,
     header_words,
+    is_accepted,
     pack_texts,
     padded_length,
     unpack_texts,
-    words_of_all,
 )
 from .base import OfOneProcess, check_usable, raise_for
 from .mpi import resolve
@@ -91,8 +89,7 @@ class Timed(OfOneProcess):
         message[HEADER + self.rank] = len(text)
         summed = self.comm.allreduce(message, what)
         header = summed[:HEADER]
-        accepted = words_of_all(np.float64, what, self.size)
-        if header[FAILED] or header[FINGERPRINT:].tobytes() != accepted:
+        if not is_accepted(header, np.float64, what, self.size):
             raise_for(self, what, what, header)
         longest = int(summed[HEADER:].max())
         texts = self.comm.allreduce(pack_texts(text, self.rank, self.size, longest), what)
