@@ -25,7 +25,7 @@ from .statistics import (
     HEADER,
     failure_header,
     header_words,
-    is_accepted,
+    words_of_all,
 )
 
 _Self = TypeVar("_Self", bound="CollectiveCall")
@@ -114,7 +114,9 @@ class CollectiveCall:
             raise
         on_host = type(total) is np.ndarray
         summed = total[:HEADER] if on_host else first_values(self.comm, total, HEADER)
-        if not is_accepted(summed, self.dtype, self.fingerprint, self.ranks):
+        before, behind = words_of_all(self.dtype, self.fingerprint, self.ranks)
+        read = summed.tobytes()
+        if not (read.startswith(before) and read.endswith(behind)):
             self.messages = 0
             self._refuse(summed)
         return int(summed[COUNT]), total[HEADER : HEADER + self._size]

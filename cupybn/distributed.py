@@ -169,7 +169,7 @@ def verify_arrays(named: Named, comm: Any = None) -> None:
         pieces = np.array([_hash_pieces(array) for _, array in named], np.float64).reshape(-1)
         sums = _allreduce(call, [pieces, pieces * pieces])
     total, squares = np.split(sums, 2)
-    mean = total / communicator.size  # the same integer on all ranks: see statistics.is_accepted
+    mean = total / communicator.size  # the same integer on all ranks: see statistics.words_of_all
     differs = (mean % 1 != 0) | (communicator.size * mean * mean != squares)
     differs = differs.reshape(-1, _PIECES).any(axis=1)
     names = [name for (name, _), differ in zip(named, differs, strict=True) if differ]

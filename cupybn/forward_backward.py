@@ -8,8 +8,9 @@ A Bound holds no array, so it may be shared by calls, layers and threads.
 
 Calls over several ranks happen inside a :class:`~cupybn.collective.CollectiveCall`, which the
 caller opens, so that any exception here reaches the other ranks. All that can fail on one rank
-alone (checks, compiling, allocating outputs) comes before the first message. On the CPU running
-statistics and gradients are computed in copies, and written back together at the end.
+alone (checks, compiling, allocating outputs) comes before the first message. Backends are given
+arrays that are C-contiguous (on the host also aligned and writeable), and change running
+statistics, counter and gradients together, last, or not at all.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from .arrays import (
     parameter_dtype,
 )
 from .backends import backend_for, by_type
-from .backends.plain import plain
+from .backends.plain import NO_COUNTER, plain
 from .checks import (
     check_array,
     check_eps,
@@ -411,7 +412,7 @@ class Bound:
             if array is not None and (type(array) is not kind or seen(array) != expected):
                 weight, bias, running, target = self._checked(x, weight, bias, running)
                 break
-        moved, batches = None if running is None else running[:2], None
+        moved, batches = None if running is None else running[:2], NO_COUNTER
         if self.updates and running is not None:
             batches = running[2]
             if type(batches) is not np.ndarray or Bound.seen(batches) != _COUNTER:
@@ -464,7 +465,7 @@ class Bound:
         if count <= 1:
             if count == 1:
                 self._refuse_one_value(mask)
-            states["batches"] = None
+            states["batches"] = NO_COUNTER
         mean, invstd = backend.local_forward(*arrays, self.eps, **options, **states)
         return mean, invstd, count, None
 
@@ -498,7 +499,7 @@ class Bound:
         if moments.count == 1:
             self._refuse_one_value(mask)
         if moments.count == 0:
-            states["batches"] = None
+            states["batches"] = NO_COUNTER
         if self.options.check_finite:
             self._check_finite(moments, form)
         mean, invstd = backend.finish_forward(moments, form, *arrays, self.eps, **options, **states)
@@ -774,5 +775,5 @@ class _OnDevice(Bound):
     def backward(
         self, call: Any, dy: Array, saved: Saved, **options: Any
     ) -> tuple[Array, Array | None]:
-        with on_device_of(saved.mean):
+        with saved.mean.device:  # type: ignore[attr-defined]
             return super().backward(call, dy, saved, **options)

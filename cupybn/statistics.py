@@ -131,21 +131,14 @@ def failure_header(dtype: Any, rank: int) -> np.ndarray[Any, Any]:
     return words
 
 
-def is_accepted(summed: np.ndarray[Any, Any], dtype: Any, fingerprint: str, ranks: int) -> bool:
-    """Whether no rank failed, and all sent this fingerprint, by the sum of their headers.
+@lru_cache(maxsize=4096)
+def words_of_all(dtype: Any, fingerprint: str, ranks: int) -> tuple[bytes, bytes]:
+    """What is before and behind the count in a summed header, if all ranks sent this one.
 
     No other ranks' fingerprints add up to it. If the sums of f_r and of f_r**2 over n ranks are
     n f and n f**2, the f_r have a variance of 0 (the equality case of the Cauchy-Schwarz
     inequality), so each is f. All numbers are integers that their dtype holds exactly.
     """
-    before, behind = _words_of_all(dtype, fingerprint, ranks)
-    words = summed.tobytes()
-    return words.startswith(before) and words.endswith(behind)
-
-
-@lru_cache(maxsize=4096)
-def _words_of_all(dtype: Any, fingerprint: str, ranks: int) -> tuple[bytes, bytes]:
-    """The bytes before and behind the count in a sum of headers that are all the same."""
     words = header_words(dtype, fingerprint) * ranks
     return words[:COUNT].tobytes(), words[FINGERPRINT:].tobytes()
 

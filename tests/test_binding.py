@@ -77,7 +77,7 @@ def backend(request):
 
 
 # With MPI a message enters one function more: 24 in all over two ranks with Numba.
-LIMITS = {"numpy": (20, 26, 36), "numba": (12, 18, 22)}
+LIMITS = {"numpy": (20, 26, 36), "numba": (12, 18, 23)}
 
 
 @pytest.fixture

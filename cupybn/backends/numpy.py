@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..arrays import parameter_dtype
 from ..statistics import BackwardSums, Moments, Transform
+from .plain import NO_COUNTER
 
 Data = NDArray[Any]
 PerChannel = NDArray[np.float64]
@@ -213,7 +214,7 @@ def update_running(
     var: PerChannel,
     count: int,
     factor: float,
-    batches: Data | None = None,
+    batches: Data = NO_COUNTER,
 ) -> None:
     """``running = (1 - factor) * running + factor * new`` in place; the variance is unbiased.
 
@@ -222,10 +223,9 @@ def update_running(
     unbiased = var * (count / max(count - 1, 1))
     moved_mean = (1.0 - factor) * running_mean.astype(np.float64) + factor * mean
     moved_var = (1.0 - factor) * running_var.astype(np.float64) + factor * unbiased
-    counter = np.zeros((), np.int64) if batches is None else batches
-    number = int(counter) + 1
+    number = int(batches) + 1
     # No call between these: Python checks for interrupts only at calls and jumps.
-    running_mean[...], running_var[...], counter[...] = moved_mean, moved_var, number
+    running_mean[...], running_var[...], batches[...] = moved_mean, moved_var, number
 
 
 @_quiet
@@ -468,7 +468,7 @@ def finish_forward(
     residual3: Data | None = None,
     relu_bits: Data | None = None,
     running: tuple[Data, Data] | None = None,
-    batches: Data | None = None,
+    batches: Data = NO_COUNTER,
     factor: float = 0.0,
     mask: Data | None = None,
 ) -> tuple[PerChannel, PerChannel]:
@@ -492,7 +492,7 @@ def local_forward(
     residual3: Data | None = None,
     relu_bits: Data | None = None,
     running: tuple[Data, Data] | None = None,
-    batches: Data | None = None,
+    batches: Data = NO_COUNTER,
     factor: float = 0.0,
     mask: Data | None = None,
     count: int | None = None,

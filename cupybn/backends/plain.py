@@ -16,6 +16,8 @@ import numpy as np
 from ..arrays import is_cupy
 
 _Result = TypeVar("_Result")
+NO_COUNTER = np.zeros((), np.int64)
+"""Counts batches for nobody."""
 
 
 def plain(value: Any) -> Any:

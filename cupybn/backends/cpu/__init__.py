@@ -24,6 +24,7 @@ from ...arrays import DATA_TYPES, parameter_dtype
 from ...statistics import BackwardSums, Moments, Transform
 from .. import numpy as reference
 from ..numpy import Data, PerChannel
+from ..plain import NO_COUNTER
 from .plan import LINE, SHORT, bits_items, plan_for, repeated
 from .pool import spread
 
@@ -37,7 +38,6 @@ _UNMASKED: tuple[Any, ...] = None, True  # in place of a mask, and None
 _UNCOUNTED: tuple[Any, ...] = None, None, True
 _INT64, _UINT8 = np.dtype(np.int64), np.dtype(np.uint8)
 _NO_NUMBERS, _NO_STATE, _NO_BITS = (np.empty(0, t) for t in (np.float64, np.float32, np.uint8))
-_NO_COUNTER = np.zeros((), np.int64)  # counts on, for nobody
 _log = logging.getLogger("cupybn")
 
 given_statistics = reference.given_statistics
@@ -105,11 +105,11 @@ def _bound(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Bound:
     return _Bound(forward, backward, plan.counts, single, in_place, seen, no_data, no_parameter)
 
 
-def _keep(running: tuple[Data, ...], moved: tuple[Data, ...], counter: Data) -> None:
+def _keep(running: tuple[Data, ...], moved: tuple[Data, ...], batches: Data) -> None:
     """Writes moved running statistics, and one batch more."""
-    number = int(counter) + 1
+    number = int(batches) + 1
     # No call between these: Python checks for interrupts only at calls and jumps.
-    running[0][...], running[1][...], counter[...] = *moved, number
+    running[0][...], running[1][...], batches[...] = *moved, number
 
 
 def _positions(mask: Data, shape: tuple[int, int, int]) -> Data:
@@ -153,8 +153,8 @@ def batch_moments(
     if mask is not None:
         counts, total = np.zeros(segments), count_valid(mask) if count is None else count
         masked = _positions(mask, x3.shape), counts, None
-    settings = _MOMENTS, 0, False, 0.0, float(total), 0.0
-    bound.forward(np.zeros(2, _INT64), *arrays, *settings, *masked, _NO_COUNTER)
+    settings = _MOMENTS, 0, False, (0.0, float(total), 0.0)
+    bound.forward(np.zeros(2, _INT64), *arrays, *settings, *masked, NO_COUNTER)
     if not bound.single:
         load().merge_moments(mean, m2, c, counts, message)
     return Moments(total, mean[:c], m2[:c])
@@ -203,8 +203,8 @@ def normalize(
     arrays = out3.view(seen), x3.view(seen), residual, weight, bias, none, none
     numbers = mean, invstd, mean, invstd, _NO_NUMBERS
     masked = _UNCOUNTED if mask is None else (_positions(mask, x3.shape), _NO_NUMBERS, None)
-    settings = _NORMALIZE, 0, relu, 0.0, 0.0, 0.0
-    bound.forward(np.zeros(2, _INT64), *arrays, *numbers, *settings, *masked, _NO_COUNTER)
+    settings = _NORMALIZE, 0, relu, (0.0, 0.0, 0.0)
+    bound.forward(np.zeros(2, _INT64), *arrays, *numbers, *settings, *masked, NO_COUNTER)
     if relu_bits is not None:
         _pack_bits(arrays[0], relu_bits)
     return out3
@@ -306,7 +306,7 @@ def finish_forward(
     residual3: Data | None = None,
     relu_bits: Data | None = None,
     running: tuple[Data, Data] | None = None,
-    batches: Data | None = None,
+    batches: Data = NO_COUNTER,
     factor: float = 0.0,
     mask: Data | None = None,
 ) -> tuple[PerChannel, PerChannel]:
@@ -318,7 +318,7 @@ def finish_forward(
     arrays = y3, x3, residual, weight, bias
     if (seen := bound.seen) is not None:
         arrays = y3.view(seen), x3.view(seen), residual.view(seen), weight, bias
-    states, counter = running or (none, none), _NO_COUNTER if batches is None else batches
+    states = running or (none, none)
     in_place = bound.in_place and relu_bits is None
     moved = states if in_place else (states[0].copy(), states[1].copy())
     mean, invstd, first, second = np.empty(c), np.empty(c), moments.mean, moments.m2
@@ -329,13 +329,13 @@ def finish_forward(
         of_all = first, second, float(moments.count), float(eps), _FORMS[form]
         load().finalize_moments(*of_all, *written, float(factor))
     masked = _UNCOUNTED if mask is None else (_positions(mask, x3.shape), _NO_NUMBERS, None)
-    settings = stages, _FORMS[form], relu, *numbers
-    last = *masked, counter if in_place else _NO_COUNTER
+    settings = stages, _FORMS[form], relu, numbers
+    last = *masked, batches if in_place else NO_COUNTER
     bound.forward(turns, *arrays, *moved, mean, invstd, *pooled, *settings, *last)
     if relu_bits is not None:
         _pack_bits(arrays[0], relu_bits)
     if moved is not states:
-        _keep(states, moved, counter)
+        _keep(states, moved, batches)
     return mean, invstd
 
 
@@ -350,7 +350,7 @@ def local_forward(
     residual3: Data | None = None,
     relu_bits: Data | None = None,
     running: tuple[Data, Data] | None = None,
-    batches: Data | None = None,
+    batches: Data = NO_COUNTER,
     factor: float = 0.0,
     mask: Data | None = None,
     count: int | None = None,
@@ -368,7 +368,6 @@ def local_forward(
         return finish_forward(moments, "local", x3, y3, weight, bias, eps, **options)
     weight, bias = none if weight is None else weight, none if bias is None else bias
     residual, state = bound.no_data if residual3 is None else residual3, running or (none, none)
-    counter = _NO_COUNTER if batches is None else batches
     in_place = bound.in_place and relu_bits is None
     moved = state if in_place else (state[0].copy(), state[1].copy())
     arrays = y3, x3, residual
@@ -381,13 +380,13 @@ def local_forward(
         masked = _positions(mask, x3.shape), np.zeros(1), None
     # m2, then invstd in its place
     numbers = *moved, mean, invstd, mean, invstd, _NO_NUMBERS
-    settings = _WHOLE_FORWARD, 0, relu, float(eps), float(total), float(factor)
-    last = *masked, counter if in_place else _NO_COUNTER
+    settings = _WHOLE_FORWARD, 0, relu, (float(eps), float(total), float(factor))
+    last = *masked, batches if in_place else NO_COUNTER
     bound.forward(turns, *arrays, weight, bias, *numbers, *settings, *last)
     if relu_bits is not None:
         _pack_bits(arrays[0], relu_bits)
     if moved is not state:
-        _keep(state, moved, counter)
+        _keep(state, moved, batches)
     return mean, invstd
 
 

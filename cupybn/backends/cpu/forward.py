@@ -131,9 +131,7 @@ def forward(
     stages,
     form,
     relu,
-    eps,
-    count,
-    factor,
+    numbers,
     mask,
     counts,
     unmasked,
@@ -145,6 +143,7 @@ def forward(
     first, second, payload, positions, counts = lent[9], lent[10], lent[11], lent[12], lent[13]
     masked = strided(positions, x), byte_buffers(x, mask)
     high, scale, shift, var = buffer(x), buffer(x), buffer(x), double_buffer(x)
+    eps, count, factor = numbers
     at = take(turns) if taking else len(items)
     while at < len(items):
         _, start, _, _, c0, c1, _, _, l0, l1, step, group = item = items[at]
@@ -152,16 +151,15 @@ def forward(
             b = min(a + group, c1)
             if stages & MOMENTS:
                 if mask is not None:
-                    values, numbers = pointer(x, 0), (x.shape[1], masked[0], counts)
-                    masked_moments(columns, values, first, second, item, a, b, *numbers)
+                    values, more = pointer(x, 0), (x.shape[1], masked[0], counts)
+                    masked_moments(columns, values, first, second, item, a, b, *more)
                 if unmasked is None:
                     pass
                 elif columns is None:
                     row_moments(pointer(x, 0), first, second, item, a, b)
                 else:
                     column_moments(pointer(x, start + l0), first, second, item)
-                if payload.size:
-                    pack_moments(payload, first, second, count, second.size, a, b)
+                pack_moments(payload, first, second, count, second.size, a, b)
             if stages & FINALIZE:
                 states = mean, moved(var, -a), invstd, running_mean, running_var
                 finalize(first, second, count, eps, form, *states, factor, a, b)
@@ -172,8 +170,7 @@ def forward(
                 _normalize(columns, (y, x, residual), item, a, b, relu, of, masked)
         at = take(turns)
     leave(turns, helper)
-    if not helper:
-        batches[()] += 1
+    batches[()] += not helper
 
 
 @kernel

@@ -20,6 +20,7 @@ import numpy as np
 from ...arrays import Array
 from ...statistics import BackwardSums, Moments, Transform
 from .. import numpy as reference
+from ..plain import NO_COUNTER
 from .launch import (
     NO_SCRATCH,
     NULL,
@@ -227,7 +228,7 @@ def finish_forward(
     residual3: Array | None = None,
     relu_bits: Array | None = None,
     running: tuple[Array, Array] | None = None,
-    batches: Any = None,
+    batches: Any = NO_COUNTER,
     factor: float = 0.0,
     mask: Array | None = None,
 ) -> tuple[Array, Array]:
@@ -237,7 +238,7 @@ def finish_forward(
     """
     if x3.size == 0:
         mean, _, invstd = finalize_moments(moments, eps, running=running, factor=factor, form=form)
-        _count(batches)
+        batches += 1
         return mean, invstd
     residual = NULL if residual3 is None else residual3
     bits = NULL if relu_bits is None else relu_bits
@@ -260,7 +261,7 @@ def finish_forward(
         finalize.run((*outputs, first, second, *numbers, _FORMS[form], *finalize.sizes))
         inputs = x3, residual, mean, invstd, weight, bias, *valid
         launch.run((y3, bits, *inputs, _RELU[relu], *launch.sizes))
-    _count(batches)
+    batches += 1
     return mean, invstd
 
 
@@ -275,7 +276,7 @@ def local_forward(
     residual3: Array | None = None,
     relu_bits: Array | None = None,
     running: tuple[Array, Array] | None = None,
-    batches: Any = None,
+    batches: Any = NO_COUNTER,
     factor: float = 0.0,
     mask: Array | None = None,
     count: int | None = None,
@@ -306,7 +307,7 @@ def local_forward(
         first.run((*outputs, *scratch, x3, *numbers, *first.sizes))
         transform = mean, invstd, weight, bias
         second.run((y3, bits, x3, residual, *transform, _RELU[relu], *second.sizes))
-    _count(batches)
+    batches += 1
     return mean, invstd
 
 
@@ -339,7 +340,7 @@ def _masked_forward(
     numbers = np.float64(count), np.float64(eps), np.float64(factor)
     reduce.run((*outputs, *scratch, x3, mask, *numbers, *reduce.sizes))
     normalize(x3, Transform(mean, invstd, weight, bias), out3=y3, mask=mask, **options)
-    _count(batches)
+    batches += 1
     return mean, invstd
 
 
@@ -476,10 +477,8 @@ def _zeros(channels: int, payload: Array | None) -> Array:
 
 def _pointers(*arrays: Array | None) -> list[Array]:
     """The arguments of a kernel for arrays of which some are absent."""
-    return [NULL if array is None else array for array in arrays]
-
-
-def _count(batches: Any) -> None:
-    """One more batch, in host memory."""
-    if batches is not None:
-        batches += 1
+    pointers = [*arrays]
+    for i, array in enumerate(arrays):  # in a comprehension it would be one frame more
+        if array is None:
+            pointers[i] = NULL
+    return pointers
