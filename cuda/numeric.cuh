@@ -46,7 +46,7 @@ __device__ __forceinline__ void narrow(float v, bfloat16& out) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(v));
 #else
   unsigned bits = __float_as_uint(v);
-  bits += 0x7fff + (bits >> 16 & 1);  // rounds up from half of the last kept bit, or just above
+  bits += 0x7fff + (bits >> 16 & 1);  // half of the last kept bit, less 1 if that bit is 0: ties go to even
   out.bits = v != v ? 0x7fff : bits >> 16;
 #endif
 }
