@@ -37,6 +37,8 @@ STARTS = 3  # how often a job is started at most
 # What Open MPI's mpiexec says in one start of very many, before it has started any rank: the fault
 # is the launcher's, and nothing of the job has happened.
 NO_LISTENER = "The PMIx server's listener thread failed to start"
+# MPICH: ranks that wait sleep, as Open MPI's do where they are more than the cores; they spin else.
+SLEEPING = {"MPIR_CVAR_ENABLE_HEAVY_YIELD": "1"}
 # The first files of a run: in the first Numba compiles what many tests use. Files that start MPI's
 # processes come last, beside each other: ranks that wait keep the cores busy.
 FIRST = ("test_numba", "test_cuda_layers", "test_mask")
@@ -62,11 +64,7 @@ def _mpiexec() -> str | None:
 
 
 def rank_environment(ranks: int = 1, /, **more: str) -> dict[str, str]:
-    """One thread a rank; and what an MPI wants before it starts as root or on few cores.
-
-    Where `ranks` are more than the cores, those of MPICH that wait sleep, as those of Open MPI do:
-    it takes half the time, or less.
-    """
+    """One thread a rank; and what an MPI wants before it starts as root or on few cores."""
     env = os.environ | {
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
@@ -76,9 +74,7 @@ def rank_environment(ranks: int = 1, /, **more: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "PYTHONFAULTHANDLER": "1",
     }
-    if ranks > (os.cpu_count() or 1):
-        env["MPIR_CVAR_ENABLE_HEAVY_YIELD"] = "1"
-    return env | more
+    return env | (SLEEPING if ranks > (os.cpu_count() or 1) else {}) | more
 
 
 def run_job(
