@@ -11,9 +11,8 @@ values alone, and 0 where masked; `count` is the number of valid values, if it i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +23,10 @@ from ..statistics import BackwardSums, Moments, Transform
 Data = NDArray[Any]
 PerChannel = NDArray[np.float64]
 Part = tuple[slice, slice, Any]
-_Plan: TypeAlias = "tuple[np.dtype[Any], bool, _Blocks, Callable[[Data, Data], PerChannel]]"
-_Blocks: TypeAlias = "tuple[tuple[Part, int, Callable[[Data], PerChannel]], ...]"
+_Plan = tuple[np.dtype[Any], bool, tuple[Any, ...], Any]
 
 _BLOCK_BYTES = 1 << 19  # three temporaries of this size fit in a 2 MB L2 cache
 _ROWS = 1024  # of columns, L == 1, in one float32 sum
-_ALL = slice(None)
 # A number as an array of no dimensions, which takes NumPy half the time.
 _number = lru_cache(maxsize=256)(partial(np.array, dtype=np.float64))
 _ZERO, _ONE = np.array(0.0), np.array(1.0)
@@ -49,24 +46,25 @@ def _plan(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Plan:
     n, c, length = shape
     dtype, columns = parameter_dtype(dtype), length == 1
     size = _BLOCK_BYTES // dtype.itemsize
-    samples = max(1, min(size // max(1, c * length), _ROWS if columns else n))
+    samples = max(1, size // max(1, c * length))
     run = max(1, size // c) if samples == 1 else max(1, length)
+    samples = min(samples, _ROWS) if columns else samples
     ones, blocks = np.ones(min(samples, n) if columns else min(run, length), dtype), []
     for i in range(0, n, samples):
         for j in range(0, length, run):
             k, m = min(samples, n - i), min(run, length - j)
-            part = slice(i, i + k), _ALL, 0 if columns else slice(j, j + m)
+            part = slice(i, i + k), slice(None), 0 if columns else slice(j, j + m)
             sum_of = ones[:k].dot if columns else partial(_sum_of_rows, ones[:m])
             blocks.append((part, k * m, sum_of))
-    products = partial(_einsum, "nc,nc->c") if columns else _sum_of_products
-    return dtype, columns, tuple(blocks), products
+    sum_of_products = partial(_einsum, "nc,nc->c") if columns else _products_of_rows
+    return dtype, columns, tuple(blocks), sum_of_products
 
 
 def _sum_of_rows(ones: Data, block: Data) -> Any:
     return np.add.reduce(block @ ones, axis=0, dtype=np.float64)
 
 
-def _sum_of_products(a: Data, b: Data) -> Any:
+def _products_of_rows(a: Data, b: Data) -> Any:
     return np.add.reduce(np.vecdot(a, b), axis=0, dtype=np.float64)
 
 
@@ -94,10 +92,11 @@ def _affine(plan: _Plan, transform: tuple[Any, ...], shifted: bool = True) -> tu
     low = mean - high
     scale = invstd if weight is None else invstd * weight
     if shifted:
-        shift = -low * scale if bias is None else bias - low * scale
-        shift = shift.astype(dtype) if columns else shift.astype(dtype)[:, None]
+        shift = (-low * scale if bias is None else bias - low * scale).astype(dtype)
     scale = scale.astype(dtype)
-    return (high, low, scale, shift) if columns else (high[:, None], low, scale[:, None], shift)
+    if columns:
+        return high, low, scale, shift
+    return high[:, None], low, scale[:, None], None if shift is None else shift[:, None]
 
 
 @_quiet
@@ -145,8 +144,8 @@ def _moments(plan: _Plan, x3: Data, mask: Data | None) -> tuple[int, PerChannel,
         if mask is not None:
             np.copyto(deviation, 0, where=~valid)
         mean = sum_of(deviation) / number
-        squares = sum_of_products(deviation, deviation)
-        found = count, pivot + mean, squares - number * mean * mean
+        m2 = sum_of_products(deviation, deviation) - number * mean * mean
+        found = count, pivot + mean, m2
         moments = found if moments is None else Moments(*moments).merge(Moments(*found))
     return moments or (0, np.zeros(x3.shape[1]), np.zeros(x3.shape[1]))
 
@@ -220,8 +219,8 @@ def update_running(
     factor: float,
 ) -> None:
     """``running = (1 - factor) * running + factor * new`` in place; the variance is unbiased."""
-    unbiased = var * _number(count / max(count - 1, 1))
     kept, taken = np.asarray(1.0 - factor), np.asarray(factor)
+    unbiased = var * _number(count / max(count - 1, 1))
     running_mean[...] = kept * running_mean.astype(np.float64) + taken * mean
     running_var[...] = kept * running_var.astype(np.float64) + taken * unbiased
 
@@ -242,8 +241,7 @@ def normalize(
     `relu_bits`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
     """
     y3 = np.empty_like(x3) if out3 is None else out3
-    plan = _plan(x3.shape, x3.dtype)
-    _normalize(plan, x3, y3, transform, relu, residual3, relu_bits, mask)
+    _normalize(_plan(x3.shape, x3.dtype), x3, y3, transform, relu, residual3, relu_bits, mask)
     return y3
 
 
@@ -317,11 +315,11 @@ def _load(
 
     With `constant` statistics x - high is found for a ReLU alone.
     """
-    dy = dy3[part]
     deviation = None if constant and not relu else x3[part] - affine[0]
     if relu:
-        dy = _apply_relu_grad(dy, deviation, x3.shape, part, affine, relu_bits)
-    dy = dy.astype(affine[2].dtype, copy=False)
+        dy = _apply_relu_grad(dy3[part], deviation, x3.shape, part, affine, relu_bits)
+    else:
+        dy = dy3[part].astype(affine[0].dtype, copy=False)
     if mask is not None:
         valid = _valid(mask, part)
         dy = np.where(valid, dy, dy.dtype.type(0))
@@ -395,8 +393,8 @@ def backward_input(
     dx3 = np.empty_like(x3) if out3 is None else out3
     plan, invstd = _plan(x3.shape, x3.dtype), transform.invstd
     source = dy3, x3, _affine(plan, transform, relu), relu, relu_bits, mask
-    gradients = None if sums is None else (sums.sum_dy, sums.sum_dy_xmu * invstd)
-    _input(plan, source, dx3, dresidual3, invstd, gradients, count)
+    scaled = None if sums is None else (sums.sum_dy, sums.sum_dy_xmu * invstd)
+    _input(plan, source, dx3, dresidual3, invstd, scaled, count)
     if local is not None:
         _add_gradients(local.sum_dy, local.sum_dy_xmu * invstd, dweight, dbias)
     return dx3
