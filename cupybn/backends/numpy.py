@@ -11,8 +11,8 @@ values alone, and 0 where masked; `count` is the number of valid values, if it i
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,29 +23,50 @@ from .plain import NO_COUNTER
 
 Data = NDArray[Any]
 PerChannel = NDArray[np.float64]
-Part = tuple[slice, slice, slice]
+Part = tuple[slice, slice, Any]
+_Plan = tuple[np.dtype[Any], bool, tuple[Any, ...], Any]
 
 _BLOCK_BYTES = 1 << 19  # three temporaries of this size fit in a 2 MB L2 cache
 _ROWS = 1024  # of columns, L == 1, in one float32 sum
+# A number as an array of no dimensions, which takes NumPy half the time.
+_number = lru_cache(maxsize=256)(partial(np.array, dtype=np.float64))
+_ZERO, _ONE = np.array(0.0), np.array(1.0)
 _quiet = np.errstate(all="ignore")
 # The function behind np.einsum, which spends 4 us on reading its arguments in Python.
 _einsum = getattr(getattr(np, "_core", np).multiarray, "c_einsum", np.einsum)
 
 
 @lru_cache(maxsize=256)
-def _blocks(shape: tuple[int, int, int], itemsize: int) -> tuple[Part, ...]:
-    """Pieces of an (N, C, L) array with all channels, each about _BLOCK_BYTES in the arithmetic."""
+def _plan(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Plan:
+    """How to go through an (N, C, L) array: (dtype, columns, blocks, sum_of_products).
+
+    The dtype of the arithmetic; whether L is 1; for each block its place, the number of values in a
+    channel and the function for their sum; the function for the sum of the products of two blocks.
+    A block has all channels, and about _BLOCK_BYTES. It is (n, C) where L is 1, else (n, C, l).
+    """
     n, c, length = shape
-    size = _BLOCK_BYTES // itemsize
+    dtype, columns = parameter_dtype(dtype), length == 1
+    size = _BLOCK_BYTES // dtype.itemsize
     samples = max(1, size // max(1, c * length))
-    if length == 1:
-        samples = min(samples, _ROWS)
     run = max(1, size // c) if samples == 1 else max(1, length)
-    return tuple(
-        (slice(i, i + samples), slice(None), slice(j, j + run))
-        for i in range(0, n, samples)
-        for j in range(0, length, run)
-    )
+    samples = min(samples, _ROWS) if columns else samples
+    ones, blocks = np.ones(min(samples, n) if columns else min(run, length), dtype), []
+    for i in range(0, n, samples):
+        for j in range(0, length, run):
+            k, m = min(samples, n - i), min(run, length - j)
+            part = slice(i, i + k), slice(None), 0 if columns else slice(j, j + m)
+            sum_of = ones[:k].dot if columns else partial(_sum_of_rows, ones[:m])
+            blocks.append((part, k * m, sum_of))
+    sum_of_products = partial(_einsum, "nc,nc->c") if columns else _products_of_rows
+    return dtype, columns, tuple(blocks), sum_of_products
+
+
+def _sum_of_rows(ones: Data, block: Data) -> Any:
+    return np.add.reduce(block @ ones, axis=0, dtype=np.float64)
+
+
+def _products_of_rows(a: Data, b: Data) -> Any:
+    return np.add.reduce(np.vecdot(a, b), axis=0, dtype=np.float64)
 
 
 def count_valid(mask: Data) -> int:
@@ -54,39 +75,29 @@ def count_valid(mask: Data) -> int:
 
 
 def _valid(mask: Data, part: Part) -> NDArray[np.bool_]:
-    """Which positions of a block are valid, (n, 1, l)."""
+    """Which positions of a block are valid, (n, 1, l) or (n, 1)."""
     found: NDArray[np.bool_] = mask[part[0], None, part[2]] != 0
     return found
 
 
-@lru_cache(maxsize=256)
-def _ones(size: int, dtype: np.dtype[Any]) -> Data:
-    return np.ones(size, dtype)
-
-
-class _Affine(NamedTuple):
-    """``(x - mean) * invstd * weight + bias`` as ``(x - high) * scale + shift``, (C, 1) each.
+def _affine(plan: _Plan, transform: tuple[Any, ...], shifted: bool = True) -> tuple[Any, ...]:
+    """``(x - mean) * invstd * weight + bias`` as ``(x - high) * scale + shift``, for blocks.
 
     The mean is split into `high`, its value in the dtype of the arithmetic, and `low`, the rest;
     `low` goes into `shift` in float64: no digit is lost, and x is not read once more.
+    (high, low, scale, shift): low is (C,) float64, the shift None unless asked for.
     """
-
-    high: Data
-    low: PerChannel
-    scale: Data
-    shift: Data
-
-    @staticmethod
-    def of(x3: Data, transform: Transform) -> _Affine:
-        dtype = parameter_dtype(x3.dtype)
-        mean, invstd, weight, bias = transform
-        high = mean.astype(dtype)
-        low = mean - high
-        scale = invstd if weight is None else invstd * weight
-        shift = -low * scale if bias is None else bias - low * scale
-        return _Affine(
-            high[:, None], low, scale.astype(dtype)[:, None], shift.astype(dtype)[:, None]
-        )
+    dtype, columns, _, _ = plan
+    mean, invstd, weight, bias = transform
+    high, shift = mean.astype(dtype), None
+    low = mean - high
+    scale = invstd if weight is None else invstd * weight
+    if shifted:
+        shift = (-low * scale if bias is None else bias - low * scale).astype(dtype)
+    scale = scale.astype(dtype)
+    if columns:
+        return high, low, scale, shift
+    return high[:, None], low, scale[:, None], None if shift is None else shift[:, None]
 
 
 @_quiet
@@ -102,55 +113,42 @@ def batch_moments(
     `payload` takes this rank's part of the first message: (2C,) for ``count * mean`` and
     ``m2 + count * mean**2``, or (C,) for the first of them alone.
     """
-    moments = _moments(x3, mask)
+    moments = Moments(*_moments(_plan(x3.shape, x3.dtype), x3, mask))
     if payload is not None:
         payload[...] = moments.pack()[: payload.size]
     return moments
 
 
-def _moments(x3: Data, mask: Data | None) -> Moments:
+def _moments(plan: _Plan, x3: Data, mask: Data | None) -> tuple[int, PerChannel, PerChannel]:
     """The sums of a block are taken about its own pivot, its mean in low precision.
 
     Blocks are merged in float64. Constants give an m2 of exactly 0, because deviations are first
     taken from a value of the channel. The deviation of a masked value is 0.
     """
-    dtype = parameter_dtype(x3.dtype)
+    dtype, columns, blocks, sum_of_products = plan
     moments = None
-    for part in _blocks(x3.shape, dtype.itemsize):
-        block = x3[part].astype(dtype, copy=False)
-        n, _, length = block.shape
-        count = n * length
-        first = block[0, :, 0]
+    for part, count, sum_of in blocks:
+        block, sample, place = x3[part].astype(dtype, copy=False), 0, 0
         if mask is not None:
             valid = _valid(mask, part)
             count = count_valid(valid)
             if count == 0:
                 continue
-            sample, _, place = np.unravel_index(valid.argmax(), valid.shape)
-            first = block[sample, :, place]
-            block = np.where(valid, block, first[:, None])
-        ones = _ones(n if length == 1 else length, dtype)
-        if length == 1:
-            rough = (ones @ (block - first[:, None])[:, :, 0]).astype(np.float64) / count
-            pivot = (first + rough).astype(dtype)
-            deviation = block - pivot[:, None]
-            if mask is not None:
-                np.copyto(deviation, 0, where=~valid)
-            columns = deviation[:, :, 0]
-            mean = (ones @ columns).astype(np.float64) / count
-            squares = _einsum("nc,nc->c", columns, columns).astype(np.float64)
-        else:
-            rows = (block - first[:, None]) @ ones
-            rough = np.add.reduce(rows, axis=0, dtype=np.float64) / count
-            pivot = (first + rough).astype(dtype)
-            deviation = block - pivot[:, None]
-            if mask is not None:
-                np.copyto(deviation, 0, where=~valid)
-            mean = np.add.reduce(deviation @ ones, axis=0, dtype=np.float64) / count
-            squares = np.add.reduce(np.vecdot(deviation, deviation), axis=0, dtype=np.float64)
-        found = Moments(count, pivot + mean, squares - count * mean * mean)
-        moments = found if moments is None else moments.merge(found)
-    return moments or Moments(0, np.zeros(x3.shape[1]), np.zeros(x3.shape[1]))
+            sample, place = divmod(int(valid.argmax()), valid.shape[-1])
+        first = block[sample] if columns else block[sample, :, place]
+        if mask is not None:
+            block = np.where(valid, block, first if columns else first[:, None])
+        number = _number(count)
+        rough = sum_of(block - (first if columns else first[:, None])) / number
+        pivot = (first + rough).astype(dtype)
+        deviation = block - (pivot if columns else pivot[:, None])
+        if mask is not None:
+            np.copyto(deviation, 0, where=~valid)
+        mean = sum_of(deviation) / number
+        m2 = sum_of_products(deviation, deviation) - number * mean * mean
+        found = count, pivot + mean, m2
+        moments = found if moments is None else Moments(*moments).merge(Moments(*found))
+    return moments or (0, np.zeros(x3.shape[1]), np.zeros(x3.shape[1]))
 
 
 @_quiet
@@ -187,14 +185,17 @@ def finalize_moments(
     return mean, var, invstd
 
 
-def _finalize(moments: Moments, eps: float, form: str) -> tuple[PerChannel, PerChannel, PerChannel]:
+def _finalize(
+    moments: tuple[int, PerChannel, PerChannel], eps: float, form: str
+) -> tuple[PerChannel, PerChannel, PerChannel]:
     count, mean, m2 = moments
+    number = _number(count or 1)
     if form != "local":
-        mean = mean / max(count, 1)
-    if form == "pooled" and count:
-        m2 = m2 - moments.mean * mean
-    var = np.maximum(m2, 0.0) / max(count, 1)
-    invstd = 1.0 / np.sqrt(var + eps)
+        mean = mean / number
+        if form == "pooled" and count:
+            m2 = m2 - moments[1] * mean
+    var = np.maximum(m2, _ZERO) / number
+    invstd = _ONE / np.sqrt(var + _number(eps))
     return mean, var, invstd
 
 
@@ -220,9 +221,10 @@ def update_running(
 
     `batches` counts one more.
     """
-    unbiased = var * (count / max(count - 1, 1))
-    moved_mean = (1.0 - factor) * running_mean.astype(np.float64) + factor * mean
-    moved_var = (1.0 - factor) * running_var.astype(np.float64) + factor * unbiased
+    kept, taken = np.asarray(1.0 - factor), np.asarray(factor)
+    unbiased = var * _number(count / max(count - 1, 1))
+    moved_mean = kept * running_mean.astype(np.float64) + taken * mean
+    moved_var = kept * running_var.astype(np.float64) + taken * unbiased
     number = int(batches) + 1
     # No call between these: Python checks for interrupts only at calls and jumps.
     running_mean[...], running_var[...], batches[...] = moved_mean, moved_var, number
@@ -244,24 +246,25 @@ def normalize(
     `relu_bits`, a uint8 array of ceil(size / 8) values, takes one bit for every y above 0.
     """
     y3 = np.empty_like(x3) if out3 is None else out3
-    _normalize(x3, y3, transform, relu, residual3, relu_bits, mask)
+    _normalize(_plan(x3.shape, x3.dtype), x3, y3, transform, relu, residual3, relu_bits, mask)
     return y3
 
 
 def _normalize(
+    plan: _Plan,
     x3: Data,
     y3: Data,
-    transform: Transform,
+    transform: tuple[Any, ...],
     relu: bool,
     residual3: Data | None,
     relu_bits: Data | None,
     mask: Data | None,
 ) -> None:
-    affine = _Affine.of(x3, transform)
-    for part in _blocks(x3.shape, affine.scale.itemsize):
-        y = x3[part] - affine.high
-        y *= affine.scale
-        y += affine.shift
+    high, _, scale, shift = _affine(plan, transform)
+    for part, _, _ in plan[2]:
+        y = x3[part] - high
+        y *= scale
+        y += shift
         if residual3 is not None:
             y += residual3[part]
         if relu:
@@ -277,25 +280,57 @@ def _normalize(
 
 
 def _apply_relu_grad(
-    dy3: Data, x3: Data, part: Part, affine: _Affine, relu_bits: Data | None
+    dy: Data,
+    deviation: Any,
+    shape: tuple[int, ...],
+    part: Part,
+    affine: tuple[Any, ...],
+    relu_bits: Data | None,
 ) -> Data:
     """One block of dy where the ReLU let y through, else 0, in the dtype of the arithmetic."""
-    dy = dy3[part]
+    _, _, scale, shift = affine
     if relu_bits is None:
-        kept = (x3[part] - affine.high) * affine.scale + affine.shift > 0
+        kept = deviation * scale + shift > 0
     else:
-        _, c, length = x3.shape
-        first, start = part[0].start, part[2].start
-        n, _, run = dy.shape
-        kept = np.empty((n, c, run), np.bool_)
-        rows = kept.reshape(1 if run == length else c, -1)  # each of them contiguous in the bits
+        _, c, length = shape
+        whole = length == 1 or dy.shape[2] == length
+        first, start = part[0].start, 0 if whole else part[2].start
+        kept = np.empty(dy.shape, np.bool_)
+        rows = kept.reshape(1 if whole else c, -1)  # each of them contiguous in the bits
         for i, row in enumerate(rows):
             begin = (first * c + i) * length + start
             bits = np.unpackbits(relu_bits[begin >> 3 : (begin + row.size + 7) >> 3])
             row[...] = bits[begin & 7 :][: row.size]
-    passed = np.zeros(dy.shape, affine.scale.dtype)
+    passed = np.zeros(dy.shape, scale.dtype)
     np.positive(dy, out=passed, where=kept)
     return passed
+
+
+def _load(
+    part: Part,
+    constant: bool,
+    dy3: Data,
+    x3: Data,
+    affine: tuple[Any, ...],
+    relu: bool,
+    relu_bits: Data | None,
+    mask: Data | None,
+) -> tuple[Data, Any]:
+    """A block of dy, after the activation's backward, and of x - high; both 0 where masked.
+
+    With `constant` statistics x - high is found for a ReLU alone.
+    """
+    deviation = None if constant and not relu else x3[part] - affine[0]
+    if relu:
+        dy = _apply_relu_grad(dy3[part], deviation, x3.shape, part, affine, relu_bits)
+    else:
+        dy = dy3[part].astype(affine[0].dtype, copy=False)
+    if mask is not None:
+        valid = _valid(mask, part)
+        dy = np.where(valid, dy, dy.dtype.type(0))
+        if deviation is not None:
+            np.copyto(deviation, 0, where=~valid)
+    return dy, deviation
 
 
 @_quiet
@@ -314,43 +349,26 @@ def backward_reduce(
     Where y passed a ReLU is read from `relu_bits` if given, else computed again from x. `payload`,
     (2C,), takes a copy of both for the message.
     """
-    sums = _reduce(dy3, x3, _Affine.of(x3, transform), relu, relu_bits, mask)
+    plan = _plan(x3.shape, x3.dtype)
+    source = dy3, x3, _affine(plan, transform, relu), relu, relu_bits, mask
+    sums = BackwardSums(*_reduce(plan, source)[:2])
     if payload is not None:
         payload[: x3.shape[1]], payload[x3.shape[1] :] = sums
     return sums
 
 
 def _reduce(
-    dy3: Data,
-    x3: Data,
-    affine: _Affine,
-    relu: bool,
-    relu_bits: Data | None,
-    mask: Data | None,
-) -> BackwardSums:
-    c, dtype = x3.shape[1], affine.scale.dtype
-    sum_dy, sum_dy_xmu = np.zeros(c), np.zeros(c)
-    for part in _blocks(x3.shape, dtype.itemsize):
-        dy = (
-            _apply_relu_grad(dy3, x3, part, affine, relu_bits)
-            if relu
-            else dy3[part].astype(dtype, copy=False)
-        )
-        deviation = x3[part] - affine.high
-        if mask is not None:
-            valid = _valid(mask, part)
-            dy = np.where(valid, dy, dtype.type(0))
-            np.copyto(deviation, 0, where=~valid)
-        n, _, length = dy.shape
-        if length == 1:
-            dy, deviation = dy[:, :, 0], deviation[:, :, 0]
-            sum_dy += (_ones(n, dtype) @ dy).astype(np.float64)
-            sum_dy_xmu += _einsum("nc,nc->c", dy, deviation).astype(np.float64)
-        else:
-            sum_dy += np.add.reduce(dy @ _ones(length, dtype), axis=0, dtype=np.float64)
-            sum_dy_xmu += np.add.reduce(np.vecdot(dy, deviation), axis=0, dtype=np.float64)
-    sum_dy_xmu -= affine.low * sum_dy
-    return BackwardSums(sum_dy, sum_dy_xmu)
+    plan: _Plan, source: tuple[Any, ...]
+) -> tuple[PerChannel, PerChannel, tuple[Data, Data] | None]:
+    """The sums of dy and of dy * (x - mean), and the block if it is the only one."""
+    low, loaded = source[2][1], None
+    sum_dy, sum_dy_xmu = np.zeros(low.shape), np.zeros(low.shape)
+    for part, _, sum_of in plan[2]:
+        dy, deviation = loaded = _load(part, False, *source)
+        sum_dy += sum_of(dy)
+        sum_dy_xmu += plan[3](dy, deviation)
+    sum_dy_xmu -= low * sum_dy
+    return sum_dy, sum_dy_xmu, loaded if len(plan[2]) == 1 else None
 
 
 @_quiet
@@ -378,77 +396,63 @@ def backward_input(
     of weight and bias, from the `local` sums, are added to `dweight` and `dbias`.
     """
     dx3 = np.empty_like(x3) if out3 is None else out3
-    affine = _Affine.of(x3, transform)
-    _input(
-        (dy3, x3, dx3, dresidual3),
-        affine,
-        transform.invstd,
-        sums,
-        local,
-        count=count,
-        relu=relu,
-        relu_bits=relu_bits,
-        dweight=dweight,
-        dbias=dbias,
-        mask=mask,
-    )
+    plan, invstd = _plan(x3.shape, x3.dtype), transform.invstd
+    source = dy3, x3, _affine(plan, transform, relu), relu, relu_bits, mask
+    scaled = None if sums is None else (sums.sum_dy, sums.sum_dy_xmu * invstd)
+    _input(plan, source, dx3, dresidual3, invstd, scaled, count)
+    if local is not None:
+        _add_gradients(local.sum_dy, local.sum_dy_xmu * invstd, dweight, dbias)
     return dx3
 
 
 def _input(
-    arrays: tuple[Data, Data, Data, Data | None],
-    affine: _Affine,
+    plan: _Plan,
+    source: tuple[Any, ...],
+    dx3: Data,
+    dresidual3: Data | None,
     invstd: PerChannel,
-    sums: BackwardSums | None,
-    local: BackwardSums | None,
-    *,
+    sums: tuple[PerChannel, PerChannel] | None,
     count: int,
-    relu: bool,
-    relu_bits: Data | None,
-    dweight: Data | None,
-    dbias: Data | None,
-    mask: Data | None,
+    loaded: tuple[Data, Data] | None = None,
 ) -> None:
-    """Fills the last two of `arrays`: dy3, x3, dx3, dresidual3. Adds to `dweight` and `dbias`."""
-    dy3, x3, dx3, dresidual3 = arrays
-    dtype = affine.scale.dtype
+    """Fills dx3 and dresidual3; `sums` are those of dy and dy * xhat, `loaded` the only block."""
+    (dtype, columns, blocks, _), (_, low, scale, _), mask = plan, source[2], source[5]
     if sums is not None:
-        per_value = 1.0 / max(count, 1)
-        slope64 = sums.sum_dy_xmu * invstd * invstd * per_value
-        slope = -slope64.astype(dtype)[:, None]
-        offset = (affine.low * slope64 - sums.sum_dy * per_value).astype(dtype)[:, None]
-    for part in _blocks(x3.shape, dtype.itemsize):
-        dy = (
-            _apply_relu_grad(dy3, x3, part, affine, relu_bits)
-            if relu
-            else dy3[part].astype(dtype, copy=False)
-        )
-        if mask is not None:
-            valid = _valid(mask, part)
-            dy = np.where(valid, dy, dtype.type(0))
+        sum_dy, sum_dy_xhat = sums
+        per_value = _number(1.0 / (count or 1))
+        slope64 = sum_dy_xhat * invstd * per_value
+        slope = -slope64.astype(dtype)
+        offset = (low * slope64 - sum_dy * per_value).astype(dtype)
+        if not columns:
+            slope, offset = slope[:, None], offset[:, None]
+    for part, _, _ in blocks:
+        dy, dx = loaded or _load(part, sums is None, *source)
         if dresidual3 is not None:
             dresidual3[part] = dy
         if sums is None:
-            dx = dy * affine.scale
+            dx = dy * scale
         else:
-            dx = x3[part] - affine.high
             dx *= slope
             dx += dy
             dx += offset
-            dx *= affine.scale
+            dx *= scale
         if mask is not None:
-            np.copyto(dx, 0, where=~valid)
+            np.copyto(dx, 0, where=~_valid(mask, part))
         dx3[part] = dx
-    if local is not None:
-        of_weight, of_bias = dweight, dbias
-        if of_weight is not None:
-            of_weight = of_weight + (local.sum_dy_xmu * invstd).astype(of_weight.dtype)
-        if of_bias is not None:
-            of_bias = of_bias + local.sum_dy.astype(of_bias.dtype)
-        if dweight is not None:  # no call from here on: see update_running
-            dweight[...] = of_weight
-        if dbias is not None:
-            dbias[...] = of_bias
+
+
+def _add_gradients(
+    sum_dy: PerChannel, sum_dy_xhat: PerChannel, dweight: Data | None, dbias: Data | None
+) -> None:
+    """Adds the sums of dy * xhat and of dy to the gradients of weight and bias."""
+    if dweight is not None:
+        sum_dy_xhat = dweight + sum_dy_xhat.astype(dweight.dtype)
+    if dbias is not None:
+        sum_dy = dbias + sum_dy.astype(dbias.dtype)
+    if dweight is not None:  # no call from here on: see update_running
+        dweight[...] = sum_dy_xhat
+    if dbias is not None:
+        dbias[...] = sum_dy
 
 
 # ---- whole stretches of a forward and a backward -------------------------------------------------
@@ -474,8 +478,9 @@ def finish_forward(
 ) -> tuple[PerChannel, PerChannel]:
     """:func:`finalize_moments` and :func:`normalize` into y3: (mean, invstd)."""
     mean, var, invstd = _finalize(moments, eps, form)
-    _normalize(x3, y3, Transform(mean, invstd, weight, bias), relu, residual3, relu_bits, mask)
-    if running is not None and moments.count > 0:
+    transform = mean, invstd, weight, bias
+    _normalize(_plan(x3.shape, x3.dtype), x3, y3, transform, relu, residual3, relu_bits, mask)
+    if running is not None and moments.count:
         update_running(*running, mean, var, moments.count, factor, batches)
     return mean, invstd
 
@@ -498,11 +503,12 @@ def local_forward(
     count: int | None = None,
 ) -> tuple[PerChannel, PerChannel]:
     """The forward of one rank: :func:`batch_moments`, then as :func:`finish_forward`."""
-    moments = _moments(x3, mask)
+    plan = _plan(x3.shape, x3.dtype)
+    moments = _moments(plan, x3, mask)
     mean, var, invstd = _finalize(moments, eps, "local")
-    _normalize(x3, y3, Transform(mean, invstd, weight, bias), relu, residual3, relu_bits, mask)
-    if running is not None and moments.count > 0:
-        update_running(*running, mean, var, moments.count, factor, batches)
+    _normalize(plan, x3, y3, (mean, invstd, weight, bias), relu, residual3, relu_bits, mask)
+    if running is not None and moments[0]:
+        update_running(*running, mean, var, moments[0], factor, batches)
     return mean, invstd
 
 
@@ -522,21 +528,12 @@ def local_backward(
     mask: Data | None = None,
 ) -> None:
     """The backward of one rank, into dx3; a count of 0: the statistics are constants."""
-    affine = _Affine.of(x3, transform)
-    sums = _reduce(dy3, x3, affine, relu, relu_bits, mask)
-    _input(
-        (dy3, x3, dx3, dresidual3),
-        affine,
-        transform.invstd,
-        sums if count else None,
-        sums,
-        count=count,
-        relu=relu,
-        relu_bits=relu_bits,
-        dweight=dweight,
-        dbias=dbias,
-        mask=mask,
-    )
+    plan, invstd = _plan(x3.shape, x3.dtype), transform.invstd
+    source = dy3, x3, _affine(plan, transform, relu), relu, relu_bits, mask
+    sum_dy, sum_dy_xmu, loaded = _reduce(plan, source)
+    sums = sum_dy, sum_dy_xmu * invstd
+    _input(plan, source, dx3, dresidual3, invstd, sums if count else None, count, loaded)
+    _add_gradients(*sums, dweight, dbias)
 
 
 def prepare_forward(
