@@ -60,7 +60,7 @@ _TRANSFORMS = (
 _OVER_RANKS = (
     "cannot be normalised over ranks, where graphs and tracers do not keep the order of messages. "
     "Trace and export in evaluation mode, or with module.comm = cupybn.SelfCommunicator(); "
-    "torch.compile leaves a gap in its graph; of a DTensor pass .to_local()"
+    "torch.compile breaks its graph there; of a DTensor pass .to_local()"
 )
 
 
