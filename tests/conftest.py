@@ -39,9 +39,10 @@ STARTS = 3  # how often a job is started at most
 NO_LISTENER = "The PMIx server's listener thread failed to start"
 # MPICH: ranks that wait sleep, as Open MPI's do where they are more than the cores; they spin else.
 SLEEPING = {"MPIR_CVAR_ENABLE_HEAVY_YIELD": "1"}
-# The first files of a run: in the first Numba compiles what many tests use. Files that start MPI's
-# processes come last, beside each other: ranks that wait keep the cores busy.
+# Files that start MPI's processes come last, beside each other: waiting ranks keep the cores busy.
+# The first of the others, where Numba compiles what many tests use; and the longest of these.
 FIRST = ("test_numba", "test_cuda_layers", "test_mask")
+FIRST += ("test_endings", "test_resume", "test_examples", "test_sync")
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def _own_backend() -> Iterator[None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: place for place, name in enumerate(FIRST)}
     mpi = {item.path for item in items if item.get_closest_marker("mpi")}
-    items.sort(key=lambda item: (order.get(item.path.stem, len(FIRST)), item.path in mpi))
+    items.sort(key=lambda item: (item.path in mpi, order.get(item.path.stem, len(FIRST))))
 
 
 def _mpiexec() -> str | None:
@@ -65,7 +66,9 @@ def _mpiexec() -> str | None:
 
 def rank_environment(ranks: int = 1, /, **more: str) -> dict[str, str]:
     """One thread a rank; and what an MPI wants before it starts as root or on few cores."""
-    env = os.environ | {
+    # Variables may go meanwhile: jobs are started from several threads, and pytest sets its own.
+    own = {name: value for name in os.environ if (value := os.environ.get(name)) is not None}
+    env = own | {
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",

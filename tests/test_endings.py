@@ -213,6 +213,25 @@ def test_the_limit_of_a_job_counts_from_when_its_ranks_are_ready(seconds):
         assert run_job(command, rank_environment(), timeout=1, ready=1).stdout == "ready\n"
 
 
+def test_the_environment_of_a_job_is_taken_while_pytest_changes_it():
+    """It names the test that runs in a variable; jobs are started from other threads."""
+    over = threading.Event()
+
+    def change():
+        while not over.is_set():
+            os.environ["CUPYBN_CHANGES"] = ""
+            del os.environ["CUPYBN_CHANGES"]
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(10_000):
+            assert "PATH" in rank_environment()
+    finally:
+        over.set()
+        thread.join()
+
+
 LISTENER = "The PMIx server's listener thread failed to start. We cannot continue."
 
 
