@@ -37,11 +37,11 @@ _einsum = getattr(getattr(np, "_core", np).multiarray, "c_einsum", np.einsum)
 
 @lru_cache(maxsize=256)
 def _plan(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Plan:
-    """How to go through an (N, C, L) array: (dtype, columns, blocks, sum_of_products).
+    """How to go through an (N, C, L) array: (dtype, columns, blocks, dot).
 
-    The dtype of the arithmetic; whether L is 1; for each block its place, the number of values in a
-    channel and the function for their sum; the function for the sum of the products of two blocks.
-    A block has all channels, and about _BLOCK_BYTES. It is (n, C) where L is 1, else (n, C, l).
+    `dtype` is that of the arithmetic. `columns`: L is 1, and a block is (n, C), else (n, C, l). A
+    block has all channels, in about _BLOCK_BYTES; of each there are its place, its count of values
+    per channel, and a function for their sums. `dot` sums the products of two blocks per channel.
     """
     n, c, length = shape
     dtype, columns = parameter_dtype(dtype), length == 1
@@ -54,17 +54,16 @@ def _plan(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Plan:
         for j in range(0, length, run):
             k, m = min(samples, n - i), min(run, length - j)
             part = slice(i, i + k), slice(None), 0 if columns else slice(j, j + m)
-            sum_of = ones[:k].dot if columns else partial(_sum_of_rows, ones[:m])
-            blocks.append((part, k * m, sum_of))
-    sum_of_products = partial(_einsum, "nc,nc->c") if columns else _products_of_rows
-    return dtype, columns, tuple(blocks), sum_of_products
+            blocks.append((part, k * m, ones[:k].dot if columns else partial(_sum, ones[:m])))
+    dot = partial(_einsum, "nc,nc->c") if columns else _dot
+    return dtype, columns, tuple(blocks), dot
 
 
-def _sum_of_rows(ones: Data, block: Data) -> Any:
+def _sum(ones: Data, block: Data) -> Any:
     return np.add.reduce(block @ ones, axis=0, dtype=np.float64)
 
 
-def _products_of_rows(a: Data, b: Data) -> Any:
+def _dot(a: Data, b: Data) -> Any:
     return np.add.reduce(np.vecdot(a, b), axis=0, dtype=np.float64)
 
 
@@ -124,7 +123,7 @@ def _moments(plan: _Plan, x3: Data, mask: Data | None) -> tuple[int, PerChannel,
     Blocks are merged in float64. Constants give an m2 of exactly 0, because deviations are first
     taken from a value of the channel. The deviation of a masked value is 0.
     """
-    dtype, columns, blocks, sum_of_products = plan
+    dtype, columns, blocks, dot = plan
     moments = None
     for part, count, sum_of in blocks:
         block, sample, place = x3[part].astype(dtype, copy=False), 0, 0
@@ -144,8 +143,7 @@ def _moments(plan: _Plan, x3: Data, mask: Data | None) -> tuple[int, PerChannel,
         if mask is not None:
             np.copyto(deviation, 0, where=~valid)
         mean = sum_of(deviation) / number
-        m2 = sum_of_products(deviation, deviation) - number * mean * mean
-        found = count, pivot + mean, m2
+        found = count, pivot + mean, dot(deviation, deviation) - number * mean * mean
         moments = found if moments is None else Moments(*moments).merge(Moments(*found))
     return moments or (0, np.zeros(x3.shape[1]), np.zeros(x3.shape[1]))
 
@@ -356,14 +354,15 @@ def _reduce(
     plan: _Plan, source: tuple[Any, ...]
 ) -> tuple[PerChannel, PerChannel, tuple[Data, Data] | None]:
     """The sums of dy and of dy * (x - mean), and the block if it is the only one."""
-    low, loaded = source[2][1], None
+    (_, _, blocks, dot), low, loaded = plan, source[2][1], None
     sum_dy, sum_dy_xmu = np.zeros(low.shape), np.zeros(low.shape)
-    for part, _, sum_of in plan[2]:
-        dy, deviation = loaded = _load(part, False, *source)
-        sum_dy += sum_of(dy)
-        sum_dy_xmu += plan[3](dy, deviation)
+    for part, _, sum_of in blocks:
+        loaded = _load(part, False, *source)
+        sum_dy += sum_of(loaded[0])
+        sum_dy_xmu += dot(*loaded)
+        loaded = loaded if len(blocks) == 1 else None  # memory for the next one
     sum_dy_xmu -= low * sum_dy
-    return sum_dy, sum_dy_xmu, loaded if len(plan[2]) == 1 else None
+    return sum_dy, sum_dy_xmu, loaded
 
 
 @_quiet
@@ -434,6 +433,7 @@ def _input(
         if mask is not None:
             np.copyto(dx, 0, where=~_valid(mask, part))
         dx3[part] = dx
+        del dy, dx  # memory for the next block
 
 
 def _add_gradients(
