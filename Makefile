@@ -45,7 +45,8 @@ test-openmpi:
 FRAMEWORKS = any_array bench binding docs double_backward jax migration names primitives pytorch \
 	reference torch torch_direct torch_graphs torch_groups torch_masks torch_models torch_ranks \
 	torch_table torch_tensors torch_tools torch_transforms
-NUMBA = binding check_finite collective double_backward functional layers sync
+NUMBA = binding check_finite collective double_backward functional layers mask recalibrate \
+	statistics sync
 test-frameworks:
 	$(MAKE) VENV=.venv-frameworks .venv-frameworks/frameworks.stamp
 	.venv-frameworks/bin/python -m pytest $(FRAMEWORKS:%=tests/test_%.py)

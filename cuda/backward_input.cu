@@ -1,20 +1,20 @@
-// dx = (dy - sum_dy / n - (x - mean) * invstd^2 * sum_dy_xmu / n) * invstd * weight, with the sums of
-// all ranks; without sums the statistics are constants and dx = dy * invstd * weight. The gradients
-// of weight and bias, from this rank's own sums, are added on the way. `share` is 1 / n.
+// dx = (dy - sum_dy / n - (x - mean) * invstd^2 * sum_dy_xmu / n) * invstd * weight, with the sums over
+// all ranks. Null sums mean constant statistics: dx = dy * invstd * weight. The kernel also adds the
+// gradients of weight and bias, which come from this rank's sums. `share` is 1 / n.
 #include "memory.cuh"
 #include "numeric.cuh"
 #include "geometry.cuh"
 #include "backward.cuh"
 
 struct Sums {
-  const double* dy;  // or both null
+  const double* dy;  // both may be null
   const double* dy_xmu;
 };
 
-// How the kernel knows what passed: there is no ReLU; bits say it; y is computed again.
+// Where dy passes: everywhere (no ReLU), where a bit is set, or where y, recomputed from x, is above 0.
 enum Passing { ALL, BY_BITS, AGAIN };
 
-// By one slice of every channel.
+// Only the first slice of each channel adds.
 __device__ __forceinline__ void add_parameter_gradients(const Walk& walk, i64 channels,
                                                         param_t* dweight, param_t* dbias,
                                                         const Sums& local, const double* invstd) {
@@ -43,7 +43,7 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
   int centred = sum_dy != nullptr, needs_x = centred || by == AGAIN;
   keep_ready(centred);
   keep_ready(needs_x);
-  // backwards: what the reduction read last may still be in the cache
+  // in reverse order: what the reduction read last may still be in L2
   Walk walk(shape, gridDim.x - 1 - blockIdx.x, gridDim.y - 1 - blockIdx.y, misalignment_of(dy));
   __shared__ Gradient table[MAX_TILE_CHANNELS];
   Gradient gradient[Walk::CHANNELS];
@@ -62,7 +62,7 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
     load_valid(valid, mask, slot, walk);
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) bits[u] = by == BY_BITS ? load_bits(relu_bits, slot[u]) : ~0u;
-    if (first) {  // the first vectors are on their way
+    if (first) {  // while the loads of the first vectors are in flight
       fill_table(table, walk, c, [&](bool active, i64 channel) {
         return Gradient::of(
             arrays.load(active, channel), [&] { return load_or(active, sums.dy, channel, 0.0); },

@@ -1,5 +1,5 @@
-// The sums of dy and dy * (x - mean) of every channel, after the activation's backward: this rank's
-// own, and a copy of them in the message. One launch: the last slice of a channel finishes it.
+// The sums of dy and dy * (x - mean) per channel, after the activation's backward: this rank's sums, and
+// a copy of them in the message. One launch: a channel's last slice adds the partial sums.
 #include "memory.cuh"
 #include "numeric.cuh"
 #include "geometry.cuh"
@@ -36,7 +36,7 @@ backward_reduce(double* sum_dy, double* sum_dy_xmu, double* message_dy, double* 
     load_valid(valid, mask, slot, walk);
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) bits[u] = stored ? load_bits(relu_bits, slot[u]) : ~0u;
-    if (first) {  // the first vectors are on their way
+    if (first) {  // while the loads of the first vectors are in flight
       fill_table(table, walk, c, [&](bool active, i64 channel) {
         Channel own{load_if(active, mean + channel), load_if(active && again, invstd + channel), 1,
                     0};

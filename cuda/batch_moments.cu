@@ -1,5 +1,5 @@
-// Mean and m2 of every channel, and what a message carries of them; or, with one rank, the statistics
-// of the batch, for which nothing is waited for. One launch: the last slice of a channel finishes it.
+// Mean and m2 per channel, and the sums for the message; with one rank, which waits for no message, the
+// statistics of the batch. One launch: a channel's last slice adds the partial sums.
 #include "memory.cuh"
 #include "numeric.cuh"
 #include "geometry.cuh"
@@ -8,8 +8,8 @@
 #include "masked_moments.cuh"
 #include "finalize.cuh"
 
-// A message carries count * mean and m2 + count * mean^2, of float64 data the first alone: `weighted`
-// and `about_zero`, either of which may be null. With `invstd` the statistics are final, and m2 null.
+// A message has `weighted`, count * mean, and `about_zero`, m2 + count * mean^2 (float64 data: `weighted`
+// only). Either may be null. If `invstd` is given, the statistics are final and `m2` is null.
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, SUMMING_BLOCKS)
 batch_moments(double* mean, double* m2, double* weighted, double* about_zero, double* invstd,
               param_t* running_mean, param_t* running_var, double* partials, unsigned* counters,
@@ -33,7 +33,7 @@ batch_moments(double* mean, double* m2, double* weighted, double* about_zero, do
     for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
     load_slots(pack, x, slot);
     load_valid(valid, mask, slot, walk);
-    if (first) {  // the first vectors are on their way
+    if (first) {  // while the loads of the first vectors are in flight
       MASKED(i64 position = any_valid(mask, n * l);)
       const scalar_t* pivot = x MASKED(+ position / l * c * l + position % l);
       fill_table(pivots, walk, c, [&](bool active, i64 channel) {

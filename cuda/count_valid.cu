@@ -1,4 +1,4 @@
-// How many bytes of a mask are not 0, added to `total`: integers, in whatever order.
+// Adds the number of nonzero bytes of a mask to `total`. The order does not matter: these are integers.
 #include "memory.cuh"
 
 extern "C" __global__ void count_valid(unsigned long long* total, const unsigned char* mask,

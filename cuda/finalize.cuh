@@ -1,10 +1,10 @@
-// The statistics of one channel from its moments, and what is kept of them.
+// The statistics of one channel from its moments, and the update of its running statistics.
 #pragma once
 #include "numeric.cuh"
 
-// What the inputs are: `first` and `second` the mean and m2; sums over the ranks of count * mean and
-// m2 + count * mean^2; the sum of count * mean, and m2 about the pooled mean; or the running
-// statistics alone, which are then the batch's and stay as they are.
+// What `first` and `second` are. LOCAL: mean and m2. POOLED: sums over the ranks, of count * mean and of
+// m2 + count * mean^2. RECENTRED: the sum of count * mean, and m2 about the pooled mean. RUNNING: unused;
+// the running statistics serve as the batch's and are not updated.
 enum Form { LOCAL, POOLED, RECENTRED, RUNNING };
 
 struct MomentSums {
@@ -17,7 +17,7 @@ struct Statistics {
   double* mean;
   double* var;
   double* invstd;
-  param_t* running_mean;  // or both null
+  param_t* running_mean;  // both may be null
   param_t* running_var;
 };
 
@@ -25,7 +25,7 @@ struct Running {
   double mean, var;
 };
 
-// `writes`: who alone reads the running statistics and writes.
+// `writes` is true in one thread per channel: only that one reads the running statistics and writes.
 __device__ __forceinline__ Running load_running(bool writes, i64 channel, const Statistics& out) {
   Running running{0, 0};
   if (out.running_mean) {
@@ -35,11 +35,11 @@ __device__ __forceinline__ Running load_running(bool writes, i64 channel, const 
   return running;
 }
 
-// The one place where a variance is clamped; a comparison, because fmax would swallow a NaN.
+// The only place where a variance is clamped. A comparison, because fmax would turn a NaN into 0.
 __device__ __forceinline__ double variance_of(double m2, double n) { return (m2 < 0 ? 0 : m2) / n; }
 
-// Whatever is multiplied and added in one step is said to be: the compiler would choose for itself in
-// every kernel, and the bits differ.
+// Every fused multiply-add is written as one: otherwise the compiler chooses in each kernel which products
+// to fuse, and the last bits differ between kernels.
 __device__ __forceinline__ Channel keep(bool writes, bool updates, i64 channel, double mean,
                                         double variance, const Running& old, const MomentSums& sums,
                                         const Statistics& out) {

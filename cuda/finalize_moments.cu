@@ -1,5 +1,5 @@
-// Mean, variance and inverse deviation of the batch, and the running statistics, in one launch of
-// one thread a channel. Nothing here sees the data.
+// Mean, variance and inverse standard deviation of the batch, and the running statistics, with one
+// thread per channel. The kernel reads moments, not the data.
 #include "memory.cuh"
 #include "numeric.cuh"
 #include "finalize.cuh"

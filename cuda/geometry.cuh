@@ -1,16 +1,15 @@
-// Which elements of an (N, C, L) tensor a block and a thread work on, in vectors of V elements.
+// Which elements of an (N, C, L) tensor a block and a thread process, in vectors of V elements.
 //
 // Rows: a block owns one channel and a slice of the vectors of its N rows.
-// Runs: a block owns a tile of neighbouring channels, a run of tile_channels * L elements in every
-// sample, and a slice of the samples; a thread owns one vector of the run and walks down the samples,
-// so that each of its V elements stays in one channel. L == 1 is the plain case of columns. Where a
-// sample is no whole number of vectors, `line_samples` samples make one line, and all channels are
-// one run.
+// Runs: a block owns a tile of adjacent channels, which is a run of tile_channels * L elements in each
+// sample, and a slice of the samples. A thread owns one vector of the run and steps through the samples,
+// so each of its V elements stays in one channel. Columns are the case L == 1. If a sample is not a
+// whole number of vectors, `line_samples` samples form one line, and one run has all channels.
 //
-// With RAGGED, rows or the tensor are no whole number of vectors, or begin inside of one. Their rest, in
-// front of the first whole vector and behind the last, is read by the element, after the vectors.
-// `left` counts down what is left to the block, in all threads alike: they take the same number of
-// rounds.
+// RAGGED: rows (or, for runs, the tensor) are not a whole number of vectors, or begin inside of one. The
+// elements before the first whole vector and after the last, here called singles, are processed one by
+// one, after the vectors. `left` counts down what is left to the block. It is the same in all threads,
+// which therefore run the same number of iterations.
 #pragma once
 #include "memory.cuh"
 #include "mask.cuh"
@@ -20,33 +19,33 @@ constexpr int MAX_TILE_CHANNELS = 256;
 struct Shape {
   i64 n, c, l;
   i64 slice_length;   // vectors of a channel (rows) or lines (runs) in a slice
-  i64 tile_channels;  // channels of a block
+  i64 tile_channels;  // channels of a tile
   i64 line_samples;   // samples in a line
 
   __device__ i64 size() const { return n * c * l; }
 };
 
-// A vector, by its first element. `position`: in the mask, of what Walk::relative counts from.
+// A vector, given by its first element. `position` is the mask position to which Walk::relative adds.
 struct Slot {
   i64 offset;
   bool active;
   i64 position;
 };
 
-// An element of the rest, its channel counted from the block's first.
+// An element outside of the whole vectors. `channel` is relative to the block's first.
 struct Single {
   Slot slot;
   int channel;
 };
 
-// Numbers of the vectors of a row: rows of 2^31 are read by the element, as the plan says.
+// The type of a vector's index in its row. The plan takes V == 1 for rows that 32 bits cannot count.
 template <int V> struct Index { using type = int; };
 template <> struct Index<1> { using type = i64; };
 
 template <int V_, bool RAGGED_> struct Rows {
   static constexpr int V = V_;
   static constexpr bool RAGGED = RAGGED_;
-  static constexpr int CHANNELS = 1;  // that the elements of one vector can belong to
+  static constexpr int CHANNELS = 1;  // that one vector can have elements of
 
   using index_t = typename Index<V>::type;
 
@@ -55,11 +54,11 @@ template <int V_, bool RAGGED_> struct Rows {
   index_t k, slots;
   int left, step_k, misalignment;
 
-  // `misalignment`: elements from the last vector boundary in memory to the tensor, as of all tensors
+  // `misalignment`: elements from a vector boundary in memory to the tensor, the same for all tensors
   __device__ Rows(const Shape& shape, i64 tile, i64 slice, int misalignment)
       : length(shape.l), row_pitch(shape.c * shape.l), singles(shape.n * 2 * V), tile(tile),
         slice(slice), misalignment(misalignment) {
-    slots = length / V;  // ragged: at most
+    slots = length / V;  // if RAGGED, an upper bound
     i64 begin = slice * shape.slice_length, rest = shape.n * slots - begin;
     left = rest < shape.slice_length ? rest : shape.slice_length;
     i64 index = begin + threadIdx.x, row = index / slots;
@@ -78,7 +77,7 @@ template <int V_, bool RAGGED_> struct Rows {
     keep_ready(wrap);
   }
 
-  // Where a row begins with a vector, `base` is that of the thread; else it is its row.
+  // Unless RAGGED, `base` is the offset of the thread's vector; if RAGGED, that of its row.
   __device__ __forceinline__ void move_to_vectors() {
     base += static_cast<i64>(k) * V;
     place += static_cast<i64>(k) * V;
@@ -88,7 +87,7 @@ template <int V_, bool RAGGED_> struct Rows {
     wrap_place = 0;
   }
 
-  // elements of a row in front of its first whole vector
+  // elements of a row before its first whole vector
   __device__ __forceinline__ int head(i64 row) const { return -(row + misalignment) & (V - 1); }
 
   __device__ __forceinline__ Slot next() {
@@ -107,10 +106,10 @@ template <int V_, bool RAGGED_> struct Rows {
     return slot;
   }
 
-  // Position of element j of a vector, counted from its slot's.
+  // The mask position of element j of a vector, relative to its slot's.
   __device__ __forceinline__ int relative(int j) const { return j; }
 
-  // Of the 2 * V elements at the ends of a row.
+  // A row has 2 * V candidates, V at each end. Those in whole vectors are not active.
   __device__ __forceinline__ Single single(i64 i) const {
     i64 sample = i / (2 * V), row = sample * row_pitch + tile * length;
     int j = i % (2 * V), tail = (length - head(row)) & (V - 1);
@@ -119,7 +118,7 @@ template <int V_, bool RAGGED_> struct Rows {
     return {{row + within, active, sample * length + within}, 0};
   }
 
-  // from a thread's vector to its next one, in threads
+  // the distance between a thread's vectors, counted in threads
   __device__ __forceinline__ int step_threads() const { return blockDim.x; }
   __device__ __forceinline__ i64 first_channel() const { return tile; }
   __device__ __forceinline__ int tile_channels() const { return 1; }
@@ -130,13 +129,13 @@ template <int V_, bool RAGGED_> struct Runs {
   static constexpr int V = V_;
   static constexpr bool RAGGED = RAGGED_;
   static constexpr int CHANNELS = V;
-  static constexpr int singles = 8;  // a byte of ReLU bits: it is stored at once
+  static constexpr int singles = 8;  // as many as a byte of ReLU bits, which is stored whole
 
   i64 offset, step, total, positions, place, step_place;
   i64 tile, slice, all_channels;
-  int left, first, step_samples;  // samples of the slice, and the thread's
+  int left, first, step_samples;  // in samples; `first` and the step are the thread's
   int slots, lanes, k, lane, length, tile_channels_, line_samples;
-  unsigned relatives[(V + 1) / 2];  // two in a word, which saves registers
+  unsigned relatives[(V + 1) / 2];  // two per word, to save registers
 
   __device__ Runs(const Shape& shape, i64 tile, i64 slice, int)
       : total(shape.size()), positions(shape.n * shape.l), tile(tile), slice(slice), all_channels(shape.c), length(shape.l),
@@ -149,7 +148,7 @@ template <int V_, bool RAGGED_> struct Runs {
     i64 present = rest < tile_channels_ ? rest : tile_channels_;
     bool on = lane < lanes && k * V < present * line_samples * length;
     i64 begin = slice * shape.slice_length, samples = shape.slice_length * line_samples;
-    i64 last = shape.n - begin * line_samples;  // samples: no 64-bit division
+    i64 last = shape.n - begin * line_samples;  // in samples, which avoids a 64-bit division
     left = last < samples ? last : samples;
     first = on ? lane * line_samples : 0x7fffffff;
     step_samples = lanes * line_samples;
@@ -160,7 +159,7 @@ template <int V_, bool RAGGED_> struct Runs {
     MASKED(find_positions(begin);)
   }
 
-  // That of the thread's first line, and those of its elements within a line.
+  // Mask positions: of the thread's first line, and of its elements relative to their line.
   __device__ __forceinline__ void find_positions(i64 begin) {
     place = (begin + lane) * line_samples * length;
     step_place = static_cast<i64>(lanes) * line_samples * length;
@@ -189,7 +188,7 @@ template <int V_, bool RAGGED_> struct Runs {
     return slot;
   }
 
-  // Of the last elements of the tensor. Counted from its end there is no division by 64 bits.
+  // Of the last elements of the tensor. Counting from its end avoids a 64-bit division.
   __device__ __forceinline__ Single single(unsigned i) const {
     int rest = total % singles;
     unsigned behind = rest - 1 - i, channels = tile_channels_;
@@ -202,7 +201,7 @@ template <int V_, bool RAGGED_> struct Runs {
   __device__ __forceinline__ int step_threads() const { return lanes * slots; }
   __device__ __forceinline__ i64 first_channel() const { return tile * tile_channels_; }
   __device__ __forceinline__ int tile_channels() const { return tile_channels_; }
-  // of the elements of the thread's vector, counted from first_channel()
+  // of the elements of the thread's vector, relative to first_channel()
   __device__ __forceinline__ void channels(int (&own)[CHANNELS]) const {
     int row = k * V / length, rest = k * V % length, channel = row % tile_channels_;
 #pragma unroll
@@ -215,7 +214,7 @@ template <int V_, bool RAGGED_> struct Runs {
     }
   }
 
-  // The elements of one channel in a line of the block, and where they lie.
+  // The number of elements of one channel in a line of the block, and the index of each.
   __device__ int members() const { return line_samples * length; }
   __device__ int member(int channel, int i) const {
     return i / length * tile_channels_ * length + channel * length + i % length;
@@ -230,17 +229,17 @@ using Walk = Runs<VECTOR, RAGGED_VECTORS>;
 constexpr int V = VECTOR;
 using Valid = ValidElements<V>;
 
-// Blocks of a multiprocessor for which ptxas has to save registers: as many as it finds without
-// spilling, for any architecture. A thread that writes holds more than one that sums. With a mask it
-// holds the bytes of its vectors and counts, too.
+// Blocks per multiprocessor for which ptxas must limit registers: the most that it reaches without
+// spilling, on every architecture. A thread that writes holds more values than one that sums. With a
+// mask it also holds mask bytes and counts.
 constexpr bool HOLDS_MORE = MASK_LOADS != UNMASKED && (V > 1 || !ROWS);
 constexpr bool WRITES_MORE = HOLDS_MORE && (Walk::CHANNELS > 1 || MASK_LOADS == EACH_BYTE);
 constexpr int SUMMING_BLOCKS = (Walk::CHANNELS == 1 ? 4 : 3) - HOLDS_MORE;
 constexpr int WRITING_BLOCKS = Walk::CHANNELS == 8 || WRITES_MORE ? 2 : 3;
 constexpr int NORMALIZING_BLOCKS = V == 8 && !HOLDS_MORE ? 4 : WRITING_BLOCKS;
 
-// Eight elements of a vector that each have a byte of the mask somewhere else. Threads then have one
-// vector on its way where two would change nothing but time: two cost 0.1 s of compiling.
+// The eight elements of a vector have their mask bytes at unrelated addresses. Kernels then take UNROLL
+// 1 where 2 would give the same results: 2 takes 0.1 s longer to compile.
 constexpr bool PATCHY = MASK_LOADS == EACH_BYTE && Walk::RAGGED && Walk::CHANNELS == 8;
 
 template <typename T> __device__ __forceinline__ int misalignment_of(const T* tensor) {
@@ -256,7 +255,7 @@ __device__ __forceinline__ void load_slots(Pack<T, V> (&packs)[COUNT], const T* 
   }
 }
 
-// The bytes of the mask for vectors; of those that are not active they are 0.
+// Loads the mask bytes of vectors; 0 for inactive ones.
 template <int COUNT>
 __device__ __forceinline__ void load_valid(Valid (&valid)[COUNT], const unsigned char* mask,
                                            const Slot* slots, const Walk& walk) {
@@ -274,8 +273,8 @@ __device__ __forceinline__ void load_valid(Valid (&valid)[COUNT], const unsigned
   }
 }
 
-// Calls each(single) for the block's share of the rest, equally often in all threads. Of rows every
-// slice has one; of runs the first slice has all, in its first threads.
+// Calls each(single) for the block's share of the singles, equally often in all threads. In rows every
+// slice has a share; in runs the first threads of the first slice have all.
 template <typename Each>
 __device__ __forceinline__ void each_single(const Rows<V, RAGGED_VECTORS>& walk, Each each) {
   if (!Walk::RAGGED) return;
@@ -304,8 +303,8 @@ __device__ __forceinline__ void each_channel(const Walk& walk, i64 channels, Eac
   } while (Walk::CHANNELS > 1 && begin < walk.tile_channels());
 }
 
-// What `make(active, c)` gives for every channel of the block, computed once and shared. Also for those
-// of the tile that the tensor does not have: idle threads pick them.
+// Fills a table in shared memory with make(active, c) for each channel of the block, also for channels of
+// the tile that the tensor does not have: idle threads pick them.
 template <typename Value, typename Make>
 __device__ __forceinline__ void fill_table(Value* table, const Walk& walk, i64 channels, Make make) {
   each_channel(walk, channels, [&](bool active, i64 c, int i) {

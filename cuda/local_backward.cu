@@ -1,6 +1,6 @@
-// The whole backward of one rank where a tile of x and one of dy fit into a block's shared memory: both
-// are read once. dx, the residual's gradient, and the gradients of weight and bias. `share` is 1 / n, or
-// 0 where the statistics are constants.
+// The whole backward of one rank, for tiles of x and dy that both fit into a block's shared memory: they
+// are read once. Writes dx and dresidual, and adds the gradients of weight and bias. `share` is 1 / n,
+// or 0 for constant statistics.
 #include "memory.cuh"
 #include "numeric.cuh"
 #include "geometry.cuh"
@@ -21,7 +21,7 @@ local_backward(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
   const ChannelArrays arrays{mean, invstd, {weight, bias}};
   const bool stored = relu && relu_bits, recomputed = relu && !relu_bits;
   Walk walk(shape, blockIdx.x, 0, 0), ahead = walk, again = walk;
-  const i64 to_dy = kept_vectors * V;  // from x to dy
+  const i64 to_dy = kept_vectors * V;  // from x to dy in shared memory
   Places to(kept_begin, walk), from = to, kept = to;
   auto fetch = [&] {
     if (ahead.left > 0) {
@@ -89,7 +89,7 @@ local_backward(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
     return Gradient::of(found, [&] { return sum.a; }, [&] { return about_mean; }, share);
   });
   pick(gradient, table, walk);
-  each_channel(walk, c, [&](bool active, i64 channel, int) {  // nobody waits for these
+  each_channel(walk, c, [&](bool active, i64 channel, int) {  // nothing below needs these
     double low = Affine::low(load_if(active, mean + channel));
     Pair sum = sum_of(sums, active ? channel - walk.first_channel() : 0);
     add_at(active, dweight, channel, (sum.b - low * sum.a) * load_if(active, invstd + channel));

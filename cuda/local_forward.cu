@@ -1,5 +1,5 @@
-// The whole forward of one rank where a tile of x fits into a block's shared memory: x is read once. The
-// statistics of the batch, the running ones, y and the bits of y > 0.
+// The whole forward of one rank, for tiles of x that fit into a block's shared memory: x is read once.
+// Writes the statistics of the batch, the running statistics, y and the bits of y > 0.
 #include "memory.cuh"
 #include "numeric.cuh"
 #include "geometry.cuh"
@@ -9,10 +9,10 @@
 #include "finalize.cuh"
 #include "normalize.cuh"
 
-// What is known of a channel before its sums, loaded while x is on its way.
+// What a channel needs besides its sums, loaded while the copies of x are in flight.
 struct Known {
   double pivot;
-  param_t weight, bias, mean, var;  // the running ones
+  param_t weight, bias, mean, var;  // mean and var: running statistics
 };
 
 extern "C" __global__ void __launch_bounds__(RESIDENT_THREADS, RESIDENT_BLOCKS)

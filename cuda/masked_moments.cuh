@@ -1,5 +1,5 @@
-// ThreadMoments of the values that a mask lets count. Where its bytes differ within a vector, the
-// channels of a thread have their pivots and counts each for itself, from their first valid values.
+// ThreadMoments over the valid values only. If the mask bytes can differ within a vector, each channel of
+// a thread has a pivot and a count of its own, from its first valid values.
 #pragma once
 #include "numeric.cuh"
 #include "reduce.cuh"
@@ -12,7 +12,7 @@ template <int UNROLL> struct MaskedMoments {
   using valid_t = Valid[UNROLL];
 
   acc_t pivot[Walk::CHANNELS] = {}, sum[V] = {}, square[V] = {};
-  int count[COUNTS] = {};  // values; one count for all channels if they share the bytes
+  int count[COUNTS] = {};  // valid values; one count if the channels share the mask bytes
 
   __device__ __forceinline__ int& count_of(int channel) { return count[COUNTS == 1 ? 0 : channel]; }
 
@@ -56,7 +56,7 @@ template <int UNROLL> struct MaskedMoments {
     }
   }
 
-  // A value near those that are valid: their first one, if they are all the same.
+  // A value near the valid ones: exactly the first of them if all are equal.
   template <int SIZE, typename ValueOf, typename IsValid>
   static __device__ __forceinline__ acc_t near(ValueOf value_of, IsValid valid) {
     scalar_t first{};

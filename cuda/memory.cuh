@@ -1,5 +1,5 @@
-// Every access to global memory goes through these helpers, predicated: the lanes of a warp stay
-// together, and a thread's loads are on their way before the first is used.
+// Every access to global memory goes through these functions. They are predicated: the lanes of a warp do
+// not diverge, and a thread can issue several loads before it uses the first.
 #pragma once
 
 using i64 = long long;
@@ -8,7 +8,7 @@ template <typename T, int V> struct alignas(sizeof(T) * V) Pack {
   T v[V];
 };
 
-// The widest machine word with the size of a pack: one instruction each.
+// The machine word of a pack's size, which one instruction loads or stores.
 template <int BYTES> struct Word;
 template <> struct Word<1> { using type = unsigned char; };
 template <> struct Word<2> { using type = unsigned short; };
@@ -26,18 +26,18 @@ template <typename T> __device__ __forceinline__ void store_if(bool active, T* a
   if (active) *address = value;
 }
 
-// An address of which the compiler knows nothing.
+// Hides the origin of an address from the compiler.
 template <typename T> __device__ __forceinline__ T* opaque(T* address) {
   asm volatile("" : "+l"(address));
   return address;
 }
 
-// A value that stays in a register: left to itself, the compiler makes it again in every round of a loop.
+// Keeps a value in a register: otherwise the compiler recomputes it in every iteration of a loop.
 __device__ __forceinline__ void keep_ready(int& value) { asm volatile("" : "+r"(value)); }
 __device__ __forceinline__ void keep_ready(i64& value) { asm volatile("" : "+l"(value)); }
 
-// Element i of an array that may be null. The compiler must not see that it is null in all rounds of a
-// loop or in none: it would make a copy of the loop for each.
+// The address of element i of an array that may be null. The compiler must not see that the null test
+// gives the same in all iterations of a loop: it would make one copy of the loop for each case.
 template <typename T> __device__ __forceinline__ T* element(T* array, i64 i) {
   array = opaque(array);
   return array ? array + i : nullptr;
@@ -60,7 +60,7 @@ template <typename W> __device__ __forceinline__ void store_word(W* address, con
   *address = word;
 }
 
-// Left to itself, the compiler makes four stores of this one where narrower ones follow it.
+// In PTX, because the compiler splits this store into four where narrower ones follow it.
 __device__ __forceinline__ void store_word(uint4* address, const uint4& word) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)),
                "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
@@ -78,7 +78,7 @@ __device__ __forceinline__ Pack<T, V> load_pack_if(bool active, const T* address
   return pack;
 }
 
-// Elements from here and there, under one branch: the compiler takes its time for each.
+// Gathers elements under one branch: a branch for each takes long to compile.
 template <int V, typename T, typename At>
 __device__ __forceinline__ Pack<T, V> gather_if(bool active, const T* address, At at) {
   Pack<T, V> pack{};
@@ -89,8 +89,8 @@ __device__ __forceinline__ Pack<T, V> gather_if(bool active, const T* address, A
   return pack;
 }
 
-// Past the first-level cache, which does not see what other blocks of this launch wrote. Into zeros: a
-// value chosen behind the load would wait for it, and the next load with it.
+// Bypasses L1, which does not see what other blocks of this launch wrote. The registers are zeroed before
+// the load: a select after it would wait for the load, and hold up the next one.
 __device__ __forceinline__ Pack<double, 2> load_pair_of_blocks_if(bool active, const double* address) {
   Pack<double, 2> pair{};
   asm volatile("{\n.reg .pred active;\nsetp.ne.s32 active, %3, 0;\n"

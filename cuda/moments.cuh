@@ -1,10 +1,10 @@
-// Sums of one thread about its own pivot. About a pivot of float data and in float they are as good
-// as the data's spread, whatever the mean; in double they are then shifted to a pivot which all
-// threads, blocks and slices of a channel share, and simply add up.
+// The sums of one thread about its own pivot, a value near its data. In float, the error of such sums
+// depends on the spread of the data and not on their mean. They are then shifted, in double, to a pivot
+// that all threads, blocks and slices of a channel share; the shifted sums can be added.
 //
-// The shared pivot is the channel's first value. In double that is enough, outlier or not: one value
-// at distance d from the mean makes the variance at least d^2 / count, so that shifting by d costs
-// at most a relative error of count * 2^-53. In float it would not be, hence the pivot per thread.
+// The shared pivot is the channel's first value. In double that is enough, even if it is an outlier: one
+// value at distance d from the mean makes the variance at least d^2 / count, so shifting by d costs a
+// relative error of at most count * 2^-53. In float it would not be enough, hence a pivot per thread.
 #pragma once
 #include "numeric.cuh"
 #include "reduce.cuh"
@@ -20,7 +20,7 @@ template <int UNROLL> struct ThreadMoments {
 
   __device__ __forceinline__ acc_t pivot_of(int j) const { return pivot[rows ? 0 : j]; }
 
-  // Deviations from a first value are averaged, not the values: constants give that value exactly.
+  // Averages deviations from a first value, not values: constant data give that value exactly.
   __device__ __forceinline__ void start(const packs_t& x, const slots_t& slot) {
     if (rows) {
       Pack<scalar_t, V> row = x[0];
@@ -72,7 +72,7 @@ template <int UNROLL> struct ThreadMoments {
     }
   }
 
-  // With a thread's first vectors. If none of them is active, none is behind them, but in ragged rows.
+  // Takes a thread's first vectors. If none is active, no later one is, except in ragged rows.
   __device__ __forceinline__ void begin(const packs_t& x, const slots_t& slot) {
     if (!(rows && Walk::RAGGED)) start(x, slot);
   }
@@ -83,7 +83,7 @@ template <int UNROLL> struct ThreadMoments {
     for (int u = 0; u < UNROLL; ++u) add(x[u], slot[u]);
   }
 
-  // The sums of x - shared and (x - shared)^2: of all elements, or of element j of the vectors.
+  // The sums of x - shared and (x - shared)^2: over all elements, or over element j of the vectors.
   __device__ __forceinline__ void about(const double (&shared)[Walk::CHANNELS],
                                         Pair (&own)[Walk::CHANNELS]) const {
     double n = rows ? count * V : count;

@@ -1,13 +1,13 @@
-// y of one block, and the bits of y > 0 in the bit order of numpy.packbits over the C-ordered
-// (N, C, L). What the statistics of a channel are says `load(active, channel)`.
+// y of one block, and the bits of y > 0, in the bit order of numpy.packbits over the C-contiguous
+// (N, C, L) tensor. `load(active, channel)` returns a channel's statistics and parameters.
 #pragma once
 #include "numeric.cuh"
 #include "geometry.cuh"
 
-// Vectors across the ends of rows have two rows in one byte of bits: that is for normalize_flat.
+// In ragged rows one byte of bits can belong to two rows: normalize_flat handles those.
 constexpr bool OWNS_BYTES = !(Walk::RAGGED && Walk::CHANNELS == 1);
 
-// A byte of bits is eight values: of one vector, or of neighbouring lanes, whose first stores it.
+// A byte has the bits of eight values, of one vector or of adjacent lanes; the first lane stores it.
 template <int WIDTH>
 __device__ __forceinline__ void store_bits(unsigned char* relu_bits, const Slot& slot,
                                            const Pack<scalar_t, WIDTH>& y) {
@@ -45,7 +45,7 @@ __device__ __forceinline__ void normalize_tile(Walk& walk, scalar_t* y, unsigned
     load_slots(pack, x, slot);
     if (adds) load_slots(added, residual, slot);
     load_valid(valid, mask, slot, walk);
-    if (first) {  // the first vectors are on their way
+    if (first) {  // while the loads of the first vectors are in flight
       fill_table(table, walk, shape.c, [&](bool active, i64 channel) {
         return Affine::of(load(active, channel));
       });

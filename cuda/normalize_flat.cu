@@ -1,4 +1,4 @@
-// normalize where bytes of ReLU bits and rows do not fit together.
+// normalize for shapes in which one byte of ReLU bits can belong to two rows.
 #include "memory.cuh"
 #include "numeric.cuh"
 #include "normalize_flat.cuh"

@@ -1,5 +1,5 @@
-// As normalize.cuh, for bits whose bytes and rows do not fit together: a thread owns eight values,
-// wherever they lie, and no two threads meet in a byte.
+// As normalize.cuh, for shapes in which one byte of bits can belong to two rows: a thread owns eight
+// consecutive values, of whatever rows, and so a whole byte.
 #pragma once
 #include "numeric.cuh"
 #include "mask.cuh"

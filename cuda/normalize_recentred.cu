@@ -1,6 +1,6 @@
-// finalize_moments and normalize in one launch, after the second message of float64 data. Every
-// block finalizes its channels for itself; the first slice of each channel writes the results, which
-// nobody in this launch reads.
+// finalize_moments and normalize in one launch, after the second message of float64 data. Each block
+// finalizes its own channels. The first slice of each channel writes the results, which no block of
+// this launch reads.
 #include "memory.cuh"
 #include "numeric.cuh"
 #include "geometry.cuh"
@@ -18,7 +18,7 @@ normalize_recentred(scalar_t* y, unsigned char* relu_bits, double* mean, double*
   const MomentSums sums{weighted, recentred, count, eps, factor};
   const Statistics out{mean, var, invstd, running_mean, running_var};
   const Parameters parameters{weight, bias};
-  // backwards: what the reduction read last may still be in the cache
+  // in reverse order: what the reduction read last may still be in L2
   Walk walk(shape, gridDim.x - 1 - blockIdx.x, gridDim.y - 1 - blockIdx.y, misalignment_of(x));
   normalize_tile(walk, y, relu_bits, x, residual, mask, relu, shape, [&](bool active, i64 channel) {
     bool writes = active && walk.slice == 0;

@@ -1,5 +1,5 @@
-// normalize_recentred where bytes of ReLU bits and rows do not fit together. The thread of a channel's
-// first value writes its results.
+// normalize_recentred for shapes in which one byte of ReLU bits can belong to two rows. The thread that
+// has a channel's first value writes the channel's results.
 #include "memory.cuh"
 #include "numeric.cuh"
 #include "normalize_flat.cuh"

@@ -1,9 +1,9 @@
-// Storage and arithmetic types, and the per-channel coefficients. SCALAR is the storage type; the
-// arithmetic and the parameters are float, for double data double. Statistics are double.
+// Storage and arithmetic types, and the per-channel coefficients. SCALAR is the storage type. Arithmetic
+// and parameters are float, or double for double data. Statistics are double.
 #pragma once
 #include "memory.cuh"
 
-// NVIDIA's headers have these types, too, and all their arithmetic: 10 to 20 ms of each compilation.
+// NVIDIA's headers have these types too, but with all their arithmetic take 10 to 20 ms to compile.
 struct float16 {
   unsigned short bits;
 
@@ -46,12 +46,12 @@ __device__ __forceinline__ void narrow(float v, bfloat16& out) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(v));
 #else
   unsigned bits = __float_as_uint(v);
-  bits += 0x7fff + (bits >> 16 & 1);  // half of the last bit that stays, or just less
+  bits += 0x7fff + (bits >> 16 & 1);  // half of the last kept bit, less 1 if that bit is 0: ties go to even
   out.bits = v != v ? 0x7fff : bits >> 16;
 #endif
 }
 
-// Two neighbours at once, in one instruction where there is one.
+// Two adjacent elements at once, in one instruction where the architecture has it.
 template <typename T> __device__ __forceinline__ void narrow(acc_t v, acc_t w, T* pair) {
   narrow(v, pair[0]);
   narrow(w, pair[1]);
@@ -79,8 +79,8 @@ template <int N> __device__ __forceinline__ Pack<scalar_t, N> narrowed(const acc
   return pack;
 }
 
-// Of a thread's own sums, which are as exact as the few values in each. In pairs, and not in double:
-// some devices add 64 times as fast in float.
+// Adds up a thread's sums, pairwise. Not in double, which some devices add 64 times as slowly: each sum
+// has few values and is as exact as these.
 template <int N> __device__ __forceinline__ acc_t total(const acc_t (&values)[N]) {
   acc_t sums[N];
 #pragma unroll
@@ -96,20 +96,20 @@ template <int N> __device__ __forceinline__ acc_t total(const acc_t (&values)[N]
 __device__ __forceinline__ float fused(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double fused(double a, double b, double c) { return fma(a, b, c); }
 
-// not fmax: that would turn NaN into 0
+// not fmax, which would turn NaN into 0
 __device__ __forceinline__ acc_t activate(acc_t y, bool relu) { return relu && y < 0 ? 0 : y; }
 
-// Of the ReLU bits.
+// One of the ReLU bits.
 __device__ __forceinline__ unsigned bit_of(scalar_t y) { return widen(y) > 0 ? 1u : 0u; }
 
-// The statistics and parameters of one channel, as they lie in memory.
+// The statistics and parameters of one channel.
 struct Channel {
   double mean, invstd, weight, bias;
 };
 
 struct Parameters {
-  const param_t* weight;  // or null: 1
-  const param_t* bias;    // or null: 0
+  const param_t* weight;  // null: 1
+  const param_t* bias;    // null: 0
 
   __device__ __forceinline__ void load(bool active, i64 c, Channel& channel) const {
     channel.weight = load_or(active, weight, c, param_t(1));
@@ -129,8 +129,8 @@ struct ChannelArrays {
   }
 };
 
-// (x - mean) * invstd * weight + bias as (x - high) * scale + shift. The mean is split into `high`,
-// its value in acc_t, and the rest, which goes into `shift` in double: no digit of it is lost.
+// (x - mean) * invstd * weight + bias, computed as (x - high) * scale + shift. `high` is the mean rounded
+// to acc_t. The remainder goes into `shift`, in double, so that no digit of the mean is lost.
 struct Affine {
   acc_t high, scale, shift;
 

@@ -1,4 +1,4 @@
-// The second message of float64 data: m2 about the pooled mean, which lost no digit in a sum.
+// The second message of float64 data: m2 about the pooled mean, which loses no digits to count * mean^2.
 #include "memory.cuh"
 
 extern "C" __global__ void recentre_moments(double* recentred, const double* mean, const double* m2,

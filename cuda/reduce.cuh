@@ -1,11 +1,11 @@
-// Two sums per channel, of threads, warps, blocks and slices, in double and in a fixed order: two
-// runs give the same bits. A slice's block leaves its sums in `partials`; the last block of a group of
-// slices adds those of the group, and the last of the groups those of the groups. Counters wrap to 0
-// by themselves, ready for the next launch.
+// Two sums per channel, over threads, warps, blocks and slices, in double and in a fixed order: two runs
+// give the same bits. The block of a slice stores its sums in `partials`. The last block of a group of
+// slices to arrive adds the group's partials, and the last group adds the groups' sums. atomicInc wraps
+// the counters to 0 for the next launch.
 #pragma once
 #include "geometry.cuh"
 
-constexpr int BATCH = 8;  // partial sums that a thread of a last block has on their way
+constexpr int BATCH = 8;  // partial sums that a thread of a last block loads at once
 
 struct alignas(16) Pair {
   double a, b;
@@ -14,9 +14,9 @@ struct alignas(16) Pair {
 __device__ __forceinline__ Pair operator+(Pair p, Pair q) { return {p.a + q.a, p.b + q.b}; }
 
 struct Scratch {
-  double* partials;    // pairs: [slice, and behind the slices group][channel]
-  unsigned* counters;  // of each tile: one a group, and one for the groups
-  i64 group_slices;    // slices of a group
+  double* partials;    // pairs: [slices, then groups][channel]
+  unsigned* counters;  // per tile: one per group, then one for the groups
+  i64 group_slices;    // slices per group
 };
 
 __device__ __forceinline__ Pair warp_sum(Pair sum) {
@@ -30,7 +30,7 @@ __device__ __forceinline__ Pair warp_sum(Pair sum) {
   return sum;
 }
 
-// In every thread of the first warp.
+// The result is valid in the first warp.
 __device__ __forceinline__ Pair block_sum(Pair sum) {
   __shared__ Pair of_warp[32];
   sum = warp_sum(sum);
@@ -45,8 +45,8 @@ __device__ __forceinline__ Pair block_sum(Pair sum) {
   return total;
 }
 
-// Adds the rows of a (height, width) table in shared memory into its first row, up to eight to each that
-// stays: a step costs more than the additions in it.
+// Adds the rows of a (height, width) table in shared memory into its first row, eight rows into one per
+// step: the barrier of a step costs more than its additions.
 __device__ __forceinline__ void add_rows(Pair* table, int width, int height) {
   constexpr int TOGETHER = 8;
 #pragma unroll 1
@@ -72,10 +72,10 @@ __device__ __forceinline__ void store_partial(bool active, double* partials, i64
   store_pack_if<2>(active, partials + 2 * index, pack);
 }
 
-// The sum of every `step`th of `count` partials of a channel, beginning with number `begin`; the first
-// of all is `index`, and they lie `channels` apart. A batch is loaded before one of it is added: an
-// unrolled loop would wait for each. Its addresses are worked out one from the other: all at once they
-// take registers, for want of which ptxas adds what came first before it loads the rest.
+// The sum of every `step`th of a channel's `count` partials, from number `begin` on. Number 0 is at
+// `index`; they are `channels` apart. A whole batch is loaded before any of it is added: a loop that is
+// only unrolled would wait for each load. Each address is computed from the one before: all at once they
+// need so many registers that ptxas adds the first values before it loads the rest.
 __device__ __forceinline__ Pair sum_partials(bool active, const double* partials, i64 index,
                                              i64 channels, int begin, int step, int count) {
   Pair sum{0, 0};
@@ -95,8 +95,8 @@ __device__ __forceinline__ Pair sum_partials(bool active, const double* partials
   return sum;
 }
 
-// Whether all other `members` that count here have left their partials. Every thread must have stored
-// its own before.
+// Whether this block is the last of the `members` of a counter, so that all partials are stored. Every
+// thread must store its own before it calls this.
 __device__ __forceinline__ bool is_last(unsigned* counter, unsigned members) {
   __shared__ bool last[1];
   __threadfence();
@@ -107,8 +107,8 @@ __device__ __forceinline__ bool is_last(unsigned* counter, unsigned members) {
   return last[0];
 }
 
-// Whether this block is the tile's last. `store(row)` leaves the block's sums as partials there;
-// `add(row, count)` then makes them those of so many rows from there on.
+// Whether this block is the tile's last. `store(row)` stores the block's sums as partials in that row;
+// `add(row, count)` replaces them by the sums of `count` rows from `row` on.
 template <typename Store, typename Add>
 __device__ __forceinline__ bool add_slices(const Walk& walk, const Scratch& scratch, Store store,
                                            Add add) {
@@ -130,7 +130,7 @@ __device__ __forceinline__ bool add_slices(const Walk& walk, const Scratch& scra
   return true;
 }
 
-// Rows: everything belongs to the one channel of the block. `pair_of(single)` is one of the rest.
+// Rows: the block has one channel. `pair_of(single)` is what one of the singles adds.
 template <typename PairOf, typename Finish>
 __device__ __forceinline__ void reduce_tile(const Pair (&own)[1], const Rows<V, RAGGED_VECTORS>& walk,
                                             const Shape& shape, Scratch scratch, PairOf pair_of,
@@ -154,7 +154,7 @@ __device__ __forceinline__ void reduce_tile(const Pair (&own)[1], const Rows<V, 
   finish(first, channel, sum);
 }
 
-// Adds the members of every channel: one thread a channel, or one warp where there are several.
+// Adds the elements of each channel: one thread per channel, or one warp if a channel has several.
 __device__ __forceinline__ void add_members(Pair* channels, const Pair* elements,
                                             const Runs<V, RAGGED_VECTORS>& walk) {
   int members = walk.members();
@@ -173,8 +173,8 @@ __device__ __forceinline__ void add_members(Pair* channels, const Pair* elements
   __syncthreads();
 }
 
-// Adds the lanes' sums into those of the first lane: the upper half leaves its own in `table` for the
-// lower, until one is left. Neighbouring threads meet no bank of the table twice.
+// Adds the sums of all lanes of Runs into those of the first: the upper half stores its sums in `table`,
+// the lower half adds them, until one lane is left. Adjacent threads cause no bank conflicts.
 __device__ __forceinline__ void add_lanes(Pair (&sums)[V], Pair* table,
                                           const Runs<V, RAGGED_VECTORS>& walk) {
   int pitch = walk.lanes / 2 * walk.slots, thread = threadIdx.x;
@@ -194,9 +194,9 @@ __device__ __forceinline__ void add_lanes(Pair (&sums)[V], Pair* table,
   }
 }
 
-// The block's sums of its channels. Runs: pair j of every thread belongs to the channel of its element j.
-// The table behind the sums is as large as the plan says: half of the threads' sums, those of a line, or
-// one a thread and a channel.
+// The block's sums of its channels. Runs: pair j of a thread belongs to the channel of its element j. The
+// plan gives the size of the table after the sums: room for half of the threads' sums, for those of a
+// line, and for one per thread or channel.
 __device__ __forceinline__ Pair* sum_block(Pair (&own)[V], const Runs<V, RAGGED_VECTORS>& walk) {
   extern __shared__ Pair channels[];
   Pair* table = channels + walk.tile_channels();
@@ -220,7 +220,7 @@ __device__ __forceinline__ void reduce_tile(Pair (&own)[V], const Runs<V, RAGGED
     Pair rest = pair_of(single);
     Pair& sum = channels[single.channel];
 #pragma unroll 1
-    for (int i = 0; i < walk.singles; ++i) {  // one by one: they may be of one channel
+    for (int i = 0; i < walk.singles; ++i) {  // one by one: several may have the same channel
       if (threadIdx.x == i && single.slot.active) sum = sum + rest;
       __syncwarp();
     }

@@ -1,10 +1,10 @@
-// What a block keeps of its tile between the sums and the write, in dynamic shared memory: every thread
-// copies its own vectors there and reads no others, so that they need no barrier. DEPTH batches of UNROLL
-// vectors are on their way at once, in no registers, where the device copies by itself (sm_80 and up).
+// A block's tile, kept in dynamic shared memory between the sums and the write. Every thread copies its own
+// vectors there and reads no others, so no barrier is needed. DEPTH batches of UNROLL vectors are in
+// flight at once; asynchronous copies (sm_80 and up) need no registers for them.
 #pragma once
 #include "reduce.cuh"
 
-// Where a tile leaves room for one block alone, its threads have to hide what all of them wait for.
+// Large tiles leave room for one block per multiprocessor, whose threads have to hide all latency.
 constexpr int RESIDENT_THREADS = 512;
 constexpr int RESIDENT_BLOCKS = Walk::CHANNELS == 1 ? 2 : 1;
 constexpr int TABLE_CHANNELS = Walk::CHANNELS == 1 ? 1 : MAX_TILE_CHANNELS;
@@ -17,7 +17,7 @@ __device__ __forceinline__ void store_shared_if(bool active, scalar_t* to,
   if (active) *reinterpret_cast<word*>(to) = bits;
 }
 
-// It has arrived behind `batches_left`. Nothing is copied of what is not active.
+// The copy is complete after `batches_left`. An inactive vector is not copied.
 __device__ __forceinline__ void copy_if(bool active, scalar_t* to, const scalar_t* from) {
   static_assert(sizeof(Pack<scalar_t, V>) == 16, "one instruction copies 16 bytes");
 #if __CUDA_ARCH__ >= 800
@@ -37,14 +37,14 @@ __device__ __forceinline__ void end_batch() {
 #endif
 }
 
-// Waits until no more than COUNT of this thread's batches are on their way.
+// Waits until no more than COUNT of this thread's batches are in flight.
 template <int COUNT> __device__ __forceinline__ void batches_left() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(COUNT) : "memory");
 #endif
 }
 
-// The places of a thread's vectors, one after the other, from so many 16 bytes of the memory on.
+// The addresses of a thread's vectors, in order. `begin`: where the tile starts, in units of 16 bytes.
 struct Places {
   scalar_t* next;
   int step;
@@ -61,7 +61,7 @@ struct Places {
   }
 };
 
-// The block's sums of each of its channels, for `sum_of` in every thread that has one in a table.
+// The block's sums of its channels, valid in each thread that has one in a table; read by `sum_of`.
 __device__ __forceinline__ Pair sum_block(Pair (&own)[1], const Rows<V, RAGGED_VECTORS>&) {
   return block_sum(own[0]);
 }

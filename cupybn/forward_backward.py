@@ -8,16 +8,17 @@ A Bound holds no array, so it may be shared by calls, layers and threads.
 
 Calls over several ranks happen inside a :class:`~cupybn.collective.CollectiveCall`, which the
 caller opens, so that any exception here reaches the other ranks. All that can fail on one rank
-alone (checks, compiling, allocating outputs) comes before the first message. On the CPU running
-statistics and gradients are computed in copies, and written back together at the end.
+alone (checks, compiling, allocating outputs) comes before the first message. Backends are given
+arrays that are C-contiguous (on the host also aligned and writeable), and change running
+statistics, counter and gradients together, last, or not at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -35,6 +36,7 @@ from .arrays import (
     parameter_dtype,
 )
 from .backends import backend_for, by_type
+from .backends.plain import NO_COUNTER, plain
 from .checks import (
     check_array,
     check_eps,
@@ -55,7 +57,7 @@ from .layout import Layout, check_channel_axis, layout_of
 from .statistics import BackwardSums, Moments, Transform, message_length
 
 ALONE = SelfCommunicator()
-_HOST = nullcontext()
+_COUNTER = np.dtype(np.int64), (), True  # as `Bound.seen` of a number of batches
 
 
 def call_name(direction: str, name: str | None) -> str:
@@ -83,17 +85,12 @@ def running_factor(momentum: float | None, batches: Array) -> float:
     return momentum
 
 
-class Running(NamedTuple):
-    """The running statistics that a forward moves in place, or is given.
+Running: TypeAlias = "tuple[Array, Array, Array]"
+"""The running statistics that a forward moves in place, or is given: mean, var and batches.
 
-    Attributes:
-        mean, var: (C,), of the dtype that goes with x.
-        batches: (), int64, in host memory: how many batches they have taken.
-    """
-
-    mean: Array
-    var: Array
-    batches: Array
+Mean and var are (C,), of the dtype that goes with x. Batches, () int64 in host memory, is how many
+batches they have taken.
+"""
 
 
 class Saved(NamedTuple):
@@ -159,7 +156,7 @@ class Saved(NamedTuple):
         options = Options(eps, activation, affine, residual=relu_bits is not None)
         comm = ALONE if comm is None else resolve(comm)
         bound = bind(x, channel_axis, options, comm, name or "")
-        weight, bias, _ = bound._checked(x, weight, bias, None)
+        weight, bias, *_ = bound._checked(x, weight, bias, None)
         mean, invstd = (
             as_array(array, what).astype(np.float64, copy=False)
             for what, array in (("mean", mean), ("invstd", invstd))
@@ -172,7 +169,7 @@ class Saved(NamedTuple):
         if int(count) != count or count < 0:
             raise ValueError(f"count must be a number of values, got {count!r}")
         valid = None if mask is None else bound.valid(mask, x)
-        x3 = bound.layout.view(x)
+        x3 = plain(bound.layout.view(x))
         return Saved(bound, x3, weight, bias, mean, invstd, int(count), relu_bits, mask=valid)
 
     def arrays(self) -> dict[str, Any]:
@@ -318,11 +315,21 @@ def bind(x: Array, channel_axis: int, options: Options, comm: Communicator, name
             "reads the statistics"
         )
     backend_for(x)
-    return Bound(x, layout, options, comm, name)
+    made = _OnDevice if is_cupy(x) else Bound
+    return made(x, layout, options, comm, name)
 
 
 class Bound:
-    """A call's signature with all that follows from it; see the module. It holds no array."""
+    """A call's signature with all that follows from it; see the module. It holds no array.
+
+    This one is for arrays in host memory, :class:`_OnDevice` for those of a device.
+    """
+
+    # What may change in an array from call to call, and has to be as `expected` or `like_x`.
+    seen: Any = attrgetter("dtype", "shape", "flags.carray")
+    is_plain: Any = attrgetter("flags.carray")
+    on_host = True
+    empty: Any = np.empty
 
     def __init__(
         self, x: Array, layout: Layout, options: Options, comm: Communicator, name: str
@@ -330,23 +337,20 @@ class Bound:
         self.layout, self.options, self.eps = layout, options, options.eps
         self.shape, self.shape3, self.channels = layout.shape, layout.shape3, layout.channels
         self.dtype, self.parameter_dtype = x.dtype, parameter_dtype(x.dtype)
-        self.expected = self.parameter_dtype, layout.per_channel
+        self.expected: tuple[Any, ...] = self.parameter_dtype, layout.per_channel, True
+        self.like_x: tuple[Any, ...] = self.dtype, self.shape, True
         self.kind: Any = type(x)
-        self.device_id = x.data.device_id if is_cupy(x) else None
-        # cupy.ndarray(shape, dtype) makes the same as cupy.empty, in a fifth of its time.
-        self.on_host = self.device_id is None
-        self.empty: Any = np.empty if self.on_host else self.kind
         self.in_order = layout.to_memory is None
-        self.direct = self.in_order and x.flags.c_contiguous
         self.relu, self.factor = is_relu(options.activation), options.factor or 0.0
-        self.fused_residual = options.residual and self.relu
+        self.residual, self.save, self.given = options.residual, options.save, options.given
+        self.fused_residual = self.residual and self.relu
         self.exact = x.dtype == np.float64
         self.updates = options.factor is not None and not options.given
         self.count = self.shape3[0] * self.shape3[2]
         self.comm, self.ranks, self.name = comm, comm.size, name
         self.needs_bits = self.fused_residual and options.save
         self.bits_shape = ((self.shape3[0] * self.channels * self.shape3[2] + 7) // 8,)
-        self.prepared: dict[tuple[str, bool], ModuleType] = {}
+        self.prepared: dict[str, ModuleType] = {}
         self._statistics: Any = Bound._alone
         if options.given:
             self._statistics = Bound._given
@@ -403,82 +407,79 @@ class Bound:
         FloatingPointError with ``check_finite``, and whatever ``allreduce`` raises.
         """
         weight, bias = params.get("weight"), params.get("bias")
-        moved = None if running is None else running[:2]
-        kind, (dtype, shape), fit = self.kind, self.expected, True
-        for array in (weight, bias, *(moved or ())):
-            if array is not None:
-                fit &= type(array) is kind and array.dtype == dtype and array.shape == shape
-        if self.updates and fit:
-            for array in (running or ()) if self.on_host else (running or ())[2:]:
-                fit = fit and array.flags.writeable
-        if not (fit and (self.on_host or self._here(weight, bias, *(moved or ())))):
-            weight, bias, running = self._checked(x, weight, bias, running)
-        if residual is not None and type(residual) is not self.kind:
-            residual = as_array(residual, "residual")
-        updated = running if self.updates else None
-        with _HOST if self.on_host else x.device:
-            x3 = x.reshape(self.shape3) if self.direct else self.layout.view(x)
-            residual3 = None if residual is None else self._view("residual", residual, x)
-            if out is not None:
-                y, y3 = out, self._y3_in(out, x, residual)
-            else:
-                y3 = self.empty(self.shape3, self.dtype) if y3 is None else y3
-                y = y3.reshape(self.shape) if self.in_order else self.layout.restore(y3)
-            bits = self.empty(self.bits_shape, np.uint8) if self.needs_bits else None
-            extra = {"relu": self.relu, "residual3": residual3, "relu_bits": bits}
-            if mask is not None:
-                mask = extra["mask"] = self.valid(mask, x)
-            if updated is not None and self.on_host:  # a failure half-way leaves all unchanged
-                moved = updated.mean.copy(), updated.var.copy()
-            arrays = x3, y3, weight, bias
-            mean, invstd, count, local = self._statistics(self, call, arrays, moved, extra)
-            if updated is not None and count:
-                values = *(moved or ()), int(updated.batches) + 1
-                # No call from here on: Python checks for interrupts only at calls and jumps.
-                if self.on_host:
-                    updated.mean[...], updated.var[...] = values[:2]
-                updated.batches[...] = values[2]
-            if out is not None and not overlap(y3, out):
-                out[...] = self.layout.restore(y3)
-        if not self.options.save:
+        kind, seen, expected, target = self.kind, self.seen, self.expected, None
+        for array in (weight, bias) if running is None else (weight, bias, running[0], running[1]):
+            if array is not None and (type(array) is not kind or seen(array) != expected):
+                weight, bias, running, target = self._checked(x, weight, bias, running)
+                break
+        moved, batches = None if running is None else running[:2], NO_COUNTER
+        if self.updates and running is not None:
+            batches = running[2]
+            if type(batches) is not np.ndarray or Bound.seen(batches) != _COUNTER:
+                check_writeable("num_batches_tracked", batches)
+                target, batches = target or running, np.array(batches, np.int64).reshape(())
+        in_order = self.in_order
+        usual = in_order and self.is_plain(x)
+        x3 = x.reshape(self.shape3) if usual else plain(self.layout.view(x))
+        residual3 = None if residual is None else self._view("residual", residual, x)
+        if out is not None:
+            y, y3 = out, self._y3_in(out, x, residual)
+        else:
+            y3 = self.empty(self.shape3, self.dtype) if y3 is None else y3
+            y = y3.reshape(self.shape) if in_order else self.layout.restore(y3)
+        bits = self.empty(self.bits_shape, np.uint8) if self.needs_bits else None
+        if mask is not None:
+            mask = self.valid(mask, x)
+        options = {"relu": self.relu, "residual3": residual3, "relu_bits": bits, "mask": mask}
+        states = {"running": moved, "batches": batches, "factor": self.factor}
+        arrays = x3, y3, weight, bias
+        mean, invstd, count, local = self._statistics(self, call, arrays, options, states)
+        if target is not None and moved is not None and self.updates and count:
+            target[0][...], target[1][...], target[2][...] = *moved, batches  # at once
+        if out is not None and not overlap(y3, out):
+            out[...] = self.layout.restore(y3)
+        if not self.save:
             x3 = weight = bias = mask = None
-        return y, Saved(self, x3, weight, bias, mean, invstd, count, bits, local, mask)
+        context = self, x3, weight, bias, mean, invstd, count, bits, local, mask
+        return y, tuple.__new__(Saved, context)
 
-    def _given(self, call: Any, arrays: _Arrays, given: Any, extra: dict[str, Any]) -> _Statistics:
+    def _given(
+        self, call: Any, arrays: _Arrays, options: dict[str, Any], states: dict[str, Any]
+    ) -> _Statistics:
         """Fills y3, with the given statistics."""
         x3, y3, weight, bias = arrays
         backend = by_type[self.kind]
-        mean, _, invstd = backend.given_statistics(*given, self.eps)
-        backend.normalize(x3, Transform(mean, invstd, weight, bias), out3=y3, **extra)
+        mean, _, invstd = backend.given_statistics(*states["running"], self.eps)
+        backend.normalize(x3, Transform(mean, invstd, weight, bias), out3=y3, **options)
         return mean, invstd, 0, None
 
     def _alone(
-        self, call: Any, arrays: _Arrays, running: Any, extra: dict[str, Any]
+        self, call: Any, arrays: _Arrays, options: dict[str, Any], states: dict[str, Any]
     ) -> _Statistics:
         """Fills y3, with the statistics of this rank's batch, the only one."""
-        backend, count, mask = by_type[self.kind], self.count, extra.get("mask")
-        if self.prepared.get(("forward", mask is None)) is not backend:
-            self._prepare_forward(backend, arrays, extra)
+        backend, count, mask = by_type[self.kind], self.count, options["mask"]
+        if self.prepared.get("forward" if mask is None else "masked forward") is not backend:
+            self._prepare_forward(backend, arrays, options)
         if mask is not None:
-            extra["count"] = count = self._count_valid(backend, mask)
-        if count == 1:
-            self._refuse_one_value(mask)
-        mean, invstd = backend.local_forward(
-            *arrays, self.eps, running=running, factor=self.factor, **extra
-        )
+            states["count"] = count = self._count_valid(backend, mask)
+        if count <= 1:
+            if count == 1:
+                self._refuse_one_value(mask)
+            states["batches"] = NO_COUNTER
+        mean, invstd = backend.local_forward(*arrays, self.eps, **options, **states)
         return mean, invstd, count, None
 
     def _over_ranks(
-        self, call: CollectiveCall, arrays: _Arrays, running: Any, extra: dict[str, Any]
+        self, call: CollectiveCall, arrays: _Arrays, options: dict[str, Any], states: dict[str, Any]
     ) -> _Statistics:
         """Fills y3, with the statistics of all ranks' batches.
 
         It takes one message; two with float64 data, the second about the mean of all ranks. One
         rank, which comes here if its moments are to be kept, sends none.
         """
-        x3, c, backend, mask = arrays[0], self.channels, by_type[self.kind], extra.get("mask")
-        if self.prepared.get(("forward", mask is None)) is not backend:
-            self._prepare_forward(backend, arrays, extra)
+        x3, c, backend, mask = arrays[0], self.channels, by_type[self.kind], options["mask"]
+        if self.prepared.get("forward" if mask is None else "masked forward") is not backend:
+            self._prepare_forward(backend, arrays, options)
         valid: dict[str, Any] = {}
         if mask is not None:
             valid = {"mask": mask, "count": self._count_valid(backend, mask)}
@@ -497,11 +498,11 @@ class Bound:
                 form, moments = "recentred", Moments(count, total, m2)
         if moments.count == 1:
             self._refuse_one_value(mask)
+        if moments.count == 0:
+            states["batches"] = NO_COUNTER
         if self.options.check_finite:
             self._check_finite(moments, form)
-        mean, invstd = backend.finish_forward(
-            moments, form, *arrays, self.eps, running=running, factor=self.factor, **extra
-        )
+        mean, invstd = backend.finish_forward(moments, form, *arrays, self.eps, **options, **states)
         return mean, invstd, moments.count, local if self.options.keep_moments else None
 
     def backward(
@@ -516,79 +517,63 @@ class Bound:
         dbias: Array | None = None,
     ) -> tuple[Array, Array | None]:
         """(dx, dresidual), as :meth:`forward`. Adds this rank's sums to `dweight` and `dbias`."""
-        x3, mask, kind, (dtype, shape), fit = saved.x3, saved.mask, self.kind, self.expected, True
+        x3, mask, kind, expected = saved.x3, saved.mask, self.kind, self.expected
+        seen, targets = self.seen, None
         if x3 is None:
             saved.check_complete()
         for gradient in (dweight, dbias):
-            if gradient is not None:
-                fit = fit and type(gradient) is kind and gradient.dtype == dtype
-                fit = fit and gradient.shape == shape
-                fit = fit and (not self.on_host or gradient.flags.writeable)
-        if not (fit and (self.on_host or self._here(dweight, dbias))):
-            dweight, dbias = self._checked_gradients(x3, dweight, dbias)
-        if type(dy) is not self.kind:
+            if gradient is not None and (type(gradient) is not kind or seen(gradient) != expected):
+                dweight, dbias, targets = self._checked_gradients(x3, dweight, dbias)
+                break
+        if type(dy) is kind and seen(dy) == self.like_x and self.in_order:
+            dy3 = dy.reshape(self.shape3)
+        else:
             dy = as_array(dy, "dy")
-        with _HOST if self.on_host else x3.device:
-            plain = self.on_host and type(dy) is self.kind and dy.flags.c_contiguous
-            if plain and self.in_order and dy.shape == self.shape and dy.dtype == self.dtype:
-                dy3 = dy.reshape(self.shape3)
-            else:
-                dy3 = self._view("dy", dy, x3)
-            if out is not None:
-                dx, dx3 = out, self._dx3_in(out, dy, x3, mask)
-            else:
-                dx3 = self.empty(self.shape3, self.dtype) if dx3 is None else dx3
-                dx = dx3.reshape(self.shape) if self.in_order else self.layout.restore(dx3)
-            dresidual, dresidual3 = dy if self.options.residual else None, None
-            if self.fused_residual or (self.options.residual and mask is not None):
-                dresidual3 = self.empty(self.shape3, self.dtype)
-                dresidual = dresidual3.reshape(self.shape)
-                if not self.in_order:
-                    dresidual = self.layout.restore(dresidual3)
-            extra = {"relu": self.relu, "relu_bits": saved.relu_bits, "dresidual3": dresidual3}
-            if mask is not None:
-                extra["mask"] = mask
-            backend = by_type[kind]
-            if self.prepared.get(("backward", mask is None)) is not backend:
-                self._prepare_backward(backend, (dy3, x3, dx3), extra)
-            of_weight, of_bias = dweight, dbias
-            if self.on_host:  # a failure half-way leaves all unchanged
-                of_weight = None if dweight is None else dweight.copy()
-                of_bias = None if dbias is None else dbias.copy()
-            extra["dweight"], extra["dbias"] = of_weight, of_bias
-            self._gradients(call, (dy3, x3, dx3), saved, extra)
-            if dweight is not None and self.on_host:  # no call between these: see forward
-                dweight[...] = of_weight
-            if dbias is not None and self.on_host:
-                dbias[...] = of_bias
-            if out is not None and not overlap(dx3, out):
-                out[...] = self.layout.restore(dx3)
+            dy3 = self._view("dy", dy, x3)
+        if out is not None:
+            dx, dx3 = out, self._dx3_in(out, dy, x3, mask)
+        else:
+            dx3 = self.empty(self.shape3, self.dtype) if dx3 is None else dx3
+            dx = dx3.reshape(self.shape) if self.in_order else self.layout.restore(dx3)
+        dresidual, dresidual3 = dy if self.residual else None, None
+        if self.fused_residual or (self.residual and mask is not None):
+            dresidual3 = self.empty(self.shape3, self.dtype)
+            dresidual = dresidual3.reshape(self.shape)
+            if not self.in_order:
+                dresidual = self.layout.restore(dresidual3)
+        backend, arrays = by_type[kind], (dy3, x3, dx3)
+        options = {"relu": self.relu, "relu_bits": saved.relu_bits, "mask": mask}
+        outputs = {"dresidual3": dresidual3, "dweight": dweight, "dbias": dbias}
+        if self.prepared.get("backward" if mask is None else "masked backward") is not backend:
+            self._prepare_backward(backend, arrays, dresidual3, options)
+        transform = Transform(saved.mean, saved.invstd, saved.weight, saved.bias)
+        if self.ranks == 1:
+            count = 0 if self.given else saved.count
+            backend.local_backward(*arrays, transform, count=count, **options, **outputs)
+        else:
+            self._over_ranks_backward(call, arrays, saved.count, transform, options, outputs)
+        for target, values in targets or ():
+            target[...] = values
+        if out is not None and not overlap(dx3, out):
+            out[...] = self.layout.restore(dx3)
         return dx, dresidual
 
-    def _gradients(
+    def _over_ranks_backward(
         self,
         call: Any,
         arrays: tuple[Array, Array, Array],
-        saved: Saved,
-        extra: dict[str, Any],
+        count: int,
+        transform: Transform,
+        options: dict[str, Any],
+        outputs: dict[str, Any],
     ) -> None:
-        """Fills the last of `arrays` (dy3, x3, dx3): one message over several ranks."""
+        """Fills the last of `arrays` (dy3, x3, dx3): one message."""
         (dy3, x3, dx3), c, backend = arrays, self.channels, by_type[self.kind]
-        transform = Transform(saved.mean, saved.invstd, saved.weight, saved.bias)
-        if self.ranks == 1:
-            count = 0 if self.options.given else saved.count
-            backend.local_backward(dy3, x3, dx3, transform, count=count, **extra)
-            return
-        reduced = {"relu": self.relu, "relu_bits": saved.relu_bits}
-        if saved.mask is not None:
-            reduced["mask"] = saved.mask
         payload = call.payload(x3, 2 * c)
-        local = backend.backward_reduce(dy3, x3, transform, payload=payload, **reduced)
+        local = backend.backward_reduce(dy3, x3, transform, payload=payload, **options)
         _, total = call.allreduce()
-        sums = BackwardSums(total[:c], total[c:])
-        backend.backward_input(
-            dy3, x3, transform, sums=sums, count=saved.count, local=local, out3=dx3, **extra
-        )
+        more = {"sums": BackwardSums(total[:c], total[c:]), "count": count, "local": local}
+        backend.backward_input(dy3, x3, transform, out3=dx3, **more, **options, **outputs)
 
     def normalize_again(
         self,
@@ -603,12 +588,11 @@ class Bound:
         The bits are the same for the same x and mask. No communication, no update. For forwards
         without a residual.
         """
-        weight, bias, _ = self._checked(x, params.get("weight"), params.get("bias"), None)
+        weight, bias, *_ = self._checked(x, params.get("weight"), params.get("bias"), None)
         with on_device_of(x):
             transform = Transform(saved.mean, saved.invstd, weight, bias)
-            x3 = self.layout.view(x)
-            extra = {} if mask is None else {"mask": self.valid(mask, x)}
-            by_type[self.kind].normalize(x3, transform, relu=self.relu, out3=y3, **extra)
+            x3, valid = plain(self.layout.view(x)), None if mask is None else self.valid(mask, x)
+            by_type[self.kind].normalize(x3, transform, relu=self.relu, out3=y3, mask=valid)
 
     def leave(self, call: CollectiveCall | None, direction: str, error: Exception) -> None:
         """Adds to an error where it came from, and tells the other ranks if there are any."""
@@ -621,50 +605,53 @@ class Bound:
 
     def _checked(
         self, x: Array, weight: Array | None, bias: Array | None, running: Running | None
-    ) -> tuple[Array | None, Array | None, Running | None]:
-        """The arrays as NumPy's or CuPy's; raises if they do not fit x."""
+    ) -> tuple[Array | None, Array | None, Running | None, Running | None]:
+        """The arrays as backends take them; and where to copy the statistics, if these are copies.
+
+        Raises if they do not fit x.
+        """
         parameters = {"weight": weight, "bias": bias}
         for what, array in parameters.items():
             if array is not None:
                 parameters[what] = as_array(array, what)
                 check_parameter(what, parameters[what], x, self.layout)
+        target = None
         if running is not None:
-            names = ("mean", "var") if self.options.given else ("running_mean", "running_var")
-            check = check_parameter if self.options.given else check_written
-            mean, var = as_array(running.mean, names[0]), as_array(running.var, names[1])
+            names = ("mean", "var") if self.given else ("running_mean", "running_var")
+            check = check_parameter if self.given else check_written
+            mean, var = as_array(running[0], names[0]), as_array(running[1], names[1])
             check(names[0], mean, x, self.layout)
             check(names[1], var, x, self.layout)
-            running = Running(mean, var, running.batches)
-            if not self.options.given:
-                check_writeable("num_batches_tracked", running.batches)
-        return parameters["weight"], parameters["bias"], running
+            target, running = (mean, var, running[2]), (plain(mean), plain(var), running[2])
+            if running[0] is mean and running[1] is var:
+                target = None
+        return plain(parameters["weight"]), plain(parameters["bias"]), running, target
 
     def _checked_gradients(
         self, x3: Array, dweight: Array | None, dbias: Array | None
-    ) -> tuple[Array | None, Array | None]:
-        """The arrays as NumPy's or CuPy's; raises if gradients cannot be written to them."""
-        gradients = {"weight": dweight, "bias": dbias}
+    ) -> tuple[Array | None, Array | None, list[tuple[Array, Array]]]:
+        """The arrays as backends take them, and (where to copy one, its copy) for each copy.
+
+        Raises if gradients cannot be written to them.
+        """
+        gradients, targets = {"weight": dweight, "bias": dbias}, []
         for what, gradient in gradients.items():
             if gradient is not None:
                 check_written(f"the gradient of {what}", gradient, x3, self.layout)
-                gradients[what] = as_array(gradient)
-        return gradients["weight"], gradients["bias"]
-
-    def _here(self, *arrays: Array) -> bool:
-        """Whether the arrays are on the device of x."""
-        for array in arrays:
-            if array is not None and array.data.device_id != self.device_id:
-                return False
-        return True
+                array = as_array(gradient)
+                gradients[what] = plain(array)
+                if gradients[what] is not array:
+                    targets.append((array, gradients[what]))
+        return gradients["weight"], gradients["bias"], targets
 
     def _view(self, what: str, array: Array, x: Array) -> Array:
         """The array as (N, C, L); raises unless it is like x."""
-        fits = type(array) is self.kind and array.shape == self.shape and array.dtype == self.dtype
-        if not (fits and (self.on_host or array.data.device_id == self.device_id)):
+        if type(array) is not self.kind or self.seen(array) != self.like_x:
+            array = as_array(array, what)
             check_like(what, array, x, self.layout)
-        if self.in_order and array.flags.c_contiguous:
+        elif self.in_order:
             return array.reshape(self.shape3)
-        return self.layout.view(array)
+        return plain(self.layout.view(array))
 
     def valid(self, mask: Any, x: Array) -> Array:
         """The mask as (N, L) bytes, a view if its memory is dense; raises if it does not fit x."""
@@ -688,44 +675,51 @@ class Bound:
         check_out(out, x, self.layout)
         if residual is not None:
             check_overlap(out, residual, "residual", may_be_same=True)
-        given, save = self.options.given, self.options.save
-        what = "x, which backward needs" if save else "x"
-        check_overlap(out, x, what, may_be_same=given and not save)
+        what = "x, which backward needs" if self.save else "x"
+        check_overlap(out, x, what, may_be_same=self.given and not self.save)
         return self._written(out)
 
     def _dx3_in(self, out: Array, dy: Array, x3: Array, mask: Array | None) -> Array:
         """The same for a dx in `out`."""
         check_out(out, x3, self.layout)
         check_overlap(out, x3, "the x of forward", may_be_same=False)
-        hands_dy_on = self.options.residual and not self.relu and mask is None
+        hands_dy_on = self.residual and not self.relu and mask is None
         what = "dy, which is returned as dresidual" if hands_dy_on else "dy"
         check_overlap(out, dy, what, may_be_same=not hands_dy_on)
         return self._written(out)
 
     def _written(self, out: Array) -> Array:
         view = self.layout.view(out)
-        return view if overlap(view, out) else self.empty(self.shape3, self.dtype)
+        fits = overlap(view, out) and self.is_plain(view)
+        return view if fits else self.empty(self.shape3, self.dtype)
 
-    def _prepare_forward(self, backend: ModuleType, arrays: _Arrays, extra: dict[str, Any]) -> None:
+    def _prepare_forward(
+        self, backend: ModuleType, arrays: _Arrays, options: dict[str, Any]
+    ) -> None:
         """Lets the backend compile what it needs, before the first message."""
         backend.prepare_forward(
             *arrays[:2],
-            **extra,
+            **options,
             running_dtype=self.parameter_dtype.name if self.updates else None,
             ranks=self.ranks,
         )
-        self._is_prepared(("forward", "mask" not in extra), backend)
+        self._is_prepared("forward", options["mask"], backend)
 
     def _prepare_backward(
-        self, backend: ModuleType, arrays: tuple[Array, Array, Array], extra: dict[str, Any]
+        self,
+        backend: ModuleType,
+        arrays: tuple[Array, Array, Array],
+        dresidual3: Array | None,
+        options: dict[str, Any],
     ) -> None:
-        backend.prepare_backward(*arrays, **extra, constant=self.options.given, ranks=self.ranks)
-        self._is_prepared(("backward", "mask" not in extra), backend)
+        more = {"dresidual3": dresidual3, "constant": self.given, "ranks": self.ranks}
+        backend.prepare_backward(*arrays, **options, **more)
+        self._is_prepared("backward", options["mask"], backend)
 
-    def _is_prepared(self, call: tuple[str, bool], backend: ModuleType) -> None:
+    def _is_prepared(self, direction: str, mask: Array | None, backend: ModuleType) -> None:
         # On a device this depends on addresses too, so over ranks it is done each time.
         if self.on_host or self.ranks == 1:
-            self.prepared[call] = backend
+            self.prepared[direction if mask is None else f"masked {direction}"] = backend
 
     def _refuse_one_value(self, mask: Array | None) -> None:
         masked = "" if mask is None else " with a mask"
@@ -759,3 +753,27 @@ class Bound:
                 f"{call_name('forward', self.name)}: NaN or Inf in the statistics of the batch, "
                 f"in {channels} {shown}"
             )
+
+
+class _OnDevice(Bound):
+    """A :class:`Bound` for arrays of a device, which it makes the current one."""
+
+    seen = attrgetter("dtype", "shape", "flags.c_contiguous", "data.device_id")
+    is_plain = attrgetter("flags.c_contiguous")
+    on_host = False
+
+    def __init__(self, x: Array, *args: Any) -> None:
+        super().__init__(x, *args)
+        # cupy.ndarray(shape, dtype) makes the same as cupy.empty, in a fifth of its time.
+        self.empty, device_id = self.kind, x.data.device_id
+        self.expected, self.like_x = (*self.expected, device_id), (*self.like_x, device_id)
+
+    def forward(self, call: Any, x: Array, *args: Any, **options: Any) -> tuple[Array, Saved]:
+        with x.device:
+            return super().forward(call, x, *args, **options)
+
+    def backward(
+        self, call: Any, dy: Array, saved: Saved, **options: Any
+    ) -> tuple[Array, Array | None]:
+        with saved.mean.device:  # type: ignore[attr-defined]
+            return super().backward(call, dy, saved, **options)

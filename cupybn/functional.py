@@ -53,7 +53,6 @@ from .forward_backward import (
     Bindings,
     Bound,
     Options,
-    Running,
     Saved,
     bind,
     call_name,
@@ -290,7 +289,7 @@ def batch_norm_inference(
         bound = bind(x, channel_axis, wanted, ALONE, "")
         if key is not None:
             _bindings.keep(key, bound)
-    given = Running(as_array(mean, "mean"), as_array(var, "var"), np.zeros((), np.int64))
+    given = as_array(mean, "mean"), as_array(var, "var"), np.zeros((), np.int64)
     params = {"weight": weight, "bias": bias}
     y: Array
     y, _ = bound.forward(None, x, params, residual=residual, mask=mask, out=out, running=given)

@@ -21,6 +21,7 @@ from .arrays import (
     parameter_dtype,
 )
 from .backends import backend_for
+from .backends.plain import call_plainly
 from .checks import check_eps, is_relu
 from .errors import DeviceError, DTypeError, ShapeError
 from .statistics import BackwardSums, Moments, Transform
@@ -152,14 +153,12 @@ def batch_moments(
     arrays = {"x3": x3, "payload": payload, "mask": mask}
     given = _checked(("x3",), arrays, {"payload": "C"} if half else None)
     with on_device_of(given.x3):
-        backend, options = backend_for(given.x3), _masked(given)
-        if options:
+        backend, options = backend_for(given.x3), {"mask": given.mask}
+        if given.mask is not None:
             options["count"] = backend.count_valid(given.mask)
-        return backend.batch_moments(given.x3, payload=given.payload, **options)  # type: ignore[no-any-return]
-
-
-def _masked(given: SimpleNamespace) -> dict[str, Any]:
-    return {} if given.mask is None else {"mask": given.mask}
+        options |= {"x3": given.x3, "payload": given.payload}
+        moments: Moments = call_plainly(backend.batch_moments, ("payload",), **options)
+        return moments
 
 
 def recentre_moments(local: Moments, weighted: ArrayLike, count: int, payload: ArrayLike) -> None:
@@ -173,7 +172,9 @@ def recentre_moments(local: Moments, weighted: ArrayLike, count: int, payload: A
     given = _checked(tuple(arrays), arrays, {"payload": "C"})
     local = Moments(local.count, given.mean, given.m2)
     with on_device_of(given.mean):
-        backend_for(given.mean).recentre_moments(local, given.weighted, count, given.payload)
+        options = {"weighted": given.weighted, "count": count, "payload": given.payload}
+        recentre = backend_for(given.mean).recentre_moments
+        call_plainly(recentre, ("payload",), local=local, **options)
 
 
 def finalize_moments(
@@ -205,9 +206,11 @@ def finalize_moments(
         running = given.running_mean, given.running_variance
     moments = Moments(moments.count, given.mean, given.m2)
     with on_device_of(given.mean):
-        return backend_for(given.mean).finalize_moments(  # type: ignore[no-any-return]
-            moments, eps, running=running, factor=factor, form=form
-        )
+        options = {"eps": eps, "running": running, "factor": factor, "form": form}
+        finalize = backend_for(given.mean).finalize_moments
+        found: tuple[Array, Array, Array]
+        found = call_plainly(finalize, ("running",), moments=moments, **options)
+        return found
 
 
 def normalize(
@@ -245,9 +248,10 @@ def normalize(
     )
     transform = Transform(given.mean, given.invstd, given.weight, given.bias)
     options = {"residual3": given.residual3, "out3": given.out3, "relu_bits": given.relu_bits}
-    options |= _masked(given)
+    options |= {"x3": given.x3, "transform": transform, "relu": relu, "mask": given.mask}
     with on_device_of(given.x3):
-        return backend_for(given.x3).normalize(given.x3, transform, relu=relu, **options)  # type: ignore[no-any-return]
+        y3: Array = call_plainly(backend_for(given.x3).normalize, ("out3", "relu_bits"), **options)
+        return y3 if given.out3 is None else given.out3
 
 
 def backward_reduce(
@@ -286,15 +290,18 @@ def backward_reduce(
     )
     transform = Transform(given.mean, given.invstd, given.weight, given.bias)
     with on_device_of(given.x3):
-        return backend_for(given.x3).backward_reduce(  # type: ignore[no-any-return]
-            given.dy3,
-            given.x3,
-            transform,
+        sums: BackwardSums = call_plainly(
+            backend_for(given.x3).backward_reduce,
+            ("payload",),
+            dy3=given.dy3,
+            x3=given.x3,
+            transform=transform,
             relu=relu,
             relu_bits=given.relu_bits,
             payload=given.payload,
-            **_masked(given),
+            mask=given.mask,
         )
+        return sums
 
 
 def backward_input(
@@ -345,10 +352,10 @@ def backward_input(
         },
     )
     transform = Transform(given.mean, given.invstd, given.weight, given.bias)
-    others = ("relu_bits", "out3", "dresidual3", "dweight", "dbias")
-    options = {name: getattr(given, name) for name in others} | _masked(given)
+    others = ("out3", "dresidual3", "dweight", "dbias")
+    options = {name: getattr(given, name) for name in (*others, "relu_bits", "x3", "dy3", "mask")}
+    options |= {"transform": transform, "relu": relu}
     options |= {"sums": _sums(given, "sums"), "local": _sums(given, "local"), "count": count}
     with on_device_of(given.x3):
-        return backend_for(given.x3).backward_input(  # type: ignore[no-any-return]
-            given.dy3, given.x3, transform, relu=relu, **options
-        )
+        dx3: Array = call_plainly(backend_for(given.x3).backward_input, others, **options)
+        return dx3 if given.out3 is None else given.out3

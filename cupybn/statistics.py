@@ -132,14 +132,15 @@ def failure_header(dtype: Any, rank: int) -> np.ndarray[Any, Any]:
 
 
 @lru_cache(maxsize=4096)
-def words_of_all(dtype: Any, fingerprint: str, ranks: int) -> bytes:
-    """The bytes of a summed header from the fingerprint on, if all ranks sent this one.
+def words_of_all(dtype: Any, fingerprint: str, ranks: int) -> tuple[bytes, bytes]:
+    """What is before and behind the count in a summed header, if all ranks sent this one.
 
     No other ranks' fingerprints add up to it. If the sums of f_r and of f_r**2 over n ranks are
     n f and n f**2, the f_r have a variance of 0 (the equality case of the Cauchy-Schwarz
     inequality), so each is f. All numbers are integers that their dtype holds exactly.
     """
-    return (header_words(dtype, fingerprint) * ranks)[FINGERPRINT:].tobytes()
+    words = header_words(dtype, fingerprint) * ranks
+    return words[:COUNT].tobytes(), words[FINGERPRINT:].tobytes()
 
 
 def failed_ranks(summed: np.ndarray[Any, Any]) -> tuple[int, int]:

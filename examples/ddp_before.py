@@ -33,4 +33,5 @@ for _ in range(20):
 distributed.all_reduce(loss.detach_())
 if rank == 0:
     print(f"loss {loss.item() / size:.6f}")
+del model  # DDP keeps the group, whose threads have to end before Python does
 distributed.destroy_process_group()

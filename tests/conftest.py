@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 from processes import family, shared_memory
+
+from cupybn import backends
 
 try:
     import ml_dtypes
@@ -35,9 +37,19 @@ STARTS = 3  # how often a job is started at most
 # What Open MPI's mpiexec says in one start of very many, before it has started any rank: the fault
 # is the launcher's, and nothing of the job has happened.
 NO_LISTENER = "The PMIx server's listener thread failed to start"
+# MPICH: ranks that wait sleep, as Open MPI's do where they are more than the cores; they spin else.
+SLEEPING = {"MPIR_CVAR_ENABLE_HEAVY_YIELD": "1"}
 # The first files of a run: in the first Numba compiles what many tests use. Files that start MPI's
 # processes come last, beside each other: ranks that wait keep the cores busy.
 FIRST = ("test_numba", "test_cuda_layers", "test_mask")
+
+
+@pytest.fixture(autouse=True)
+def _own_backend() -> Iterator[None]:
+    """The backend that a test chooses is the backend of that test alone."""
+    before = backends.cpu_backend()
+    yield
+    backends.use_cpu_backend(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,8 +63,8 @@ def _mpiexec() -> str | None:
     return str(beside) if beside.exists() else shutil.which("mpiexec")
 
 
-def rank_environment(**more: str) -> dict[str, str]:
-    """One thread a rank; and what Open MPI wants before it starts as root or on few cores."""
+def rank_environment(ranks: int = 1, /, **more: str) -> dict[str, str]:
+    """One thread a rank; and what an MPI wants before it starts as root or on few cores."""
     env = os.environ | {
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
@@ -62,7 +74,7 @@ def rank_environment(**more: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "PYTHONFAULTHANDLER": "1",
     }
-    return env | more
+    return env | (SLEEPING if ranks > (os.cpu_count() or 1) else {}) | more
 
 
 def run_job(
@@ -164,7 +176,8 @@ def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
         python = [sys.executable, "-m", "mpi4py"] if aborting else [sys.executable]
         command = [mpiexec, *options, "-n", str(n), *under, *python, str(script), *map(str, args)]
         try:
-            process = run_job(command, rank_environment(**(env or {})), timeout, ready, interrupted)
+            environment = rank_environment(n, **(env or {}))
+            process = run_job(command, environment, timeout, ready, interrupted)
         except subprocess.TimeoutExpired as job:
             if not check:
                 raise

@@ -23,6 +23,7 @@ from kernel_cases import (
     parameter_dtype,
     parameters,
     placed,
+    plainly,
     resident,
     run,
     run_alone,
@@ -90,7 +91,7 @@ def test_running_statistics_in_strided_memory():
     memory = np.ones((2, 5, 2), np.float32)
     running = (there(memory[0, :, 0]), there(memory[1, :, 0]))
     moments = Moments(4, fake_cupy.zeros(5), fake_cupy.zeros(5))
-    cuda.finalize_moments(moments, 1e-5, running=running, factor=1.0)
+    plainly.finalize_moments(moments, 1e-5, running=running, factor=1.0)
     assert not memory[:, :, 0].any()
     assert memory[:, :, 1].all()
 
@@ -103,7 +104,7 @@ def test_strided_running_statistics_after_the_second_message():
     memory = np.ones((2, 5, 2))
     running = (there(memory[0, :, 0]), there(memory[1, :, 0]))
     y = np.empty_like(x)
-    mean, invstd = cuda.finish_forward(
+    mean, invstd = plainly.finish_forward(
         moments, "recentred", there(x), there(y), None, None, 0.5, running=running, factor=0.5
     )
     mean, invstd = back(mean), back(invstd)
@@ -150,12 +151,12 @@ def test_float64_takes_two_messages(strided):
     locals_, total, count = [], np.zeros(6), 0
     for part in parts:
         message = payload()
-        locals_.append(cuda.batch_moments(there(part), payload=there(message)))
+        locals_.append(plainly.batch_moments(there(part), payload=there(message)))
         total, count = total + message, count + locals_[-1].count
     second = np.zeros(6)
     for local in locals_:
         message = payload()
-        cuda.recentre_moments(local, there(total), count, there(message))
+        plainly.recentre_moments(local, there(total), count, there(message))
         second += message
     pooled = Moments(count, there(total), there(second))
     mean, var, _ = map(back, cuda.finalize_moments(pooled, 1e-5, form="recentred"))
@@ -184,8 +185,8 @@ def test_pooled_sums_shape_dx_and_local_ones_the_parameter_gradients():
     rng = np.random.default_rng(9)
     pooled, local = (BackwardSums(*rng.standard_normal((2, 5))) for _ in range(2))
     results = []
-    for backend in (cuda, numpy_backend):
-        place = there if backend is cuda else lambda x: x
+    for backend in (plainly, numpy_backend):
+        place = there if backend is plainly else lambda x: x
         gradients = [np.ones(10, np.float32)[::2], np.ones(5, np.float32)]
         dx = backend.backward_input(
             place(case.dy),
@@ -197,7 +198,7 @@ def test_pooled_sums_shape_dx_and_local_ones_the_parameter_gradients():
             dweight=place(gradients[0]),
             dbias=place(gradients[1]),
         )
-        results.append((back(dx) if backend is cuda else dx, *gradients))
+        results.append((back(dx) if backend is plainly else dx, *gradients))
     for got, expected in zip(*results, strict=True):
         assert error(got, expected) < 1e-6
 
@@ -226,7 +227,7 @@ def test_strided_tensors_and_channels(shape, dtype):
     for name in ("x", "dy", "residual", "weight", "bias"):
         setattr(case, name, strided(getattr(case, name)))
     case.outputs = list(map(strided, case.outputs))
-    got = run(cuda, case)
+    got = run(plainly, case)
     for ours, theirs in zip((got.y, got.dx, got.dresidual), tensors, strict=True):
         assert not ours.flags.c_contiguous
         assert ours.tobytes() == theirs.tobytes()
@@ -460,7 +461,7 @@ def test_valid_positions_are_counted():
         mask = mask_of("half", shape, 3)
         assert cuda.count_valid(there(mask)) == np.count_nonzero(mask)
     assert cuda.count_valid(there(mask_of("all valid", (40, 1, 67)))) == 40 * 67
-    assert cuda.count_valid(there(mask_of("all valid", (40, 1, 67))[:, ::2])) == 40 * 34
+    assert plainly.count_valid(there(mask_of("all valid", (40, 1, 67))[:, ::2])) == 40 * 34
 
 
 @pytest.mark.parametrize("shape", LAYOUTS, ids=str)
@@ -473,7 +474,7 @@ def test_a_mask_may_lie_anywhere(shape):
     wide[:, ::2] = case.mask
     for mask in (placed(case.mask, np.uint8, 3), wide[:, ::2]):
         case.mask = mask
-        got = run(cuda, case)
+        got = run(plainly, case)
         assert [got.y.tobytes(), got.dx.tobytes()] == expected[:2]
     case.mask = placed(case.mask, np.uint8, 3)
     assert [x.tobytes() for x in run_alone(case)] == expected[2:]

@@ -689,7 +689,7 @@ def test_memory_that_runs_out_late_changes_nothing(monkeypatch, where):
         raise MemoryError
 
     if where == "counter":
-        monkeypatch.setattr(cupybn.forward_backward, "int", fails, raising=False)
+        monkeypatch.setattr(backend, "int", fails, raising=False)
     elif where == "normalize":
         for name in {"normalize", "local_forward"} & set(vars(backend)):
             monkeypatch.setattr(backend, name, fails)

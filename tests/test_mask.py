@@ -30,9 +30,7 @@ OPTIONS = {
 def backend(request):
     if request.param == "numba" and not NUMBA:
         pytest.skip("Numba is not installed")
-    before = backends.cpu_backend()
-    yield backends.use_cpu_backend(request.param)
-    backends.use_cpu_backend(before)
+    return backends.use_cpu_backend(request.param)
 
 
 def positions(shape, axis=1):
@@ -248,17 +246,13 @@ def test_any_mask(n, c, length, kind, relu, has_residual, compiled, seed):
     x, dy, residual = (spoiled(normal((n, c, length), seed=seed + i), mask) for i in range(3))
     options = {"residual": residual if has_residual else None}
     options["activation"] = "relu" if relu else None
-    before = backends.cpu_backend()
     backends.use_cpu_backend("numba" if compiled else "numpy")
-    try:
-        if mask.sum() == 1:
-            with pytest.raises(ShapeError, match="more than 1 value per channel.*1 valid value"):
-                F.batch_norm_forward(x, mask=mask, **options)
-            return
-        y, saved = F.batch_norm_forward(x, mask=mask, **options)
-        grads = F.batch_norm_backward(dy, saved)
-    finally:
-        backends.use_cpu_backend(before)
+    if mask.sum() == 1:
+        with pytest.raises(ShapeError, match="more than 1 value per channel.*1 valid value"):
+            F.batch_norm_forward(x, mask=mask, **options)
+        return
+    y, saved = F.batch_norm_forward(x, mask=mask, **options)
+    grads = F.batch_norm_backward(dy, saved)
     assert saved.count == mask.sum()
     for array in (y, grads.dx, *([grads.dresidual] if has_residual else [])):
         assert zero_where_masked(array, mask)
@@ -294,7 +288,6 @@ def test_many_blocks_and_segments(backend):
 def test_threads_change_no_bit():
     from cupybn.backends.cpu import pool
 
-    before = backends.cpu_backend()
     backends.use_cpu_backend("numba")
     try:
         for shape in ((16, 8, 64, 64), (4096, 96), (64, 300, 7, 7)):
@@ -309,7 +302,6 @@ def test_threads_change_no_bit():
             assert found[0] == found[1] == found[2]
     finally:
         pool.set_threads(None)
-        backends.use_cpu_backend(before)
 
 
 def test_a_context_from_arrays_has_the_same_bits():

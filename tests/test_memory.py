@@ -21,9 +21,7 @@ CASES = [((16, 64, 96, 96), 1), ((16, 96, 96, 64), -1), ((8192, 1024), 1)]
 
 @pytest.fixture(params=["numpy", "numba"] if NUMBA else ["numpy"], autouse=True)
 def backend(request):
-    before = backends.cpu_backend()
-    yield backends.use_cpu_backend(request.param)
-    backends.use_cpu_backend(before)
+    return backends.use_cpu_backend(request.param)
 
 
 def peak(call, *arguments, **options):

@@ -37,9 +37,7 @@ LARGE = [(70, 150, 201), (5, 3, 140_001), (9000, 333, 1), (33_001, 65, 1)]  # pa
 
 @pytest.fixture(autouse=True)
 def _as_before():
-    backend = backends.cpu_backend()
     yield
-    backends.use_cpu_backend(backend)
     pool.set_threads(None)
 
 

@@ -126,6 +126,7 @@ def launches(kernels, variant):
     return texts, grids
 
 
+@pytest.mark.rehearsal
 def test_every_variant_compiles(kernels):
     if why := nvrtc.missing():
         assert not os.environ.get("CUPYBN_REQUIRE_CUDA_TOOLS"), why

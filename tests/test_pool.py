@@ -28,10 +28,8 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @pytest.fixture(autouse=True)
 def _as_before():
-    backend = backends.cpu_backend()
     backends.use_cpu_backend("numba")
     yield
-    backends.use_cpu_backend(backend)
     pool.set_threads(None)
 
 

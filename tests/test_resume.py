@@ -43,7 +43,7 @@ def running(ranks, path, more, saves, delay):
     """A job, some time after it has saved so often; started as ``conftest.run_job`` starts one."""
     command = [_mpiexec(), "-n", ranks, sys.executable, "-m", "mpi4py", SCRIPT,
                *options(ranks, path, *more)]  # fmt: skip
-    env = rank_environment(TMPDIR=str(path.parent))  # where Open MPI would leave files
+    env = rank_environment(ranks, TMPDIR=str(path.parent))  # where Open MPI would leave files
     errors = path.with_suffix(".err")
     for _ in range(STARTS):
         with errors.open("w") as stderr, subprocess.Popen(

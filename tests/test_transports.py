@@ -210,9 +210,8 @@ def test_a_device_pointer_is_handed_on_after_the_event(cupy):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
-@pytest.mark.parametrize("case", ["pinned", "device", "host", "layers", "agreement"])
-def test_over_mpi(mpirun, n, case):
-    mpirun(n, PROGRAM, case)
+def test_over_mpi(mpirun, n):
+    mpirun(n, PROGRAM, "pinned", "host", "agreement", "layers", "device")
 
 
 @pytest.mark.mpi

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from ..arrays import parameter_dtype
 from ..statistics import BackwardSums, Moments, Transform
+from .plain import NO_COUNTER
 
 Data = NDArray[Any]
 PerChannel = NDArray[np.float64]
-Part = tuple[slice, slice, Any]
 _Plan = tuple[np.dtype[Any], bool, tuple[Any, ...], Any]
 
 _BLOCK_BYTES = 1 << 19  # three temporaries of this size fit in a 2 MB L2 cache
@@ -30,6 +30,7 @@ _ROWS = 1024  # of columns, L == 1, in one float32 sum
 # A number as an array of no dimensions, which takes NumPy half the time.
 _number = lru_cache(maxsize=256)(partial(np.array, dtype=np.float64))
 _ZERO, _ONE = np.array(0.0), np.array(1.0)
+_over_samples = partial(np.add.reduce, axis=0, dtype=np.float64)
 _quiet = np.errstate(all="ignore")
 # The function behind np.einsum, which spends 4 us on reading its arguments in Python.
 _einsum = getattr(getattr(np, "_core", np).multiarray, "c_einsum", np.einsum)
@@ -45,26 +46,26 @@ def _plan(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Plan:
     """
     n, c, length = shape
     dtype, columns = parameter_dtype(dtype), length == 1
-    size = _BLOCK_BYTES // dtype.itemsize
+    size = min(_BLOCK_BYTES // dtype.itemsize, _ROWS * c if columns else _BLOCK_BYTES)
     samples = max(1, size // max(1, c * length))
     run = max(1, size // c) if samples == 1 else max(1, length)
-    samples = min(samples, _ROWS) if columns else samples
     ones, blocks = np.ones(min(samples, n) if columns else min(run, length), dtype), []
     for i in range(0, n, samples):
         for j in range(0, length, run):
             k, m = min(samples, n - i), min(run, length - j)
             part = slice(i, i + k), slice(None), 0 if columns else slice(j, j + m)
-            blocks.append((part, k * m, ones[:k].dot if columns else partial(_sum, ones[:m])))
-    dot = partial(_einsum, "nc,nc->c") if columns else _dot
-    return dtype, columns, tuple(blocks), dot
+            sum_of = ones[:k].dot if columns else partial(_sum_of_rows, ones[:m])
+            blocks.append((part, k * m, sum_of))
+    return (
+        dtype,
+        columns,
+        tuple(blocks),
+        partial(_einsum, "nc,nc->c") if columns else lambda a, b: _over_samples(np.vecdot(a, b)),
+    )
 
 
-def _sum(ones: Data, block: Data) -> Any:
-    return np.add.reduce(block @ ones, axis=0, dtype=np.float64)
-
-
-def _dot(a: Data, b: Data) -> Any:
-    return np.add.reduce(np.vecdot(a, b), axis=0, dtype=np.float64)
+def _sum_of_rows(ones: Data, block: Data) -> Any:
+    return _over_samples(block @ ones)
 
 
 def count_valid(mask: Data) -> int:
@@ -72,10 +73,9 @@ def count_valid(mask: Data) -> int:
     return int(np.count_nonzero(mask))
 
 
-def _valid(mask: Data, part: Part) -> NDArray[np.bool_]:
+def _valid(mask: Data, part: Any) -> Any:
     """Which positions of a block are valid, (n, 1, l) or (n, 1)."""
-    found: NDArray[np.bool_] = mask[part[0], None, part[2]] != 0
-    return found
+    return mask[part[0], None, part[2]] != 0
 
 
 def _affine(plan: _Plan, transform: tuple[Any, ...], shifted: bool = True) -> tuple[Any, ...]:
@@ -123,8 +123,7 @@ def _moments(plan: _Plan, x3: Data, mask: Data | None) -> tuple[int, PerChannel,
     Blocks are merged in float64. Constants give an m2 of exactly 0, because deviations are first
     taken from a value of the channel. The deviation of a masked value is 0.
     """
-    dtype, columns, blocks, dot = plan
-    moments = None
+    (dtype, columns, blocks, dot), moments = plan, None
     for part, count, sum_of in blocks:
         block, sample, place = x3[part].astype(dtype, copy=False), 0, 0
         if mask is not None:
@@ -176,15 +175,14 @@ def finalize_moments(
     the ranks of both halves of the message (``"pooled"``); the pooled first half, and the pooled
     result of :func:`recentre_moments` (``"recentred"``).
     """
-    return _finalize(moments, eps, running, factor, form)
+    mean, var, invstd = _finalize(moments, eps, form)
+    if running is not None and moments.count:
+        update_running(*running, mean, var, moments.count, factor)
+    return mean, var, invstd
 
 
 def _finalize(
-    moments: tuple[int, PerChannel, PerChannel],
-    eps: float,
-    running: tuple[Data, Data] | None,
-    factor: float,
-    form: str,
+    moments: tuple[int, PerChannel, PerChannel], eps: float, form: str
 ) -> tuple[PerChannel, PerChannel, PerChannel]:
     count, mean, m2 = moments
     number = _number(count or 1)
@@ -193,10 +191,7 @@ def _finalize(
         if form == "pooled" and count:
             m2 = m2 - moments[1] * mean
     var = np.maximum(m2, _ZERO) / number
-    invstd = _ONE / np.sqrt(var + _number(eps))
-    if running is not None and count:
-        update_running(*running, mean, var, count, factor)
-    return mean, var, invstd
+    return mean, var, _ONE / np.sqrt(var + _number(eps))
 
 
 @_quiet
@@ -215,12 +210,18 @@ def update_running(
     var: PerChannel,
     count: int,
     factor: float,
+    batches: Data = NO_COUNTER,
 ) -> None:
-    """``running = (1 - factor) * running + factor * new`` in place; the variance is unbiased."""
+    """``running = (1 - factor) * running + factor * new`` in place; the variance is unbiased.
+
+    `batches` counts one more.
+    """
     kept, taken = np.asarray(1.0 - factor), np.asarray(factor)
     unbiased = var * _number(count / max(count - 1, 1))
-    running_mean[...] = kept * running_mean.astype(np.float64) + taken * mean
-    running_var[...] = kept * running_var.astype(np.float64) + taken * unbiased
+    moved_mean = kept * running_mean.astype(np.float64) + taken * mean
+    moved_var = kept * running_var.astype(np.float64) + taken * unbiased
+    # No call between these: Python checks for interrupts only at calls and jumps.
+    running_mean[...], running_var[...], batches[...] = moved_mean, moved_var, int(batches) + 1
 
 
 @_quiet
@@ -276,7 +277,7 @@ def _apply_relu_grad(
     dy: Data,
     deviation: Any,
     shape: tuple[int, ...],
-    part: Part,
+    part: Any,
     affine: tuple[Any, ...],
     relu_bits: Data | None,
 ) -> Data:
@@ -300,7 +301,7 @@ def _apply_relu_grad(
 
 
 def _load(
-    part: Part,
+    part: Any,
     constant: bool,
     dy3: Data,
     x3: Data,
@@ -392,25 +393,29 @@ def backward_input(
     dx3 = np.empty_like(x3) if out3 is None else out3
     plan, invstd = _plan(x3.shape, x3.dtype), transform.invstd
     source = dy3, x3, _affine(plan, transform, relu), relu, relu_bits, mask
-    scaled = None if sums is None else (sums.sum_dy, sums.sum_dy_xmu * invstd)
-    _input(plan, source, dx3, dresidual3, invstd, scaled, count)
-    if local is not None:
-        _add_gradients(local.sum_dy, local.sum_dy_xmu * invstd, dweight, dbias)
+    total = sums and (sums.sum_dy, sums.sum_dy_xmu * invstd)
+    own = local and (local.sum_dy, local.sum_dy_xmu * invstd)
+    outputs = (dx3, dresidual3, dweight, dbias) if own else (dx3, dresidual3, None, None)
+    _input(plan, source, outputs, invstd, total, own, count)
     return dx3
 
 
 def _input(
     plan: _Plan,
     source: tuple[Any, ...],
-    dx3: Data,
-    dresidual3: Data | None,
+    outputs: tuple[Any, ...],
     invstd: PerChannel,
     sums: tuple[PerChannel, PerChannel] | None,
+    local: Any,
     count: int,
     loaded: tuple[Data, Data] | None = None,
 ) -> None:
-    """Fills dx3 and dresidual3; `sums` are those of dy and dy * xhat, `loaded` the only block."""
-    (dtype, columns, blocks, _), (_, low, scale, _), mask = plan, source[2], source[5]
+    """Fills the first two of `outputs`, dx3 and dresidual3, and adds to dweight and dbias.
+
+    `sums` and `local` are those of dy and of dy * xhat; `loaded` is the block if there is but one.
+    """
+    (dtype, columns, blocks, _), (_, low, scale, _) = plan, source[2]
+    (dx3, dresidual3, dweight, dbias), mask = outputs, source[5]
     if sums is not None:
         sum_dy, sum_dy_xhat = sums
         per_value = _number(1.0 / (count or 1))
@@ -434,16 +439,12 @@ def _input(
             np.copyto(dx, 0, where=~_valid(mask, part))
         dx3[part] = dx
         del dy, dx  # memory for the next block
-
-
-def _add_gradients(
-    sum_dy: PerChannel, sum_dy_xhat: PerChannel, dweight: Data | None, dbias: Data | None
-) -> None:
-    """Adds the sums of dy * xhat and of dy to the gradients of weight and bias."""
-    if dweight is not None:
-        dweight += sum_dy_xhat.astype(dweight.dtype)
+    of_weight = None if dweight is None else dweight + local[1].astype(dweight.dtype)
+    of_bias = None if dbias is None else dbias + local[0].astype(dbias.dtype)
+    if dweight is not None:  # no call from here on: see update_running
+        dweight[...] = of_weight
     if dbias is not None:
-        dbias += sum_dy.astype(dbias.dtype)
+        dbias[...] = of_bias
 
 
 # ---- whole stretches of a forward and a backward -------------------------------------------------
@@ -463,13 +464,24 @@ def finish_forward(
     residual3: Data | None = None,
     relu_bits: Data | None = None,
     running: tuple[Data, Data] | None = None,
+    batches: Data = NO_COUNTER,
     factor: float = 0.0,
     mask: Data | None = None,
 ) -> tuple[PerChannel, PerChannel]:
     """:func:`finalize_moments` and :func:`normalize` into y3: (mean, invstd)."""
-    mean, _, invstd = _finalize(moments, eps, running, factor, form)
-    transform = mean, invstd, weight, bias
-    _normalize(_plan(x3.shape, x3.dtype), x3, y3, transform, relu, residual3, relu_bits, mask)
+    mean, var, invstd = _finalize(moments, eps, form)
+    _normalize(
+        _plan(x3.shape, x3.dtype),
+        x3,
+        y3,
+        (mean, invstd, weight, bias),
+        relu,
+        residual3,
+        relu_bits,
+        mask,
+    )
+    if running is not None and moments.count:
+        update_running(*running, mean, var, moments.count, factor, batches)
     return mean, invstd
 
 
@@ -485,14 +497,18 @@ def local_forward(
     residual3: Data | None = None,
     relu_bits: Data | None = None,
     running: tuple[Data, Data] | None = None,
+    batches: Data = NO_COUNTER,
     factor: float = 0.0,
     mask: Data | None = None,
     count: int | None = None,
 ) -> tuple[PerChannel, PerChannel]:
     """The forward of one rank: :func:`batch_moments`, then as :func:`finish_forward`."""
     plan = _plan(x3.shape, x3.dtype)
-    mean, _, invstd = _finalize(_moments(plan, x3, mask), eps, running, factor, "local")
+    moments = _moments(plan, x3, mask)
+    mean, var, invstd = _finalize(moments, eps, "local")
     _normalize(plan, x3, y3, (mean, invstd, weight, bias), relu, residual3, relu_bits, mask)
+    if running is not None and moments[0]:
+        update_running(*running, mean, var, moments[0], factor, batches)
     return mean, invstd
 
 
@@ -516,8 +532,8 @@ def local_backward(
     source = dy3, x3, _affine(plan, transform, relu), relu, relu_bits, mask
     sum_dy, sum_dy_xmu, loaded = _reduce(plan, source)
     sums = sum_dy, sum_dy_xmu * invstd
-    _input(plan, source, dx3, dresidual3, invstd, sums if count else None, count, loaded)
-    _add_gradients(*sums, dweight, dbias)
+    outputs = dx3, dresidual3, dweight, dbias
+    _input(plan, source, outputs, invstd, sums if count else None, sums, count, loaded)
 
 
 def prepare_forward(

@@ -2,13 +2,12 @@
 
 Kernels on a device take C-contiguous arrays. Numba's loops take those that are aligned and
 writeable too, which is ``flags.carray``: any other array is another type to Numba, which would
-compile for seconds. Arrays of the layers are all right; the public primitives may pass on others.
+compile for seconds. So whoever calls a backend's function makes its arrays plain.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -17,7 +16,8 @@ import numpy as np
 from ..arrays import is_cupy
 
 _Result = TypeVar("_Result")
-is_plain = attrgetter("flags.carray")
+NO_COUNTER = np.zeros((), np.int64)
+"""Counts batches for nobody."""
 
 
 def plain(value: Any) -> Any:

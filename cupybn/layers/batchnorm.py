@@ -20,7 +20,6 @@ from ..forward_backward import (
     Bindings,
     Bound,
     Options,
-    Running,
     Saved,
     bind,
     call_name,
@@ -36,6 +35,8 @@ from .base import Layer
 _ASKED_WHEN_BINDING = frozenset(
     {"communicator", "label", "path", "_bind", "_call", "_check_input", "_factor", "_settings"}
 )
+
+_STATISTICS = "running_mean", "running_var", "num_batches_tracked"
 
 ARGUMENTS = """
     Args:
@@ -216,15 +217,17 @@ class BatchNorm(Layer):
         save_for_backward: bool | None = None,
     ) -> Array:
         y: Array
-        save = self.training if save_for_backward is None else save_for_backward
-        options: dict[str, Any] = {"out": out}
-        if self._wants_save:
-            options["save_for_backward"] = save
-        if mask is not None:
-            options["mask"] = mask
-        y, context = self.compute_forward(x, residual, **options)
+        own = self.__dict__
+        save = own["training"] if save_for_backward is None else save_for_backward
+        if self._wants_save and mask is None:
+            y, context = self.compute_forward(x, residual, out=out, save_for_backward=save)
+        else:
+            options: dict[str, Any] = {} if mask is None else {"mask": mask}
+            if self._wants_save:
+                options["save_for_backward"] = save
+            y, context = self.compute_forward(x, residual, out=out, **options)
         if save:
-            self.__dict__["saved"] = context
+            own["saved"] = context
         return y
 
     if TYPE_CHECKING:  # the keywords that :class:`Layer` hands on
@@ -243,28 +246,35 @@ class BatchNorm(Layer):
         out: ArrayLike | None = None,
         save_for_backward: bool = True,
     ) -> tuple[Any, Any]:
-        own = self.__dict__
-        bound: Bound | None = None
+        own: Any = self.__dict__
         key: Any = None
+        bound: Bound | None = None
         params, buffers, training = own["params"], own["buffers"], own["training"]
-        if self._binds and type(x) in by_type:
-            device = None if type(x) is np.ndarray else x.data.device_id
-            given = "weight" in params, "bias" in params, "running_mean" in buffers
-            mode = training, bool(save_for_backward), residual is None, own["_path"]
-            key = (type(x), x.shape, x.strides, x.dtype, device, mode, given)
-            bound = own["_bindings"].get(key)
-        arrays: dict[str, Any] = {"residual": residual, "mask": mask, "out": out}
+        running: Any = None
         if "running_mean" in buffers and (
             not training or (own["track_running_stats"] and self.observed is None)
         ):
-            arrays["running"] = Running(
-                buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+            running = (
+                buffers["running_mean"],
+                buffers["running_var"],
+                buffers["num_batches_tracked"],
             )
+        if self._binds and (kind := type(x)) in by_type:
+            key = (
+                *(kind, x.shape, x.strides, x.dtype, training, not save_for_backward, own["_path"]),
+                *(residual is None, running is None, "weight" in params, "bias" in params),
+            )
+            if kind is not np.ndarray:
+                key = *key, x.data.device_id
+            bound = own["_bindings"].get(key)
         if bound is None:
+            arrays = {"residual": residual, "mask": mask, "out": out, "running": running}
             return self._bind_and_run(key, x, save_for_backward, arrays)
         call = CollectiveCall(bound.comm, *bound.forward_call) if bound.ranks > 1 else None
         try:  # a `with` would be two frames more
-            return bound.forward(call, x, params, **arrays)
+            return bound.forward(
+                call, x, params, residual=residual, mask=mask, out=out, running=running
+            )
         except Exception as error:
             bound.leave(call, "forward", error)
             raise
@@ -289,15 +299,15 @@ class BatchNorm(Layer):
         return y, saved
 
     def _bind(self, x: Array, comm: Communicator, save: bool, arrays: dict[str, Any]) -> Bound:
-        updates = self.training and "running" in arrays
+        tracks = arrays["running"] is not None
         options = Options(
             eps=self.eps,
             activation=self.activation,
             affine=("weight" in self.params, "bias" in self.params),
             residual=arrays["residual"] is not None,
             save=save,
-            given=not self.training and "running" in arrays,
-            factor=self._factor() if updates else None,
+            given=not self.training and tracks,
+            factor=self._factor() if self.training and tracks else None,
             check_finite=self.check_finite and self.training,
             keep_moments=self.observed is not None,
             settings=self._settings() if comm.size > 1 else {},
@@ -333,14 +343,20 @@ class BatchNorm(Layer):
             with self._call("backward", self.communicator()):
                 raise TypeError(f"{self.label}: saved must be a context of this layer's forward")
         grads, bound = self.__dict__["grads"], context.bound
-        arrays = {"out": out, "dweight": grads.get("weight"), "dbias": grads.get("bias")}
         call = CollectiveCall(bound.comm, *bound.backward_call) if bound.ranks > 1 else None
         try:
-            dx, dresidual = bound.backward(call, dy, context, **arrays)
+            dx, dresidual = bound.backward(
+                call,
+                dy,
+                context,
+                out=out,
+                dweight=grads.get("weight"),
+                dbias=grads.get("bias"),
+            )
         except Exception as error:
             bound.leave(call, "backward", error)
             raise
-        return (dx, dresidual) if bound.options.residual else dx
+        return (dx, dresidual) if bound.residual else dx
 
     def leave_backward(self, error: Exception) -> bool:
         comm = self.communicator()

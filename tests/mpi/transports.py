@@ -1,4 +1,4 @@
-"""Device arrays through real MPI, with a stand-in for CuPy: ``transports.py CASE``."""
+"""Device arrays through real MPI, with a stand-in for CuPy: ``transports.py CASE...``."""
 
 import os
 import sys
@@ -222,4 +222,5 @@ cases = {
     "pinned": pinned, "device": device, "host": host, "lie": lie, "agreement": agreement,
     "layers": layers,
 }  # fmt: skip
-cases[sys.argv[1]]()
+for case in sys.argv[1:]:
+    cases[case]()

@@ -24,7 +24,7 @@ from ...arrays import DATA_TYPES, parameter_dtype
 from ...statistics import BackwardSums, Moments, Transform
 from .. import numpy as reference
 from ..numpy import Data, PerChannel
-from ..plain import call_plainly, copy_back, is_plain, plain
+from ..plain import NO_COUNTER
 from .plan import LINE, SHORT, bits_items, plan_for, repeated
 from .pool import spread
 
@@ -68,6 +68,9 @@ class _Bound(NamedTuple):
     Attributes:
         forward, backward: the kernels, with their items; on several threads where that pays.
         counts: values per channel of each segment.
+        single: whether there is one segment.
+        in_place: whether one kernel on one thread does a whole call. Nothing can interrupt it, so
+            it may write what has to change together. Others compute that in copies.
         seen: the dtype that the kernels see in place of a 16-bit one, or None.
         no_data, no_parameter: what stands for an absent array.
     """
@@ -75,6 +78,8 @@ class _Bound(NamedTuple):
     forward: Callable[..., None]
     backward: Callable[..., None]
     counts: Data
+    single: bool
+    in_place: bool
     seen: np.dtype[Any] | None
     no_data: Data
     no_parameter: Data
@@ -95,7 +100,16 @@ def _bound(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Bound:
 
     no_data, no_parameter = np.empty((0, 0, 0), seen or dtype), np.empty(0, parameter_dtype(dtype))
     forward, backward = on_threads(kernels.forward), on_threads(kernels.backward)
-    return _Bound(forward, backward, plan.counts, seen, no_data, no_parameter)
+    single = len(plan.counts) == 1
+    in_place = single and plan.threads == 1
+    return _Bound(forward, backward, plan.counts, single, in_place, seen, no_data, no_parameter)
+
+
+def _keep(running: tuple[Data, ...], moved: tuple[Data, ...], batches: Data) -> None:
+    """Writes moved running statistics, and one batch more."""
+    number = int(batches) + 1
+    # No call between these: Python checks for interrupts only at calls and jumps.
+    running[0][...], running[1][...], batches[...] = *moved, number
 
 
 def _positions(mask: Data, shape: tuple[int, int, int]) -> Data:
@@ -128,24 +142,20 @@ def batch_moments(
     ``m2 + count * mean**2``, or (C,) for the first of them alone.
     """
     message = _NO_NUMBERS if payload is None else payload
-    if not all(map(is_plain, (x3, message))):
-        options = {"payload": payload, "mask": mask, "count": count}
-        return call_plainly(batch_moments, ("payload",), x3=x3, **options)
     bound = _bound(x3.shape, x3.dtype)
     n, c, length = x3.shape
     segments, none = max(1, len(bound.counts)), bound.no_parameter
     mean, m2 = np.zeros(c * segments), np.zeros(c * segments)
     x3 = x3 if bound.seen is None else x3.view(bound.seen)
-    single = len(bound.counts) == 1
-    numbers = mean, m2, mean, m2, message if single else _NO_NUMBERS
+    numbers = mean, m2, mean, m2, message if bound.single else _NO_NUMBERS
     arrays = x3, x3, bound.no_data, none, none, none, none, *numbers
     counts, masked, total = bound.counts, _UNCOUNTED, n * length
     if mask is not None:
         counts, total = np.zeros(segments), count_valid(mask) if count is None else count
         masked = _positions(mask, x3.shape), counts, None
-    settings = _MOMENTS, 0, False, 0.0, float(total), 0.0
-    bound.forward(np.zeros(2, _INT64), *arrays, *settings, *masked)
-    if not single:
+    settings = _MOMENTS, 0, False, (0.0, float(total), 0.0)
+    bound.forward(np.zeros(2, _INT64), *arrays, *settings, *masked, NO_COUNTER)
+    if not bound.single:
         load().merge_moments(mean, m2, c, counts, message)
     return Moments(total, mean[:c], m2[:c])
 
@@ -162,12 +172,11 @@ def finalize_moments(
 
     `form` says what `moments.mean` and `moments.m2` hold; see ``backends/numpy.py``.
     """
-    first, second, states = plain((moments.mean, moments.m2, running))
+    count, first, second = moments
     mean, var, invstd = np.empty(first.size), np.empty(first.size), np.empty(first.size)
-    given = first, second, float(moments.count), float(eps), _FORMS[form]
-    written = mean, var, invstd, *(states or (_NO_STATE, _NO_STATE))
+    written = mean, var, invstd, *(running or (_NO_STATE, _NO_STATE))
+    given = first, second, float(count), float(eps), _FORMS[form]
     load().finalize_moments(*given, *written, float(factor))
-    copy_back(running, states)
     return mean, var, invstd
 
 
@@ -188,19 +197,16 @@ def normalize(
     out3 = np.empty(x3.shape, x3.dtype) if out3 is None else out3
     bound = _bound(x3.shape, x3.dtype)
     none, seen = bound.no_parameter, bound.no_data.dtype
-    given = out3, relu_bits
-    x3, residual3, out, relu_bits = plain((x3, residual3, out3, relu_bits))
-    mean, invstd, weight, bias = plain(transform)
+    mean, invstd, weight, bias = transform
     residual = bound.no_data if residual3 is None else residual3.view(seen)
     weight, bias = none if weight is None else weight, none if bias is None else bias
-    arrays = out.view(seen), x3.view(seen), residual, weight, bias, none, none
+    arrays = out3.view(seen), x3.view(seen), residual, weight, bias, none, none
     numbers = mean, invstd, mean, invstd, _NO_NUMBERS
     masked = _UNCOUNTED if mask is None else (_positions(mask, x3.shape), _NO_NUMBERS, None)
-    settings = _NORMALIZE, 0, relu, 0.0, 0.0, 0.0
-    bound.forward(np.zeros(2, _INT64), *arrays, *numbers, *settings, *masked)
+    settings = _NORMALIZE, 0, relu, (0.0, 0.0, 0.0)
+    bound.forward(np.zeros(2, _INT64), *arrays, *numbers, *settings, *masked, NO_COUNTER)
     if relu_bits is not None:
-        _pack_bits(out.view(seen), relu_bits)
-    copy_back(given, (out, relu_bits))
+        _pack_bits(arrays[0], relu_bits)
     return out3
 
 
@@ -224,20 +230,16 @@ def backward_reduce(
     mean, invstd, weight, bias = transform
     weight, bias = none if weight is None else weight, none if bias is None else bias
     arrays = dy3, x3, _NO_BITS if relu_bits is None else relu_bits, mean, invstd, weight, bias
-    if not all(map(is_plain, arrays)):
-        given = {"dy3": dy3, "x3": x3, "transform": transform, "relu": relu, "relu_bits": relu_bits}
-        return call_plainly(backward_reduce, ("payload",), **given, payload=payload, mask=mask)
     if bound.seen is not None:
         arrays = dy3.view(bound.seen), x3.view(bound.seen), *arrays[2:]
     c, segments = mean.size, max(1, len(bound.counts))
     sum_dy, sum_dy_xmu = np.zeros(c * segments), np.zeros(c * segments)
-    single = len(bound.counts) == 1
     sums = none, none, sum_dy, sum_dy_xmu, sum_dy, sum_dy_xmu
-    stages = _SUMS | _MERGE if single else _SUMS
+    stages = _SUMS | _MERGE if bound.single else _SUMS
     masked = _UNMASKED if mask is None else (_positions(mask, x3.shape), None)
     settings = stages, relu, 0.0, *masked
     bound.backward(np.zeros(2, _INT64), nothing, nothing, *arrays, *sums, *settings)
-    if not single:
+    if not bound.single:
         load().merge_sums(sum_dy, sum_dy_xmu, mean, none)
     if payload is not None:
         payload[:c], payload[c:] = sum_dy[:c], sum_dy_xmu[:c]
@@ -269,26 +271,22 @@ def backward_input(
     dresidual = bound.no_data if dresidual3 is None else dresidual3
     total = (mean, mean) if sums is None else (sums[0], sums[1])
     own = total if local is None else (local[0], local[1])
-    into = none if dweight is None else dweight, none if dbias is None else dbias
+    gradients = none if dweight is None else dweight, none if dbias is None else dbias
+    into = gradients if bound.in_place else (gradients[0].copy(), gradients[1].copy())
     arrays = dx3, dresidual, dy3, x3, bits, *coefficients, *into, *own, *total
-    if not all(map(is_plain, arrays)):
-        given: dict[str, Any] = {"dy3": dy3, "x3": x3, "transform": transform, "relu": relu}
-        given |= {"sums": sums, "count": count, "relu_bits": relu_bits, "local": local}
-        given |= {"out3": dx3, "dresidual3": dresidual3, "dweight": dweight, "dbias": dbias}
-        written = "dweight", "dbias", "dresidual3", "out3"
-        call_plainly(backward_input, written, **given, mask=mask)
-        return dx3
     if (seen := bound.seen) is not None:
         data = dx3.view(seen), dresidual.view(seen), dy3.view(seen), x3.view(seen)
         arrays = *data, *arrays[4:]
     divisor = 0.0 if sums is None else float(max(count, 1))
     stages = _INPUT
-    if local is not None and len(bound.counts) == 1:
+    if local is not None and bound.single:
         stages = _GRADIENTS | _INPUT
     elif local is not None:
         load().add_gradients(*into, *own, invstd)
     masked = _UNMASKED if mask is None else (_positions(mask, x3.shape), None)
     bound.backward(np.zeros(2, _INT64), *arrays, stages, relu, divisor, *masked)
+    if into is not gradients:
+        gradients[0][...], gradients[1][...] = into
     return dx3
 
 
@@ -308,6 +306,7 @@ def finish_forward(
     residual3: Data | None = None,
     relu_bits: Data | None = None,
     running: tuple[Data, Data] | None = None,
+    batches: Data = NO_COUNTER,
     factor: float = 0.0,
     mask: Data | None = None,
 ) -> tuple[PerChannel, PerChannel]:
@@ -316,31 +315,27 @@ def finish_forward(
     none, c = bound.no_parameter, x3.shape[1]
     weight, bias = none if weight is None else weight, none if bias is None else bias
     residual = bound.no_data if residual3 is None else residual3
-    running_mean, running_var = (none, none) if running is None else running
     arrays = y3, x3, residual, weight, bias
-    bits = _NO_BITS if relu_bits is None else relu_bits
-    others = running_mean, running_var, moments.mean, moments.m2, bits
-    if not all(map(is_plain, (*arrays, *others))):
-        moments = Moments(moments.count, plain(moments.mean), plain(moments.m2))
-        given: dict[str, Any] = {"moments": moments, "form": form, "x3": x3, "y3": y3, "eps": eps}
-        given |= {"weight": weight, "bias": bias, "running": running, "factor": factor}
-        given |= {"relu": relu, "residual3": residual3, "relu_bits": relu_bits, "mask": mask}
-        return call_plainly(finish_forward, ("y3", "relu_bits", "running"), **given)
     if (seen := bound.seen) is not None:
         arrays = y3.view(seen), x3.view(seen), residual.view(seen), weight, bias
+    states = running or (none, none)
+    in_place = bound.in_place and relu_bits is None
+    moved = states if in_place else (states[0].copy(), states[1].copy())
     mean, invstd, first, second = np.empty(c), np.empty(c), moments.mean, moments.m2
     pooled, turns = (first, second, _NO_NUMBERS), np.zeros(2, _INT64)
     numbers, stages = (float(eps), float(moments.count), float(factor)), _FINALIZE | _NORMALIZE
-    if len(bound.counts) != 1:
-        stages, written = _NORMALIZE, (mean, np.empty(c), invstd, running_mean, running_var)
+    if not bound.single:
+        stages, written = _NORMALIZE, (mean, np.empty(c), invstd, *moved)
         of_all = first, second, float(moments.count), float(eps), _FORMS[form]
         load().finalize_moments(*of_all, *written, float(factor))
-    states = running_mean, running_var, mean, invstd
     masked = _UNCOUNTED if mask is None else (_positions(mask, x3.shape), _NO_NUMBERS, None)
-    settings = stages, _FORMS[form], relu, *numbers
-    bound.forward(turns, *arrays, *states, *pooled, *settings, *masked)
+    settings = stages, _FORMS[form], relu, numbers
+    last = *masked, batches if in_place else NO_COUNTER
+    bound.forward(turns, *arrays, *moved, mean, invstd, *pooled, *settings, *last)
     if relu_bits is not None:
         _pack_bits(arrays[0], relu_bits)
+    if moved is not states:
+        _keep(states, moved, batches)
     return mean, invstd
 
 
@@ -355,6 +350,7 @@ def local_forward(
     residual3: Data | None = None,
     relu_bits: Data | None = None,
     running: tuple[Data, Data] | None = None,
+    batches: Data = NO_COUNTER,
     factor: float = 0.0,
     mask: Data | None = None,
     count: int | None = None,
@@ -365,40 +361,32 @@ def local_forward(
     """
     bound = _bound(x3.shape, x3.dtype)
     none, (n, c, length) = bound.no_parameter, x3.shape
+    if not bound.single:
+        moments = batch_moments(x3, mask=mask, count=count)
+        options: dict[str, Any] = {"running": running, "batches": batches, "factor": factor}
+        options |= {"relu": relu, "residual3": residual3, "relu_bits": relu_bits, "mask": mask}
+        return finish_forward(moments, "local", x3, y3, weight, bias, eps, **options)
     weight, bias = none if weight is None else weight, none if bias is None else bias
-    residual = bound.no_data if residual3 is None else residual3
-    running_mean, running_var = (none, none) if running is None else running
-    arrays = y3, x3, residual, weight, bias, running_mean, running_var
-    bits = _NO_BITS if relu_bits is None else relu_bits
-    if len(bound.counts) != 1 or not (bits.flags.carray and all(map(is_plain, arrays))):
-        return finish_forward(
-            batch_moments(x3, mask=mask, count=count),
-            "local",
-            x3,
-            y3,
-            weight,
-            bias,
-            eps,
-            relu=relu,
-            residual3=residual3,
-            relu_bits=relu_bits,
-            running=running,
-            factor=factor,
-            mask=mask,
-        )
+    residual, state = bound.no_data if residual3 is None else residual3, running or (none, none)
+    in_place = bound.in_place and relu_bits is None
+    moved = state if in_place else (state[0].copy(), state[1].copy())
+    arrays = y3, x3, residual
     if (seen := bound.seen) is not None:
-        arrays = y3.view(seen), x3.view(seen), residual.view(seen), *arrays[3:]
+        arrays = y3.view(seen), x3.view(seen), residual.view(seen)
     mean, invstd, turns = np.empty(c), np.empty(c), np.zeros(2, _INT64)
     masked, total = _UNCOUNTED, n * length
     if mask is not None:
         total = count_valid(mask) if count is None else count
         masked = _positions(mask, x3.shape), np.zeros(1), None
-    numbers = float(eps), float(total), float(factor)
-    moments = mean, invstd, _NO_NUMBERS  # m2, then invstd in its place
-    settings = _WHOLE_FORWARD, 0, relu, *numbers
-    bound.forward(turns, *arrays, mean, invstd, *moments, *settings, *masked)
+    # m2, then invstd in its place
+    numbers = *moved, mean, invstd, mean, invstd, _NO_NUMBERS
+    settings = _WHOLE_FORWARD, 0, relu, (float(eps), float(total), float(factor))
+    last = *masked, batches if in_place else NO_COUNTER
+    bound.forward(turns, *arrays, weight, bias, *numbers, *settings, *last)
     if relu_bits is not None:
         _pack_bits(arrays[0], relu_bits)
+    if moved is not state:
+        _keep(state, moved, batches)
     return mean, invstd
 
 
@@ -421,37 +409,29 @@ def local_backward(
     A count of 0: the statistics are constants.
     """
     bound = _bound(x3.shape, x3.dtype)
+    if not bound.single:
+        options: dict[str, Any] = {"relu": relu, "relu_bits": relu_bits, "mask": mask}
+        local = backward_reduce(dy3, x3, transform, **options)
+        options |= {"out3": dx3, "dresidual3": dresidual3, "dweight": dweight, "dbias": dbias}
+        options |= {"sums": local if count else None, "local": local, "count": count}
+        backward_input(dy3, x3, transform, **options)
+        return
     none, c = bound.no_parameter, x3.shape[1]
     mean, invstd, weight, bias = transform
     weight, bias = none if weight is None else weight, none if bias is None else bias
     gradients = none if dweight is None else dweight, none if dbias is None else dbias
+    into = gradients if bound.in_place else (gradients[0].copy(), gradients[1].copy())
     dresidual = bound.no_data if dresidual3 is None else dresidual3
-    bits = _NO_BITS if relu_bits is None else relu_bits
-    arrays = dx3, dresidual, dy3, x3, bits, mean, invstd, weight, bias, *gradients
-    if len(bound.counts) != 1 or not all(map(is_plain, arrays)):
-        local = backward_reduce(dy3, x3, transform, relu=relu, relu_bits=relu_bits, mask=mask)
-        backward_input(
-            dy3,
-            x3,
-            transform,
-            sums=local if count else None,
-            count=count,
-            relu=relu,
-            relu_bits=relu_bits,
-            out3=dx3,
-            dresidual3=dresidual3,
-            local=local,
-            dweight=dweight,
-            dbias=dbias,
-            mask=mask,
-        )
-        return
+    arrays = dx3, dresidual, dy3, x3
     if (seen := bound.seen) is not None:
-        data = dx3.view(seen), dresidual.view(seen), dy3.view(seen), x3.view(seen)
-        arrays = *data, *arrays[4:]
+        arrays = dx3.view(seen), dresidual.view(seen), dy3.view(seen), x3.view(seen)
+    bits = _NO_BITS if relu_bits is None else relu_bits
     sums, turns = (np.empty(c), np.empty(c)), np.zeros(2, _INT64)
+    numbers = bits, mean, invstd, weight, bias, *into, *sums, *sums
     masked = _UNMASKED if mask is None else (_positions(mask, x3.shape), None)
-    bound.backward(turns, *arrays, *sums, *sums, _WHOLE_BACKWARD, relu, float(count), *masked)
+    bound.backward(turns, *arrays, *numbers, _WHOLE_BACKWARD, relu, float(count), *masked)
+    if into is not gradients:
+        gradients[0][...], gradients[1][...] = into
 
 
 def _pack_bits(y: Data, relu_bits: Data) -> None:

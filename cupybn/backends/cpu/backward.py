@@ -1,6 +1,6 @@
-"""The kernel of the backward, as in ``forward.py``: the sums of a channel, and the gradient of x.
+"""The kernel of the backward, built as ``forward.py``: the sums of a channel, the gradient of x.
 
-Where a ReLU let y through is read from the relu_bits, or, where that is empty, found again from x.
+What passes a ReLU is read from `relu_bits`, or, if that is empty, recomputed from x.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ SUMS, MERGE, GRADIENTS, INPUT = 1, 2, 4, 8  # stages
 
 @shared
 def _apply_relu_grad(kept, dy, x, relu_bits, begin, size, relu, coefficients):
-    """dy where the ReLU let y through, else 0; dy and x begin at value `begin` of their arrays.
+    """Writes dy, with 0 where the ReLU stops it, to `kept`; dy and x are at offset `begin`.
 
-    `relu` is 0 for none, 1 where y is found again, 2 where `relu_bits` has it.
+    `relu` is 0 without a ReLU, 1 to recompute y from x, 2 to read `relu_bits`.
     """
     high, scale, shift, _, _ = coefficients
     bits = buffer(dy)
@@ -78,7 +78,7 @@ def _apply_relu_grad(kept, dy, x, relu_bits, begin, size, relu, coefficients):
 
 @summed
 def _sums(dy, x, size, high):
-    """The sums of dy and of dy * (x - high) of one run."""
+    """The sums of dy and of dy * (x - high) over one run."""
     total = zero(x)
     products = zero(x)
     for i in range(size):
@@ -89,7 +89,7 @@ def _sums(dy, x, size, high):
 
 @inside
 def _row_sums(sums, dy, x, relu_bits, item, a, b, relu, coefficients, kept):
-    """Into the sums of dy and of dy * xmu, at segment + c, about the high part of the mean."""
+    """Writes the sums of dy and dy * (x - high) to segment + c; high is the rounded mean."""
     sum_dy, sum_dy_xmu = sums
     segment, _, channels, length, _, _, n0, n1, l0, l1, _, _ = item
     for c in range(segment + a, segment + b):
@@ -112,7 +112,7 @@ def _row_sums(sums, dy, x, relu_bits, item, a, b, relu, coefficients, kept):
 
 @inside
 def _column_sums(sums, dy, x, relu_bits, item, relu, coefficients, kept):
-    """The same of columns."""
+    """As ``_row_sums``, for columns."""
     (sum_dy, sum_dy_xmu), high = sums, coefficients[0]
     segment, start, _, width, c0, c1, m0, m1, j0, j1, step, _ = item
     size = j1 - j0
@@ -178,7 +178,7 @@ def _masked_row_sums(sums, arrays, item, a, b, relu, coefficients, mask):
 
 @inside
 def _masked_column_sums(sums, arrays, item, relu, coefficients, channels, masked):
-    """As ``_column_sums``, over the valid positions. `kept` and `memory` are of four rows."""
+    """As ``_column_sums``, over the valid positions. `kept` and `memory` hold four rows."""
     (sum_dy, sum_dy_xmu), high = sums, coefficients[0]
     (dy, x, relu_bits, kept), (mask, memory) = arrays, masked
     segment, start, _, width, c0, c1, m0, m1, j0, j1, step, _ = item
@@ -227,7 +227,7 @@ def _masked(columns, sums, arrays, item, a, b, relu, coefficients, channels, mas
 
 @inside
 def _input_line(dx, i, d, v, constant, coefficients):
-    """The line at dx[i], from one of dy and one of x."""
+    """The line at dx[i], from a line d of dy and a line v of x."""
     high, scale, _, slope, offset = coefficients
     if not constant:
         d = added(affine(v, line(dx, high, i), line(dx, slope, i), d), line(dx, offset, i))
@@ -263,7 +263,7 @@ def _input_run(arrays, size, streaming, staged, fused, constant, coefficients, f
 
 @inside
 def _input(columns, arrays, item, a, b, relu, coefficients, more):
-    """The gradient of x, of the channels a to b of an item."""
+    """Writes the gradient of x, of the channels a to b of an item."""
     (dx, dresidual, dy, x), (constant, relu_bits, kept, (mask, valid)) = arrays, more
     _, start, channels, length, _, _, n0, n1, l0, l1, _, _ = item
     streaming, fused = streams(dx, l1 - l0), dresidual.size > 0
@@ -290,7 +290,7 @@ def _use_sums(stages, sum_dy, sum_dy_xmu, mean, invstd, weight, dweight, dbias, 
         add_some(dweight, dbias, sum_dy, sum_dy_xmu, invstd, a, b)
 
 
-# Gradients are of the sums, dx of the totals. A `count` of 0: the statistics are constants.
+# dweight and dbias come from this rank's sums, dx from the totals. `count` 0: constant statistics.
 @kernel
 def backward(
     helper,

@@ -10,7 +10,7 @@ from .intrinsics import buffer
 
 @inside
 def merge_one(mean, m2, c, count, other_count, other_mean, other_m2):
-    """Chan's formula, into mean[c] and m2[c]."""
+    """Merges other moments into mean[c] and m2[c], by Chan's formula."""
     delta = other_mean - mean[c]
     total = count + other_count
     mean[c] += delta * (other_count / total)
@@ -19,7 +19,7 @@ def merge_one(mean, m2, c, count, other_count, other_mean, other_m2):
 
 @inside
 def pack_moments(payload, mean, m2, count, channels, c0, c1):
-    """``count * mean`` and, where it is long enough, ``m2 + count * mean**2`` into `payload`."""
+    """Writes ``count * mean`` and, if it has room, ``m2 + count * mean**2`` to `payload`."""
     for c in range(c0, c1 if payload.size else c0):
         payload[c] = mean[c] * count
     for c in range(c0, c1 if payload.size > channels else c0):
@@ -28,7 +28,7 @@ def pack_moments(payload, mean, m2, count, channels, c0, c1):
 
 @kernel
 def merge_moments(mean, m2, channels, counts, payload):
-    """All segments into the first, in their order; then what goes into the message."""
+    """Merges all segments into the first, in their order, then packs the message."""
     count = 0.0
     for s in range(len(counts)):
         for c in range(channels if s > 0 and counts[s] > 0 else 0):
@@ -81,9 +81,9 @@ def finalize_moments(
 
 @inside
 def fill_affine(high, scale, shift, size, step, mean, invstd, weight, bias, c0, c1):
-    """High, scale and shift, as ``_Affine`` of ``backends/numpy.py``, of `size` columns.
+    """Writes high, scale and shift (see ``backends/numpy.py``) of `size` columns.
 
-    A channel has `step` columns side by side, and all channels are repeated to the end.
+    A channel has `step` adjacent columns; the channels repeat until the end.
     """
     j = 0
     while j < size:
@@ -98,7 +98,7 @@ def fill_affine(high, scale, shift, size, step, mean, invstd, weight, bias, c0, 
 
 @inside
 def fill_slope(high, slope, offset, size, step, mean, invstd, sums, count, c0, c1):
-    """Slope and offset of ``dx = ((x - high) * slope + dy + offset) * scale``, in the same way."""
+    """Likewise slope and offset of ``dx = ((x - high) * slope + dy + offset) * scale``."""
     sum_dy, sum_dy_xmu = sums
     j = 0
     while j < size:
@@ -112,9 +112,9 @@ def fill_slope(high, slope, offset, size, step, mean, invstd, sums, count, c0, c
 
 @inside
 def merge_segments(sum_dy, sum_dy_xmu, mean, parameter, c0, c1):
-    """All segments into the first, in their order; then about the mean, not its high part.
+    """Adds all segments into the first, in their order, then recentres from high to the mean.
 
-    `parameter` is an array of the dtype of the arithmetic.
+    `parameter` is any array of the dtype of the arithmetic.
     """
     high = buffer(parameter)
     for c in range(c0, c1):
@@ -132,7 +132,7 @@ def merge_sums(sum_dy, sum_dy_xmu, mean, parameter):
 
 @inside
 def add_some(dweight, dbias, sum_dy, sum_dy_xmu, invstd, c0, c1):
-    """Adds the gradients of the channels c0 to c1."""
+    """Adds to the gradients of the channels c0 to c1."""
     for c in range(c0, c1):
         if dweight.size:
             dweight[c] += sum_dy_xmu[c] * invstd[c]

@@ -1,11 +1,11 @@
 """How the loops are compiled: Numba's options, and the cache on disk that outlives a process.
 
-Numba compiles a kernel for a dtype when it is first called, and keeps the result beside this
+Numba compiles a kernel when it is first called for a dtype, and stores the result beside this
 package, or in ``NUMBA_CACHE_DIR``. Numba's own index trusts what it reads, and looks for changes
-only in the one file that the kernel is in. A kernel here is made of functions from several files,
-and truncated or altered machine code would end the process. So each signature has a file of its
-own, which begins with a digest of its content and of all that it was made of. A file that cannot
-be read or written only costs time: the kernel is compiled again.
+only in the file that defines the kernel. Kernels here consist of functions from several files, and
+damaged machine code would crash the process. So each signature has a file of its own, which begins
+with a digest of its content and of everything it was compiled from. A file that cannot be read or
+written only costs time: the kernel is compiled again.
 """
 
 from __future__ import annotations
@@ -28,38 +28,38 @@ from ...launcher import local_rank
 if numba.config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
-# Only sums may be reassociated, to become vector loops (`plus` of ``intrinsics.py``). Differences
+# Only sums may be reassociated, so that they vectorize (`plus` in ``intrinsics.py``). Differences
 # from a pivot or mean are computed as written, and values may be NaN or Inf.
 _options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
-_NAMES = {dtype.bits: name for name, dtype in DATA_TYPES.items()}  # of those Numba sees as bits
+_NAMES = {dtype.bits: name for name, dtype in DATA_TYPES.items()}  # those that Numba sees as bits
 _kernels: list[Any] = []
 announced: set[str] = set()
-"""Names of the dtypes whose compiling the user was told of."""
-_warned = False  # whether the warning that nothing can be kept was given
+"""Names of the dtypes whose compilation was announced."""
+_warned = False  # whether the user was warned that the cache cannot be written
 
 inside = numba.njit(inline="always", **_options)
-"""For functions of kernels: their statements become the kernel's, which is compiled as one."""
+"""For functions that are inlined into a kernel and compiled with it."""
 
 
 shared = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_options)
-"""For functions that kernels call in several places: compiled once, as a function."""
+"""For functions that kernels call in several places: compiled once, not inlined."""
 
 summed = numba.njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_options)
 
 
 def kernel(function):
-    """A loop that Python calls. Compiled for the types of its arguments, once, and kept on disk."""
+    """Decorates a loop that Python calls: compiled once per signature, and cached on disk."""
     made = numba.njit(**_options)(function)
     try:
         made._cache = _Cache(function)
-    except (RuntimeError, OSError):  # no folder to keep it in
+    except (RuntimeError, OSError):  # no folder for the cache
         made._cache = _Nowhere()
     _kernels.append(made)
     return made
 
 
 def compiled() -> int:
-    """How many kernels this process has compiled, as opposed to read from disk."""
+    """The number of kernels that this process compiled and did not read from disk."""
     return sum(sum(made.stats.cache_misses.values()) for made in _kernels)
 
 
@@ -69,7 +69,7 @@ def folder() -> str:
 
 
 def _digest() -> bytes:
-    """The digest of all that kernels are made of: every file of the package, and the compilers."""
+    """The digest of what kernels are compiled from: the files here, the compilers' versions."""
     found = sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         found.update(path.read_bytes())
@@ -77,7 +77,7 @@ def _digest() -> bytes:
 
 
 class _Files(IndexDataCacheFile):  # type: ignore[misc]
-    """A file for each signature and kind of processor; a damaged one counts as absent."""
+    """One file per signature and type of processor; a damaged file counts as absent."""
 
     def __init__(self, cache_path, filename_base, source_stamp):
         super().__init__(cache_path, filename_base, source_stamp)
@@ -140,7 +140,7 @@ class _Nowhere(NullCache):  # type: ignore[misc]
 
 
 def _announce(sig: Any, kept: str) -> None:
-    """One line on stderr for each dtype, from one rank of a machine, before the long kernels."""
+    """Prints one line per dtype on stderr, on one rank per machine, before kernels compile."""
     for kind in sig:
         if not isinstance(kind, types.Array) or kind.ndim != 3:
             continue

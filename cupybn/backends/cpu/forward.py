@@ -1,7 +1,7 @@
 """The kernels of the forward. Each call takes work items until none is left.
 
-A kernel does the stages it is asked for. Where a work item has all values of its channels, it does
-all of them at once, and the second reading of x finds the values in the cache.
+A kernel runs the stages that the caller names. If a work item has all values of its channels, one
+call runs all stages, and the second pass over x reads from the cache.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from .masked import (
 from .moments import column_moments, row_moments
 from .plan import WIDE
 
-STREAMED = 1 << 23  # bytes of an output that goes past the caches, in runs of at least
-STREAMED_RUN = 1 << 9  # bytes
+STREAMED = 1 << 23  # least bytes of an output that is streamed past the caches,
+STREAMED_RUN = 1 << 9  # and of each of its runs
 MOMENTS, FINALIZE, NORMALIZE = 1, 2, 4  # stages
 
 
@@ -53,14 +53,14 @@ def streams(y, run):
 
 @inside
 def whole_lines(y, size, streaming):
-    """Where the cache lines begin and end that y[0] to y[size] fill."""
+    """(begin, end) of the whole lines in y[:size]; if `streaming`, they begin a cache line."""
     head = min(size, unaligned(y)) if streaming else 0
     return head, head + (size - head) // lanes(y) * lanes(y)
 
 
 @inside
 def _normalized(y, i, z, r, fused, relu, coefficients, valid, at):
-    """The line at y[i], from one of x and one of the residual, and the mask at position `at`."""
+    """The line at y[i], from a line z of x, a line r of the residual, and the mask at `at`."""
     high, scale, shift = coefficients
     z = affine(z, line(y, high, i), line(y, scale, i), line(y, shift, i))
     if fused:
@@ -82,7 +82,7 @@ def _normalize_run(y, x, residual, size, streaming, fused, relu, coefficients, f
         at = next_place(valid, at, lanes(y), period)
     i = head - lanes(y) if head > 0 else last
     at_edge = before if head > 0 else at
-    while i < size:  # what is no whole line
+    while i < size:  # the ends, which are no whole lines
         z = part(y, x, i, size)
         r = part(y, residual, i, size) if fused else z
         z = _normalized(y, i, z, r, fused, relu, coefficients, valid, at_edge)
@@ -92,7 +92,7 @@ def _normalize_run(y, x, residual, size, streaming, fused, relu, coefficients, f
 
 @inside
 def _normalize(columns, arrays, item, a, b, relu, coefficients, masked):
-    """y of the channels a to b of an item."""
+    """Writes y of the channels a to b of an item."""
     (y, x, residual), (mask, valid) = arrays, masked
     _, start, channels, length, _, _, n0, n1, l0, l1, _, _ = item
     streaming, fused = streams(y, l1 - l0), residual.size > 0
@@ -107,9 +107,9 @@ def _normalize(columns, arrays, item, a, b, relu, coefficients, masked):
                 _normalize_run(there, v, r, size, streaming, fused, relu, of, found)
 
 
-# `columns` is None for items of rows. `first` and `second` are the moments, as `form` says.
-# `mask` and `counts`, which takes the valid values of each segment, are None, or `unmasked` is.
-# Numba leaves out what is under the `is not None` of a None: a kernel has the code of its case.
+# `columns` is None for items of rows. `form` says which moments `first` and `second` are. Without a
+# mask, `mask` and `counts` (valid values per segment, written here) are None; with one, `unmasked`
+# is. Numba omits branches that a None decides: each compiled kernel has the code of one case.
 @kernel
 def forward(
     helper,
@@ -131,12 +131,11 @@ def forward(
     stages,
     form,
     relu,
-    eps,
-    count,
-    factor,
+    numbers,
     mask,
     counts,
     unmasked,
+    batches,
 ):
     given = y, x, residual, weight, bias, running_mean, running_var, mean, invstd
     taking, lent = enter(turns, helper, (*given, first, second, payload, mask, counts))
@@ -144,6 +143,7 @@ def forward(
     first, second, payload, positions, counts = lent[9], lent[10], lent[11], lent[12], lent[13]
     masked = strided(positions, x), byte_buffers(x, mask)
     high, scale, shift, var = buffer(x), buffer(x), buffer(x), double_buffer(x)
+    eps, count, factor = numbers
     at = take(turns) if taking else len(items)
     while at < len(items):
         _, start, _, _, c0, c1, _, _, l0, l1, step, group = item = items[at]
@@ -151,16 +151,15 @@ def forward(
             b = min(a + group, c1)
             if stages & MOMENTS:
                 if mask is not None:
-                    values, numbers = pointer(x, 0), (x.shape[1], masked[0], counts)
-                    masked_moments(columns, values, first, second, item, a, b, *numbers)
+                    values, more = pointer(x, 0), (x.shape[1], masked[0], counts)
+                    masked_moments(columns, values, first, second, item, a, b, *more)
                 if unmasked is None:
                     pass
                 elif columns is None:
                     row_moments(pointer(x, 0), first, second, item, a, b)
                 else:
                     column_moments(pointer(x, start + l0), first, second, item)
-                if payload.size:
-                    pack_moments(payload, first, second, count, second.size, a, b)
+                pack_moments(payload, first, second, count, second.size, a, b)
             if stages & FINALIZE:
                 states = mean, moved(var, -a), invstd, running_mean, running_var
                 finalize(first, second, count, eps, form, *states, factor, a, b)
@@ -171,11 +170,12 @@ def forward(
                 _normalize(columns, (y, x, residual), item, a, b, relu, of, masked)
         at = take(turns)
     leave(turns, helper)
+    batches[()] += not helper
 
 
 @kernel
 def pack_bits(helper, items, turns, y, relu_bits):
-    """One bit for each y above 0, into the bytes of each item, as ``np.packbits``."""
+    """Writes the bits of y > 0 into the bytes of each item, as ``np.packbits`` does."""
     taking, (array, relu_bits) = enter(turns, helper, (y, relu_bits))
     size, y = array.size, pointer(array, 0)
     at = take(turns) if taking else len(items)

@@ -1,10 +1,10 @@
-"""What the loops are made of that Numba does not offer: pointers, 16-bit numbers, cache lines.
+"""Building blocks of the loops that Numba lacks: pointers, 16-bit numbers, vectors ("lines").
 
-Inside the loops arrays are pointers: Numba would count references for every run, and check every
-index for its sign. float16 is seen as int16 and bfloat16 as uint16, because Numba has neither on
-the CPU; ``load`` and ``line`` read them in the dtype of the arithmetic. The functions of values
-take one number or a cache line of them; a loop over lines needs no proof that its arrays lie apart,
-so it may write over what it reads.
+Inside the loops arrays are pointers: with arrays, Numba would count references for every run and
+test every index for its sign. The loops see float16 as int16 and bfloat16 as uint16, because Numba
+has neither on the CPU; ``load`` and ``line`` convert them to the dtype of the arithmetic. The
+functions of arithmetic take numbers or lines; a line has as many values as a cache line. A loop
+over lines may overwrite its input, because it needs no proof that arrays do not overlap.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from numba.extending import intrinsic, models, register_model
 from .compiler import inside
 from .plan import LINE, TURNS, WIDE
 
-BUFFER = WIDE + LINE  # values from a buffer to the next
-_ONE_BYTE = ir.IntType(32)(1)  # an alignment
+BUFFER = WIDE + LINE  # values from one buffer to the next
+_ONE_BYTE = ir.IntType(32)(1)  # the alignment of masked accesses
 
 
 def _arithmetic(dtype):
@@ -33,7 +33,7 @@ def _arithmetic(dtype):
 
 @intrinsic
 def pointer(_, array, i):
-    """To value i. The array must be an argument of the kernel: those live long enough."""
+    """A pointer to array[i]. The array must be an argument of the kernel, to live long enough."""
 
     def code(context, builder, signature, arguments):
         data = context.make_array(array)(context, builder, arguments[0]).data
@@ -44,9 +44,9 @@ def pointer(_, array, i):
 
 @intrinsic
 def strided(_, mask, x):
-    """The pointer to a mask's bytes, and how many there are for each sample of x; of None, None.
+    """(A pointer to a mask's bytes, the number of bytes per sample of x); of None, None.
 
-    Before and behind the bytes the array has another line.
+    The array has one more line before the bytes, and one after them.
     """
     if mask is types.none:
         return types.none(mask, x), lambda context, *_: context.get_dummy_value()
@@ -69,7 +69,7 @@ def strided(_, mask, x):
 
 @intrinsic
 def moved(_, x, i):
-    """The pointer to x[i]."""
+    """A pointer to x[i]; x is a pointer."""
 
     def code(context, builder, signature, arguments):
         return builder.gep(arguments[0], [arguments[1]])
@@ -79,7 +79,7 @@ def moved(_, x, i):
 
 @intrinsic
 def of_channel(_, columns, coefficients, c):
-    """Of rows, where `columns` is None, what each points to for channel c; else the pointers."""
+    """For rows (`columns` is None) the coefficients of channel c; for columns the pointers."""
     result = coefficients
     if columns is types.none:
         result = types.UniTuple(coefficients.dtype.dtype, coefficients.count)
@@ -105,19 +105,19 @@ def _on_the_stack(dtype, x, size=WIDE + LINE):
 
 @intrinsic
 def buffer(_, x):
-    """To WIDE values in the dtype of the arithmetic on x, on the stack; a line has room around."""
+    """A pointer to WIDE values of x's arithmetic, on the stack; lines may overhang both ends."""
     return _on_the_stack(_arithmetic(x.dtype), x)
 
 
 @intrinsic
 def double_buffer(_, x):
-    """The same in float64."""
+    """As :func:`buffer`, in float64."""
     return _on_the_stack(types.float64, x)
 
 
 @intrinsic
 def buffers(_, x, mask):
-    """As :func:`buffer`; with a mask four of them, each BUFFER values behind the one before."""
+    """As :func:`buffer`; with a mask four of them, BUFFER values apart."""
     number = 1 if mask is types.none else 4
     result, code = _on_the_stack(_arithmetic(x.dtype), x, number * BUFFER)
     return result.return_type(x, mask), code
@@ -125,7 +125,7 @@ def buffers(_, x, mask):
 
 @intrinsic
 def byte_buffers(_, x, mask):
-    """Four buffers of what a mask is made of; None where there is none."""
+    """Four buffers of the dtype of a mask, BUFFER values apart; None without a mask."""
     if mask is types.none:
         return types.none(x, mask), lambda context, *_: context.get_dummy_value()
     result, code = _on_the_stack(mask.dtype, x, 4 * BUFFER)
@@ -134,7 +134,7 @@ def byte_buffers(_, x, mask):
 
 @intrinsic
 def index_buffer(_, x):
-    """To WIDE integers on the stack."""
+    """As :func:`buffer`, of integers."""
     return _on_the_stack(types.intp, x)
 
 
@@ -154,13 +154,13 @@ _add_in_order, _add_in_any = _add("seq_cst"), _add("monotonic")
 _let_others_run = types.ExternalFunction(
     "SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32()
 )
-_CALLER, _HELPER = 1, 2  # what those inside add to turns[1]
-_NUMBERS = 2  # of turns, before the arrays that are lent
+_CALLER, _HELPER = 1, 2  # what each thread inside a kernel adds to turns[1]
+_NUMBERS = 2  # of turns: counters, before the lent arrays
 
 
 @intrinsic
 def fence(_):
-    """Has all that was streamed seen by other threads before what comes next."""
+    """Makes streaming stores visible to other threads before what follows."""
 
     def code(context, builder, signature, arguments):
         builder.fence("seq_cst")
@@ -171,13 +171,13 @@ def fence(_):
 
 @inside
 def take(turns):
-    """The next number, from 0: turns[0], which is one more for the next thread that asks."""
+    """Returns turns[0], the index of the next work item, and increments it."""
     return _add_in_any(turns, 0, 1)
 
 
 @intrinsic
 def _lend(_, turns, arrays):
-    """Writes the arrays, as Numba has them, behind the numbers of `turns`."""
+    """Writes the arrays, as Numba represents them, after the counters of `turns`."""
 
     def code(context, builder, signature, arguments):
         there = _behind_numbers(context, builder, turns, *arguments)
@@ -189,7 +189,7 @@ def _lend(_, turns, arrays):
 
 @intrinsic
 def _borrow(_, turns, arrays):
-    """The arrays that were lent, in place of `arrays`."""
+    """The lent arrays, of the types of `arrays`."""
 
     def code(context, builder, signature, arguments):
         return builder.load(_behind_numbers(context, builder, turns, *arguments))
@@ -205,7 +205,7 @@ def _behind_numbers(context, builder, turns, given, arrays):
 
 
 def _unowned(context, builder, kinds, arrays):
-    """The tuple of arrays, or None, without what Numba counts references by."""
+    """The tuple of arrays and None, without what Numba needs to count references."""
     made = []
     for kind, value in zip(kinds, cgutils.unpack_tuple(builder, arrays), strict=True):
         if kind is types.none:
@@ -220,9 +220,9 @@ def _unowned(context, builder, kinds, arrays):
 
 @inside
 def enter(turns, helper, arrays):
-    """(whether to take items, of which arrays): a helper may while its caller is inside.
+    """(whether to take work items, the arrays): a helper may take items while its caller is inside.
 
-    The caller's `arrays` are lent to helpers, which come with empty ones of the same types.
+    Helpers pass empty arrays of the same types and get those that the caller lends.
     """
     if not helper and turns.size > _NUMBERS:
         _lend(turns, arrays)
@@ -233,7 +233,7 @@ def enter(turns, helper, arrays):
 
 @inside
 def leave(turns, helper):
-    """The caller waits here until every helper has left. All that was streamed is seen then."""
+    """The caller waits here until every helper has left. Streaming stores are visible then."""
     fence()
     _add_in_order(turns, 1, -_HELPER if helper else -_CALLER)
     while not helper and _add_in_order(turns, 1, 0) != 0:
@@ -251,7 +251,7 @@ def zero(_, x):
 
 
 def _like(kind, element):
-    """The LLVM type of as many elements as `kind` has: a vector, or one number."""
+    """The LLVM type with as many elements as `kind`: a vector, or one number."""
     return ir.VectorType(element, kind.count) if isinstance(kind, ir.VectorType) else element
 
 
@@ -260,7 +260,7 @@ def _constant(kind, value):
 
 
 def _widened(builder, dtype, values):
-    """A number or a vector of `dtype`, as the loops see it, in the dtype of the arithmetic."""
+    """Converts a number or a vector of `dtype` to the dtype of the arithmetic."""
     kind = values.type
     if dtype == types.int16:
         half = builder.bitcast(values, _like(kind, ir.HalfType()))
@@ -273,7 +273,7 @@ def _widened(builder, dtype, values):
 
 
 def _narrowed(builder, dtype, values):
-    """The way back, rounded to nearest, ties to even."""
+    """Converts back, rounded to nearest, ties to even."""
     kind = values.type
     if dtype == types.int16:
         half = builder.fptrunc(values, _like(kind, ir.HalfType()))
@@ -283,7 +283,7 @@ def _narrowed(builder, dtype, values):
         bits = builder.bitcast(values, word)
         odd = builder.and_(builder.lshr(bits, _constant(word, 16)), _constant(word, 1))
         rounded = builder.add(bits, builder.add(odd, _constant(word, 0x7FFF)))
-        quiet = builder.or_(bits, _constant(word, 0x400000))  # NaN rounded up could be Inf or 0
+        quiet = builder.or_(bits, _constant(word, 0x400000))  # a NaN rounded up could be Inf or 0
         nan = builder.fcmp_unordered("uno", values, values)
         kept = builder.lshr(builder.select(nan, quiet, rounded), _constant(word, 16))
         return builder.trunc(kept, _like(kind, ir.IntType(16)))
@@ -292,7 +292,7 @@ def _narrowed(builder, dtype, values):
 
 @intrinsic
 def load(_, x, i):
-    """x[i] in the dtype of the arithmetic; of a number, itself."""
+    """x[i] in the dtype of the arithmetic; x itself if it is a number."""
     if not isinstance(x, types.CPointer):
         return x(x, types.intp), lambda context, builder, signature, arguments: arguments[0]
     dtype = x.dtype
@@ -308,7 +308,7 @@ def load(_, x, i):
 
 
 class _Line(types.Type):  # type: ignore[misc]
-    """As many values as a cache line of `y` has, in the dtype of the arithmetic."""
+    """A vector of as many values as a cache line of `y` has, in the dtype of the arithmetic."""
 
     def __init__(self, y):
         self.element = _arithmetic(y.dtype)
@@ -325,14 +325,14 @@ class _LineModel(models.PrimitiveModel):  # type: ignore[misc]
 
 @intrinsic
 def lanes(_, y):
-    """Values in a cache line."""
+    """The number of values of y in a cache line."""
     number = LINE * 8 // y.dtype.bitwidth
     return types.intp(y), lambda context, *_: context.get_constant(types.intp, number)
 
 
 @intrinsic
 def unaligned(_, y):
-    """Values from y to the next cache line."""
+    """The number of values from y to the next cache line."""
     bytes_each = y.dtype.bitwidth // 8
 
     def code(context, builder, signature, arguments):
@@ -346,7 +346,7 @@ def unaligned(_, y):
 
 @intrinsic
 def line(_, y, values, i):
-    """values[i] and what follows, as many as a line of y has; of a number, itself as often."""
+    """As many values from values[i] on as a line of y has; a number fills the line."""
     found = _Line(y)
 
     def code(context, builder, signature, arguments):
@@ -366,7 +366,7 @@ def line(_, y, values, i):
 
 @intrinsic
 def store_line(_, y, i, values, streaming):
-    """The line at y[i]; past the caches if `streaming`, where y[i] begins a cache line."""
+    """Stores a line at y[i]; if `streaming`, past the caches: y[i] must begin a cache line."""
     dtype = y.dtype
 
     def code(context, builder, signature, arguments):
@@ -386,7 +386,7 @@ def store_line(_, y, i, values, streaming):
 
 
 def _inside(builder, i, size, count):
-    """The mask of those of `count` places from i on that are at least 0 and below `size`."""
+    """Which of `count` places from i on are at least 0 and below `size`: a vector of booleans."""
     kind, word = ir.VectorType(i.type, count), ir.IntType(32)
 
     def every(number):
@@ -398,7 +398,7 @@ def _inside(builder, i, size, count):
 
 
 def _masked(builder, what, dtype, vector, arguments):
-    """LLVM's masked load or store of a vector of `dtype`, which touches no other byte."""
+    """LLVM's masked load or store of a vector of `dtype`: masked bytes are not accessed."""
     kind = f"{'f' if isinstance(dtype, types.Float) else 'i'}{dtype.bitwidth}"
     result = vector if what == "load" else ir.VoidType()
     called = ir.FunctionType(result, [argument.type for argument in arguments])
@@ -410,7 +410,7 @@ def _masked(builder, what, dtype, vector, arguments):
 
 @intrinsic
 def part(_, y, values, i, size):
-    """``line(y, values, i)``, of which only what is in values[0] to values[size] is read."""
+    """``line(y, values, i)``, which reads only values[:size]; other elements are 0."""
     found = _Line(y)
     dtype = values.dtype
 
@@ -427,7 +427,7 @@ def part(_, y, values, i, size):
 
 @intrinsic
 def store_part(_, y, i, values, size):
-    """The line at y[i], but for what is not in y[0] to y[size]."""
+    """Stores a line at y[i], but only what lies in y[:size]."""
     dtype = y.dtype
 
     def code(context, builder, signature, arguments):
@@ -443,11 +443,11 @@ def store_part(_, y, i, values, size):
 
 # ---- arithmetic on numbers and lines -------------------------------------------------------------
 
-_CONTRACT = ("contract",)  # a product and a sum may become one instruction, as in all the loops
+_CONTRACT = ("contract",)  # a product and a sum may be fused, as in all the loops
 
 
 def _operation(emit):
-    """An intrinsic that takes numbers or lines, all of one type, and returns one more."""
+    """An intrinsic that takes numbers or lines, all of one type, and returns one of that type."""
 
     def operation(_, *values):
         def code(context, builder, signature, arguments):
@@ -455,7 +455,7 @@ def _operation(emit):
 
         return values[0](*values[:1] * len(values)), code
 
-    vars(operation)["__signature__"] = inspect.signature(emit)  # Numba asks how many there are
+    vars(operation)["__signature__"] = inspect.signature(emit)  # Numba counts the parameters
     return intrinsic(operation)
 
 
@@ -478,14 +478,14 @@ def _where_positive(builder, a, b):
     return builder.select(builder.fcmp_ordered(">", a, zeros), b, zeros)
 
 
-_BITS, _BYTES = types.CPointer(types.int8), types.CPointer(types.uint8)  # of a mask
+_BITS, _BYTES = types.CPointer(types.int8), types.CPointer(types.uint8)  # masks
 
 
 @intrinsic
 def positions(_, valid, i):
-    """(a mask for ``where_valid``, the place in it of position i).
+    """(the mask that ``where_valid`` takes, the place of position i in it).
 
-    Of bits, a tuple: the pointer, and by how many bits the places before i, multiples of 8 off.
+    A mask of bits becomes (pointer to i's byte, bit of i in it); places are multiples of 8.
     """
     if valid != _BITS:
         kinds = types.Tuple((valid, types.intp))
@@ -506,13 +506,13 @@ def positions(_, valid, i):
 
 @intrinsic
 def next_place(_, valid, at, step, period):
-    """Where in a mask the next `step` columns begin: bytes repeat after `period`, bits do not."""
+    """The place in a mask `step` columns further. Bytes repeat after `period`, bits do not."""
 
     def code(context, builder, signature, arguments):
         place = builder.add(arguments[1], arguments[2])
         if signature.args[0] != _BYTES:
             return place
-        again = builder.sub(place, arguments[3])  # unsigned, the larger before that
+        again = builder.sub(place, arguments[3])  # if negative, the larger as an unsigned number
         return builder.select(builder.icmp_unsigned("<", place, again), place, again)
 
     return types.intp(valid, types.intp, types.intp, types.intp), code
@@ -526,7 +526,7 @@ def _bytes_of(builder, mask, i, count):
 
 
 def _bits_of(builder, mask, i, count):
-    """Whether each of `count` bits is 1 from place i on, a multiple of 8, of what is shifted."""
+    """Whether each of `count` bits from place i on, a multiple of 8, is 1: see ``positions``."""
     (bits, shift), word = cgutils.unpack_tuple(builder, mask), ir.IntType(2 * count)
     there = builder.gep(bits, [builder.ashr(i, i.type(3))])
     found = builder.load(builder.bitcast(there, word.as_pointer()), align=1)
@@ -537,7 +537,7 @@ def _bits_of(builder, mask, i, count):
 
 @intrinsic
 def where_valid(_, valid, i, z):
-    """z, a line, where the positions from place i on are valid, else 0; z itself where it is None.
+    """The line z, with 0 where positions from place i on are masked; z if `valid` is None.
 
     See ``positions``.
     """
@@ -555,7 +555,7 @@ def where_valid(_, valid, i, z):
 
 @intrinsic
 def where_inside(_, i, size, z):
-    """z, a line, but for what is not in the places 0 to `size` if it begins at place i; else 0."""
+    """The line z, which begins at place i, with 0 for places below 0 or from `size` on."""
 
     def code(context, builder, signature, arguments):
         index, size, values = arguments
@@ -567,7 +567,7 @@ def where_inside(_, i, size, z):
 
 @intrinsic
 def valid_of(_, mask, i):
-    """Which of LINE positions are valid, from i on, a multiple of LINE: of an integer the bits."""
+    """Which of the LINE positions from i on are valid, as bits; i is a multiple of LINE."""
 
     def code(context, builder, signature, arguments):
         (given, index), word = arguments, ir.IntType(LINE)
@@ -581,13 +581,13 @@ def valid_of(_, mask, i):
 
 @intrinsic
 def ones(_, word):
-    """How many bits of an integer are 1."""
+    """The number of bits of an integer that are 1."""
     return types.int64(word), lambda context, builder, _, given: builder.ctpop(given[0])
 
 
 @intrinsic
 def total_of(_, z):
-    """The sum of a line, a number."""
+    """The sum of the values of a line."""
 
     def code(context, builder, signature, arguments):
         kind = arguments[0].type
@@ -601,13 +601,13 @@ def total_of(_, z):
 
 
 plus = _operation(_plus)
-"""``total + value``, in any order with the other terms of the sum."""
+"""``total + value``; the terms of a sum may be added in any order."""
 minus = _operation(lambda builder, a, b: builder.fsub(a, b, flags=_CONTRACT))
 added = _operation(lambda builder, a, b: builder.fadd(a, b, flags=_CONTRACT))
 times = _operation(lambda builder, a, b: builder.fmul(a, b, flags=_CONTRACT))
 affine = _operation(_affine)
 """``(x - high) * scale + shift``."""
 rectified = _operation(_rectified)
-"""0 where a is below 0."""
+"""a, or 0 where a is below 0."""
 where_positive = _operation(_where_positive)
 """b where a is above 0, else 0."""

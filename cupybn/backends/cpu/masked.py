@@ -1,12 +1,11 @@
-"""The loops of moments and of sums over the valid positions alone, and what all masked loops need.
+"""Moments and sums over the valid positions only, and what all masked loops need.
 
-A mask is a pointer, and how many bytes there are from one sample to the next; a line before and one
-behind may be read, too. Rows have a bit a position, the first in the lowest one, all samples one
-behind the other: eight positions a byte, so that the bits of many rows stay in L1. Columns have a
-byte a position, nonzero where it is valid, and are read a line at a time, each beside as many
-bytes. The bytes of a sample repeat with each channel; where a row of columns is one sample, they
-come repeated already (``repeated`` of ``plan.py``). Sums leave out rows of columns that are masked
-altogether.
+A mask is a pointer and the number of bytes from one sample to the next; one more line before it and
+one after it may be read. Rows use one bit per position, lowest bit first, with the samples one
+after the other: at eight positions per byte, the bits of many rows stay in L1. Columns use one byte
+per position, nonzero if it is valid, and each line of values is read with as many bytes. All
+channels share the bytes of a sample; if a row of columns is one sample, the bytes are passed
+repeated (``repeated`` in ``plan.py``). Sums skip rows of columns that are masked entirely.
 """
 
 from __future__ import annotations
@@ -40,19 +39,19 @@ from .intrinsics import (
 from .moments import ROWS, RUN, add_columns
 from .plan import LINE, WIDE
 
-SOME = 4  # values that make a pivot, at least: as many positions have to be looked for
-NEAR = 4  # from one of them to the next in a row, which is read from there on
+SOME = 4  # values for a pivot: each needs a search for a valid position
+NEAR = 4  # positions from one of them to the next in a row, which is read next
 
 
 @inside
 def _below(mask, i, end):
-    """Which positions from i on are valid, below `end`, less than LINE away: bits of a number."""
+    """Which positions from i to `end`, fewer than LINE, are valid, as bits."""
     return valid_of(mask, i) & ((1 << (end - i)) - 1)
 
 
 @summed
 def valid_in(mask, begin, end):
-    """How many positions from `begin` to `end` are valid."""
+    """The number of valid positions from `begin` to `end`."""
     first, last = begin & -LINE, end & -LINE
     count = ones(_below(mask, last, end)) - ones(_below(mask, first, begin))
     for i in range(first, last, LINE):
@@ -62,13 +61,13 @@ def valid_in(mask, begin, end):
 
 @shared
 def _sample(places, taken, mask, begin, end, step):
-    """Adds up to SOME valid positions to `places`, `step` apart; one at least if there is one."""
+    """Adds up to SOME valid positions, `step` apart, to `places`; at least one if one exists."""
     for k in range(SOME):
         first = begin + k * step
         last = end if k == SOME - 1 else min(first + step, end)
         for i in range(first & -LINE, last, LINE):
             word = valid_of(mask, i) & (-1 << max(first - i, 0))
-            place = i + ones((word & -word) - 1)  # of its lowest bit
+            place = i + ones((word & -word) - 1)  # of the lowest bit that is 1
             if place < min(last, i + LINE):
                 places[taken] = place
                 taken += 1
@@ -78,7 +77,7 @@ def _sample(places, taken, mask, begin, end, step):
 
 @shared
 def _near_mean(x, places, taken):
-    """The mean of the values at some places, in low precision."""
+    """The mean of the values at `taken` places, roughly."""
     first = load(x, places[0])
     total = zero(x)
     for k in range(1, taken):
@@ -105,7 +104,7 @@ def _deviations(x, begin, mask, at, size, pivot):
 
 @inside
 def masked_row_moments(x, mean, m2, item, c0, c1, mask, counts):
-    """As ``row_moments``; also how many values of a channel the segment has, into counts."""
+    """As ``row_moments``; also writes the number of valid values per channel to `counts`."""
     segment, _, channels, length, _, _, n0, n1, l0, l1, _, _ = item
     pivot, sums, squares = buffer(x), double_buffer(x), double_buffer(x)
     places, values = index_buffer(x), mask[0]
@@ -149,7 +148,7 @@ def masked_row_moments(x, mean, m2, item, c0, c1, mask, counts):
 
 @summed
 def masked_sums(dy, x, mask, at, size, high):
-    """The sums of dy and of dy * (x - high) of one run."""
+    """The sums of dy and of dy * (x - high) over the valid positions of one run."""
     total, high, whole = line(x, zero(x), 0), line(x, high, 0), size // lanes(x) * lanes(x)
     products, (valid, at) = total, positions(mask, at)
     for i in range(0, whole, lanes(x)):
@@ -169,9 +168,9 @@ def masked_sums(dy, x, mask, at, size, high):
 
 @shared
 def bytes_of_row(valid, mask, sample, length, channels, samples):
-    """(the bytes of a row of columns, after how many they repeat); its first sample is `sample`.
+    """(the mask bytes of a row of columns that begins with `sample`, the period of the bytes).
 
-    Of several samples they are put together in `valid`.
+    The bytes of several samples are assembled in `valid`.
     """
     values, stride = mask
     if stride > length:
@@ -194,10 +193,10 @@ def samples_in(item, channels):
 
 @summed
 def mask_of_run(valid, mask, columns, item, channels, n, i):
-    """(the mask of a run from column i on, the position it begins at, after which they repeat).
+    """(the mask of a run from column i on, its first position in the mask, the period of bytes).
 
     `valid` is memory for the bytes of several samples, None without a mask. A run of columns begins
-    with a channel, so with the first byte of its sample.
+    with a channel, and so with the first byte of its sample.
     """
     if mask is None:
         return valid, 0, 2 * WIDE
@@ -211,9 +210,9 @@ def mask_of_run(valid, mask, columns, item, channels, n, i):
 
 @shared
 def valid_rows(rows, mask, item, channels, begin, end):
-    """(how many rows from `begin` to `end` have valid positions, how many positions): into rows.
+    """Writes the rows from `begin` to `end` with valid positions; (their number, valid positions).
 
-    Three more at the end are the first one again, so that they can be taken four at a time.
+    Three copies of the first row follow, so that rows can be read four at a time.
     """
     _, _, _, _, _, _, _, _, _, _, length, _ = item
     samples, first = samples_in(item, channels)
@@ -233,7 +232,7 @@ def valid_rows(rows, mask, item, channels, begin, end):
 
 @shared
 def bytes_of_four(valid, mask, rows, k, taken, item, channels):
-    """(the bytes of rows[k] to rows[k + 3], after how many they repeat): none if not `taken`."""
+    """(the mask bytes of rows[k] to rows[k + 3], their period); 0 for rows from `taken` on."""
     _, _, _, _, _, _, _, _, _, _, length, _ = item
     samples, first = samples_in(item, channels)
     for i in range(BUFFER if k + 4 > taken else 0):
@@ -251,7 +250,7 @@ def bytes_of_four(valid, mask, rows, k, taken, item, channels):
 
 @shared
 def _fill_pivot(x, pivot, width, item, channels, mask):
-    """A value near the mean of each channel, from some of the valid positions."""
+    """Writes a value near the mean of each channel, from a few of the valid positions."""
     _, _, _, _, c0, c1, m0, m1, j0, j1, step, _ = item
     samples, first = samples_in(item, channels)
     values, stride = mask
@@ -273,7 +272,7 @@ def _fill_pivot(x, pivot, width, item, channels, mask):
 
 @inside
 def _four(y, values, begins, i, size):
-    """The lines at column i of four rows, of which only what is below `size` is read."""
+    """The lines at column i of four rows; columns from `size` on are not read."""
     if i + lanes(y) <= size:
         a, b = line(y, values, begins[0] + i), line(y, values, begins[1] + i)
         c, d = line(y, values, begins[2] + i), line(y, values, begins[3] + i)
@@ -299,7 +298,7 @@ def _add_deviations(x, j, at, lines, pivot, valid, partial, squares):
 
 @inside
 def masked_column_moments(x, mean, m2, item, channels, mask, counts):
-    """As ``column_moments``; also how many values of a channel the segment has, into counts."""
+    """As ``column_moments``; also writes the number of valid values per channel to `counts`."""
     segment, _, _, width, c0, c1, m0, m1, j0, j1, step, _ = item
     columns, repeat = j1 - j0, (c1 - c0) * step
     pivot, sums, squares = buffer(x), double_buffer(x), double_buffer(x)
@@ -346,7 +345,7 @@ def masked_column_moments(x, mean, m2, item, channels, mask, counts):
 
 @shared
 def masked_moments(columns, x, mean, m2, item, a, b, channels, mask, counts):
-    """Of the channels a to b of an item."""
+    """Writes the moments of the channels a to b of an item."""
     if columns is None:
         masked_row_moments(x, mean, m2, item, a, b, mask, counts)
     else:
@@ -356,7 +355,7 @@ def masked_moments(columns, x, mean, m2, item, a, b, channels, mask, counts):
 
 @shared
 def add_products(arrays, begins, size, relu, high, found, partial, products):
-    """Adds dy, or what of it a ReLU kept, and dy * (x - high), of `size` columns of four rows."""
+    """Adds dy (after a ReLU's backward) and dy * (x - high), of `size` columns of four rows."""
     (dy, x, kept), ((a, b, c, d), period) = arrays, found
     at = 0
     for j in range(0, size, lanes(x)):

@@ -6,9 +6,9 @@ from .channels import merge_one
 from .compiler import inside, shared, summed
 from .intrinsics import buffer, double_buffer, load, moved, plus, zero
 
-RUN = 4096  # values in one float32 sum, at most
-ROWS = 64  # of columns in one float32 sum, four at a time
-SAMPLE = 16  # values behind a pivot, or in a row of a channel's columns
+RUN = 4096  # most values in one float32 sum
+ROWS = 64  # most rows of columns in one float32 sum, added four at a time
+SAMPLE = 16  # values that are averaged for a pivot
 
 
 @summed
@@ -24,7 +24,7 @@ def _deviations(x, begin, size, pivot):
 
 @inside
 def row_moments(x, mean, m2, item, c0, c1):
-    """Writes mean and m2, at segment + c, of the channels c0 to c1 of an item, at most WIDE."""
+    """Writes mean and m2 of the channels c0 to c1 (at most WIDE) of an item to segment + c."""
     segment, _, channels, length, _, _, n0, n1, l0, l1, _, _ = item
     pivot, sums, squares = buffer(x), double_buffer(x), double_buffer(x)
     for c in range(segment + c0, segment + c1):
@@ -63,7 +63,7 @@ def row_moments(x, mean, m2, item, c0, c1):
 
 @inside
 def column_moments(x, mean, m2, item):
-    """Writes to mean and m2, at segment + c; x begins at the item's columns, at most WIDE."""
+    """As ``row_moments``, for columns: x points to the first of the item's, at most WIDE."""
     segment, _, _, width, c0, c1, m0, m1, j0, j1, step, _ = item
     columns = j1 - j0
     pivot, sums, squares = buffer(x), double_buffer(x), double_buffer(x)
@@ -130,9 +130,9 @@ def _fill_pivot(x, pivot, width, m0, m1, columns, repeat, step):
 
 @shared
 def add_columns(sums, products, columns, repeat, step):
-    """Adds up the columns of each channel, into its first one.
+    """Adds the columns of each channel into its first column.
 
-    From `repeat` on the columns belong to the same channels again, and so on.
+    The channels repeat after every `repeat` columns.
     """
     for begin in range(repeat, columns, repeat):
         for k in range(repeat):

@@ -1,6 +1,6 @@
-"""How the work on an (N, C, L) array is cut: pure integers, from the shape alone.
+"""How the work on an (N, C, L) array is divided: integers that depend on the shape alone.
 
-So that sums have the same bits for any number of threads.
+Sums therefore have the same bits for any number of threads.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-SHORT = 96  # shorter runs are done by columns
+SHORT = 96  # shorter rows are processed as columns
 LINE = 64  # bytes of a cache line
-WIDE = 1024  # columns or channels at a time, at most: their coefficients stay in L1
-_NARROW = 1024  # with fewer columns, several rows are done at a time
-_LITTLE = 1 << 12  # values; so few are done row by row
-_ITEM = 1 << 18  # values of a work item, about
-_ALONE = 1 << 20  # the same where one thread does all: x and dy are read again from its cache
-_LEAST = 1 << 16  # values per channel that are worth a segment
-_SHARE = 1 << 17  # values that are worth waking a thread: about 100 us of forward
-_UNITS = 256  # channels times segments that keep any number of threads busy
+WIDE = 1024  # most columns or channels at a time: their coefficients stay in L1
+_NARROW = 1024  # with fewer columns, several rows are processed together
+_LITTLE = 1 << 12  # values: so few are processed row by row
+_ITEM = 1 << 18  # values of a work item, approximately
+_ALONE = 1 << 20  # the same if one thread does all: it reads x and dy again from its cache
+_LEAST = 1 << 16  # least values per channel in a segment
+_SHARE = 1 << 17  # least values for which a thread is woken: about 100 us of forward
+_UNITS = 256  # channels times segments: enough for any number of threads
 _BITS = 1 << 15  # bytes of ReLU bits in an item
-TURNS = 130  # numbers with which threads take turns and lend arrays; two where one works alone
+TURNS = 130  # counters and lent arrays that threads share, in int64; 2 for one thread
 
 
 class WorkItem(NamedTuple):
-    """A block of the array that one thread does at a time, as the kernels read it.
+    """A part of the array that one thread processes at a time, as the kernels read it.
 
-    Values ``start + (n * channels + c) * length + l``, for n0 <= n < n1, l0 <= l < l1, and, of
-    rows, c0 <= c < c1. Of columns channels is 1, a row has `length` of them, each channel has
-    `step` side by side, and all channels may be repeated; c0 and c1 say which channels they are of.
+    It has the values ``start + (n * channels + c) * length + l`` with n0 <= n < n1, l0 <= l < l1
+    and, for rows, c0 <= c < c1. For columns, `channels` is 1, a row has `length` columns, each
+    channel has `step` adjacent ones, and the channels c0 to c1 may repeat.
 
     Attributes:
-        segment: the start of the sums of its segment: the segment's number times C.
-        group: the number of channels done together; more of them lie side by side in longer runs.
+        segment: where the sums of its segment begin: the segment's number times C.
+        group: channels that are processed together; more channels make longer contiguous runs.
     """
 
     segment: int
@@ -55,11 +55,11 @@ class Plan(NamedTuple):
     """The work on a shape.
 
     Attributes:
-        columns: whether the loops for columns run, or those for rows.
-        items: one a row, in the order of ``WorkItem``.
+        columns: whether the loops for columns run; otherwise those for rows.
+        items: one per row, with the fields of ``WorkItem``.
         alone: the same work for one thread, in fewer items.
-        counts: values per channel of each segment. Sums over a segment are merged in this order.
-        threads: the largest number that is of use.
+        counts: values per channel of each segment. The sums of segments are merged in this order.
+        threads: the largest useful number.
     """
 
     columns: bool
@@ -71,7 +71,7 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def plan_for(n: int, channels: int, length: int) -> Plan:
-    """The plan for an (n, channels, length) array; without items if that is empty."""
+    """The plan for an (n, channels, length) array; an empty array has no items."""
     columns = length < SHORT
     items: list[WorkItem] = []
     alone: list[WorkItem] = []
@@ -92,10 +92,10 @@ def _table(items: list[WorkItem]) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 @lru_cache(maxsize=1024)
 def repeated(n: int, channels: int, length: int) -> int:
-    """The number of a mask's bytes that the loops need of each sample: its own, or repeated.
+    """The number of mask bytes that the loops need for each sample: `length`, or more.
 
-    They are repeated if a row of columns is one sample, so often that a line can begin anywhere in
-    the first half of them.
+    If a row of columns is one sample, the bytes are repeated, often enough for a line to begin
+    anywhere in their first half.
     """
     plan = plan_for(n, channels, length)
     if not plan.columns or not len(plan.items) or plan.items[0, 3] > channels * length:
@@ -105,13 +105,13 @@ def repeated(n: int, channels: int, length: int) -> int:
 
 @lru_cache(maxsize=1024)
 def bits_items(size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The bounds of each item of ReLU bits of `size` bytes, (items, 2)."""
+    """The bounds of the items of `size` bytes of ReLU bits, of shape (items, 2)."""
     bounds = [(begin, min(begin + _BITS, size)) for begin in range(0, size, _BITS)]
     return np.array(bounds, np.int64).reshape(-1, 2)
 
 
 def _rows(n: int, channels: int, length: int, size: int) -> tuple[list[WorkItem], list[float]]:
-    """Items of `size` values, about, and what each segment has of a channel."""
+    """Items of about `size` values, and the values per channel of each segment."""
     segments = max(1, min(_UNITS // channels, n * length // _LEAST))
     items: list[WorkItem] = []
     counts: list[float] = []

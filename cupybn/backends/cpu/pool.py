@@ -1,15 +1,14 @@
-"""Threads for the kernels: how many, and handing them the work items of one call.
+"""Threads for the kernels: how many there are, and how they share the work items of one call.
 
-The kernels release Python's lock, so Python's own threads will do. They take the lock once a call,
-not once an item: a thread that waits for it sleeps, and wakes slowly. Any number of callers may
-hand in work at once, and each does its own items, too.
+The kernels release the GIL, so Python's threads suffice. They take the GIL once per call and not
+once per item, because a thread that waits for it sleeps and wakes slowly. Any number of callers may
+submit work at once; each also processes its own items.
 
-A helper works only while its caller is inside the kernel: the kernel lets helpers in when the
-caller enters, lends them its arrays, and keeps the caller until they have left (``enter`` and
-``leave`` of ``intrinsics.py``). So nothing depends on a helper, and nothing is written after an
-interrupt of the caller in Python: a late helper is not let in. Nor does it keep an array alive
-while it waits for Python's lock. The threads are daemons, which a process does not wait for, and
-end before the interpreter does.
+A helper works only while its caller is inside the kernel: the kernel admits helpers when the caller
+enters, lends them its arrays, and keeps the caller until they have left (``enter`` and ``leave`` in
+``intrinsics.py``). So nothing depends on a helper, and nothing is written after the caller is
+interrupted in Python: a late helper is not admitted. A helper that waits for the GIL keeps no array
+alive. The threads are daemons, which a process does not wait for, and end before the interpreter.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ from .plan import TURNS
 _NUMBER_VARIABLES = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS")
 _threads: int | None = None
 _workers: list[Thread] = []
-_calls: SimpleQueue[Any] = SimpleQueue()  # (kernel, arguments, core), or None: end
+_calls: SimpleQueue[Any] = SimpleQueue()  # (kernel, arguments, core); None ends a worker
 
 
 def thread_count() -> int:
-    """Threads for one call: set by :func:`set_threads`, or by the environment, or a fair share.
+    """The number of threads for one call: from :func:`set_threads`, the environment, or the cores.
 
-    ``NUMBA_NUM_THREADS``, then ``OMP_NUM_THREADS``; where neither is set, the cores that the
-    launcher bound this rank to, or those of this machine divided by the ranks on it.
+    The variables are ``NUMBA_NUM_THREADS``, then ``OMP_NUM_THREADS``. If neither is set, it is the
+    number of cores that the launcher bound this rank to, or of this machine's cores per rank.
     """
     global _threads
     if _threads is None:
@@ -49,7 +48,7 @@ def thread_count() -> int:
 
 
 def set_threads(number: int | None) -> None:
-    """Sets the threads for one call; None goes back to the default of :func:`thread_count`."""
+    """Sets the number of threads for one call; None restores :func:`thread_count`'s default."""
     global _threads
     if number is not None and number < 1:
         raise ValueError(f"the number of threads must be at least 1, got {number}")
@@ -64,11 +63,11 @@ def spread(
     *arguments: Any,
     alone: tuple[Any, ...] | None = None,
 ) -> None:
-    """``kernel(False, *constant, turns, *arguments)``, helped by other threads.
+    """Calls ``kernel(False, *constant, turns, *arguments)``, helped by other threads.
 
-    So that there are as many threads as there may be, `at_most` so many; fewer where the system
-    starts no more. Each call takes work items, by a counter in `turns`, until there are none.
-    Without helpers the kernel is given `alone`, if there is that, in place of `constant`.
+    There are :func:`thread_count` threads, or `at_most` if that is fewer; fewer still if the system
+    starts no more. Each takes work items, by a counter in `turns`, until none is left. Without
+    helpers the kernel gets `alone`, if given, in place of `constant`.
     """
     helpers = _start(min(thread_count(), at_most) - 1)
     if helpers:
@@ -82,7 +81,7 @@ def spread(
 
 
 def _absent(argument: Any) -> Any:
-    """A helper's argument in place of an array: an empty one, of the same type to Numba."""
+    """What a helper passes in place of an array: an empty one, of the same Numba type."""
     if not isinstance(argument, np.ndarray):
         return argument
     return _empty(argument.ndim, argument.dtype)
@@ -94,7 +93,7 @@ def _empty(ndim: int, dtype: Any) -> Any:
 
 
 def _start(number: int) -> int:
-    """Starts workers until `number` wait for calls, or as many as possible; returns how many."""
+    """Starts workers until there are `number`, or as many as possible; returns how many."""
     while len(_workers) < number:
         worker = Thread(target=_work, args=(_calls,), name="cupybn", daemon=True)
         try:
@@ -108,7 +107,7 @@ def _start(number: int) -> int:
 def _work(calls: SimpleQueue[Any]) -> None:
     while (call := calls.get()) is not None:
         kernel, arguments, core = call
-        with suppress(Exception):  # such as no memory: the caller does what the helpers leave
+        with suppress(Exception):  # such as MemoryError: the caller does what helpers leave
             _leave_core(core)
             kernel(True, *arguments)
     calls.put(None)  # for the next worker
@@ -126,9 +125,9 @@ if sys.platform == "linux":
     _current_core = ctypes.PyDLL(None).sched_getcpu
 
     def _leave_core(core: int) -> None:
-        """Moves a worker that woke up on the caller's core, where it would wait for its turn.
+        """Moves a worker off the caller's core, if it woke up there: it would have to wait.
 
-        It stays away from that core until it meets a caller on another one.
+        The worker avoids that core until it gets a call from another one.
         """
         if _current_core() == core and (others := os.sched_getaffinity(os.getpid()) - {core}):
             os.sched_setaffinity(0, others)

@@ -4,9 +4,8 @@ Same names and meanings as in ``backends/numpy.py``. Callers make the device of 
 Nothing here but ``count_valid`` waits for the device. Only outputs and scratch (which is kept) are
 allocated, all before the first launch, so that nothing fails after a write.
 
-A kernel takes pointers: an array is passed for its address, ``NULL`` for an absent one. Arrays of
-one value a channel may be strided: :func:`_pointers` copies those. Strided tensors and messages
-come only from the public primitives, and go through ``call_plainly``.
+A kernel takes pointers: an array is passed for its address, ``NULL`` for an absent one. All arrays
+are C-contiguous.
 
 A `mask` is (N, L) bytes, nonzero where x is valid; `count` is the number of valid ones.
 """
@@ -14,7 +13,6 @@ A `mask` is (N, L) bytes, nonzero where x is valid; `count` is the number of val
 from __future__ import annotations
 
 import sys
-from operator import attrgetter, is_
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ import numpy as np
 from ...arrays import Array
 from ...statistics import BackwardSums, Moments, Transform
 from .. import numpy as reference
-from ..plain import call_plainly
+from ..plain import NO_COUNTER
 from .launch import (
     NO_SCRATCH,
     NULL,
@@ -41,8 +39,6 @@ _RELU = np.int64(0), np.int64(1)
 # as in finalize.cuh
 _FORMS = {name: np.int64(i) for i, name in enumerate(("local", "pooled", "recentred", "running"))}
 
-_is_dense = attrgetter("flags.c_contiguous")  # in C: no frame; NULL has flags, too
-
 update_running = reference.update_running
 
 
@@ -51,7 +47,7 @@ def count_valid(mask: Array) -> int:
     total = sys.modules["cupy"].zeros(1, np.uint64)
     if mask.size:
         launch = channel_launch("count_valid", mask.size)
-        launch.run((total, mask if _is_dense(mask) else mask.copy(), *launch.sizes))
+        launch.run((total, mask, *launch.sizes))
     return int(total[0])
 
 
@@ -72,9 +68,6 @@ def batch_moments(
     if x3.size == 0 or count == 0:
         return Moments(count, *_zeros(c, payload))
     weighted = NULL if payload is None else payload
-    if not all(map(_is_dense, (x3, weighted, NULL if mask is None else mask))):
-        given = {"x3": x3, "payload": payload, "mask": mask, "count": count}
-        return call_plainly(batch_moments, ("payload",), **given)
     valid = () if mask is None else (_aligned(mask), np.float64(count))
     launch, scratch = _reduction("batch_moments", x3, masked=mask is not None)
     mean, m2 = launch.empty(c), launch.empty(c)
@@ -102,12 +95,12 @@ def finalize_moments(
     c = moments.mean.size
     dtype = _FLOAT64 if running is None else running[0].dtype
     launch = channel_launch("finalize_moments", c, dtype)
-    first, second, *states = _pointers(moments.mean, moments.m2, *(running or _NONE))
+    states = _pointers(*(running or _NONE))
     mean = moments.mean if form == "local" else launch.empty(c)
     var, invstd = launch.empty(c), launch.empty(c)
     numbers = np.float64(moments.count), np.float64(eps), np.float64(factor), _FORMS[form]
-    launch.run((mean, var, invstd, *states, first, second, *numbers, *launch.sizes))
-    _copy_back(running or _NONE, states)
+    inputs = moments.mean, moments.m2
+    launch.run((mean, var, invstd, *states, *inputs, *numbers, *launch.sizes))
     return mean, var, invstd
 
 
@@ -117,7 +110,7 @@ def given_statistics(mean: Array, var: Array, eps: float) -> tuple[Array, Array,
     launch = channel_launch("finalize_moments", c, mean.dtype)
     outputs = launch.empty(c), launch.empty(c), launch.empty(c)
     numbers = _ZERO, np.float64(eps), _ZERO, _FORMS["running"]
-    launch.run((*outputs, *_pointers(mean, var), NULL, NULL, *numbers, *launch.sizes))
+    launch.run((*outputs, mean, var, NULL, NULL, *numbers, *launch.sizes))
     return outputs
 
 
@@ -127,9 +120,8 @@ def recentre_moments(local: Moments, weighted: Array, count: int, payload: Array
     The second message of float64 data; `weighted` and `count` are the results of the first.
     """
     launch = channel_launch("recentre_moments", local.mean.size)
-    pointers = _pointers(payload, local.mean, local.m2, weighted)
-    launch.run((*pointers, np.float64(local.count), np.float64(count), *launch.sizes))
-    _copy_back((payload,), pointers[:1])
+    counts = np.float64(local.count), np.float64(count)
+    launch.run((payload, local.mean, local.m2, weighted, *counts, *launch.sizes))
 
 
 def normalize(
@@ -151,19 +143,6 @@ def normalize(
         return y3
     residual = NULL if residual3 is None else residual3
     bits = NULL if relu_bits is None else relu_bits
-    if not all(map(_is_dense, (x3, residual, y3, bits, NULL if mask is None else mask))):
-        call_plainly(
-            normalize,
-            ("out3", "relu_bits"),
-            x3=x3,
-            transform=transform,
-            relu=relu,
-            residual3=residual3,
-            out3=y3,
-            relu_bits=relu_bits,
-            mask=mask,
-        )
-        return y3
     valid = () if mask is None else (_aligned(mask),)
     kind = relu_bits is not None, mask is not None
     launch = _launch("normalize", x3, y3, residual3, kind=kind)
@@ -192,9 +171,6 @@ def backward_reduce(
         return BackwardSums(*_zeros(c, payload))
     bits = NULL if relu_bits is None else relu_bits
     first = NULL if payload is None else payload
-    if not all(map(_is_dense, (dy3, x3, bits, first, NULL if mask is None else mask))):
-        given = {"dy3": dy3, "x3": x3, "transform": transform, "relu": relu, "relu_bits": relu_bits}
-        return call_plainly(backward_reduce, ("payload",), **given, payload=payload, mask=mask)
     second = NULL if payload is None else np.uint64(payload.data.ptr + 8 * c)
     valid = () if mask is None else (_aligned(mask),)
     launch, scratch = _reduction("backward_reduce", x3, dy3, masked=mask is not None)
@@ -229,35 +205,13 @@ def backward_input(
         return dx3
     bits = NULL if relu_bits is None else relu_bits
     dresidual = NULL if dresidual3 is None else dresidual3
-    valid = NULL if mask is None else mask
-    if not all(map(_is_dense, (dy3, x3, dx3, bits, dresidual, valid))):
-        call_plainly(
-            backward_input,
-            ("out3", "dresidual3", "dweight", "dbias"),
-            dy3=dy3,
-            x3=x3,
-            transform=transform,
-            sums=sums,
-            count=count,
-            relu=relu,
-            relu_bits=relu_bits,
-            out3=dx3,
-            dresidual3=dresidual3,
-            local=local,
-            dweight=dweight,
-            dbias=dbias,
-            mask=mask,
-        )
-        return dx3
     bytes_ = () if mask is None else (_aligned(mask),)
     launch = _launch("backward_input", x3, dy3, dx3, dresidual3, kind=(False, mask is not None))
     gradients = _NONE if local is None else (dweight, dbias)
     pointers = _pointers(*gradients, *transform, *(sums or _NONE), *(local or _NONE))
-    outputs, inputs = pointers[:2], pointers[2:]
     numbers = np.float64(1 / max(count, 1)), _RELU[relu]
-    arguments = dx3, dresidual, *outputs, dy3, x3, bits, *inputs, *bytes_, *numbers
+    arguments = dx3, dresidual, *pointers[:2], dy3, x3, bits, *pointers[2:], *bytes_, *numbers
     launch.run((*arguments, *launch.sizes))
-    _copy_back(gradients, outputs)
     return dx3
 
 
@@ -274,6 +228,7 @@ def finish_forward(
     residual3: Array | None = None,
     relu_bits: Array | None = None,
     running: tuple[Array, Array] | None = None,
+    batches: Any = NO_COUNTER,
     factor: float = 0.0,
     mask: Array | None = None,
 ) -> tuple[Array, Array]:
@@ -283,15 +238,15 @@ def finish_forward(
     """
     if x3.size == 0:
         mean, _, invstd = finalize_moments(moments, eps, running=running, factor=factor, form=form)
+        batches += 1
         return mean, invstd
     residual = NULL if residual3 is None else residual3
     bits = NULL if relu_bits is None else relu_bits
     kernel = "normalize_recentred" if form == "recentred" else "normalize"
     valid = () if mask is None else (_aligned(mask),)
     launch = _launch(kernel, x3, y3, residual3, kind=(relu_bits is not None, mask is not None))
-    first, second, weight, bias, *states = _pointers(
-        moments.mean, moments.m2, weight, bias, *(running or _NONE)
-    )
+    first, second = moments.mean, moments.m2
+    weight, bias, *states = _pointers(weight, bias, *(running or _NONE))
     numbers = np.float64(moments.count), np.float64(eps), np.float64(factor)
     mean = moments.mean if form == "local" else launch.empty(x3.shape[1])
     invstd = launch.empty(x3.shape[1])
@@ -306,7 +261,7 @@ def finish_forward(
         finalize.run((*outputs, first, second, *numbers, _FORMS[form], *finalize.sizes))
         inputs = x3, residual, mean, invstd, weight, bias, *valid
         launch.run((y3, bits, *inputs, _RELU[relu], *launch.sizes))
-    _copy_back(running or _NONE, states)
+    batches += 1
     return mean, invstd
 
 
@@ -321,6 +276,7 @@ def local_forward(
     residual3: Array | None = None,
     relu_bits: Array | None = None,
     running: tuple[Array, Array] | None = None,
+    batches: Any = NO_COUNTER,
     factor: float = 0.0,
     mask: Array | None = None,
     count: int | None = None,
@@ -328,8 +284,8 @@ def local_forward(
     """The forward of one rank into y3: (mean, invstd)."""
     if mask is not None:
         options = {"relu": relu, "residual3": residual3, "relu_bits": relu_bits}
-        settings = {"running": running, "factor": factor, "mask": mask, "count": count}
-        return _masked_forward(x3, y3, weight, bias, eps, options, **settings)
+        settings = {"running": running, "batches": batches, "factor": factor, "mask": mask}
+        return _masked_forward(x3, y3, weight, bias, eps, options, **settings, count=count)
     if x3.size == 0:
         return finish_forward(
             batch_moments(x3), "local", x3, y3, weight, bias, eps, running=running, factor=factor
@@ -351,8 +307,7 @@ def local_forward(
         first.run((*outputs, *scratch, x3, *numbers, *first.sizes))
         transform = mean, invstd, weight, bias
         second.run((y3, bits, x3, residual, *transform, _RELU[relu], *second.sizes))
-    if running is not None and not all(map(is_, running, states)):
-        _copy_back(running, states)
+    batches += 1
     return mean, invstd
 
 
@@ -365,6 +320,7 @@ def _masked_forward(
     options: dict[str, Any],
     *,
     running: tuple[Array, Array] | None,
+    batches: Any,
     factor: float,
     mask: Array,
     count: int | None,
@@ -384,7 +340,7 @@ def _masked_forward(
     numbers = np.float64(count), np.float64(eps), np.float64(factor)
     reduce.run((*outputs, *scratch, x3, mask, *numbers, *reduce.sizes))
     normalize(x3, Transform(mean, invstd, weight, bias), out3=y3, mask=mask, **options)
-    _copy_back(running or _NONE, states)
+    batches += 1
     return mean, invstd
 
 
@@ -432,8 +388,6 @@ def local_backward(
         first.run((*local, NULL, NULL, *scratch, *inputs, _RELU[relu], *first.sizes))
         pooled = local if count else (NULL, NULL)
         second.run((*outputs, *inputs, *pooled, *local, *numbers, *second.sizes))
-    if not all(map(is_, (dweight, dbias), gradients)):
-        _copy_back((dweight, dbias), gradients)
 
 
 def prepare_forward(
@@ -522,16 +476,9 @@ def _zeros(channels: int, payload: Array | None) -> Array:
 
 
 def _pointers(*arrays: Array | None) -> list[Array]:
-    """The arguments of a kernel for arrays of one value a channel: a strided one is copied."""
-    pointers = []
-    for array in arrays:
-        if array is not None and array.strides[0] != array.itemsize:
-            array = array.copy()
-        pointers.append(NULL if array is None else array)
+    """The arguments of a kernel for arrays of which some are absent."""
+    pointers = [*arrays]
+    for i, array in enumerate(arrays):  # in a comprehension it would be one frame more
+        if array is None:
+            pointers[i] = NULL
     return pointers
-
-
-def _copy_back(given: tuple[Array | None, ...], written: list[Array]) -> None:
-    for target, values in zip(given, written, strict=True):
-        if target is not None and values is not target:
-            target[...] = values

@@ -59,7 +59,7 @@ class Direct:
     """A bound call with all that a usual step needs besides its tensors."""
 
     def __init__(self, bound: Bound, x: Tensor) -> None:
-        layout, (dtype, shape) = bound.layout, bound.expected
+        layout, (dtype, shape, _) = bound.layout, bound.expected
         self.bound, self.usual = bound, bound.on_host and bound.ranks == 1 and bound.updates
         self.usual &= bound.count > 1  # an empty batch and a single value are cases of their own
         self.data = Dense(bound.shape, layout.strides, x.dtype, (bound.shape3, bound.dtype))
@@ -69,7 +69,7 @@ class Direct:
     def forward(self, x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Saved] | None:
         """As ``passes.run_forward``; None, with nothing done, if something is unusual."""
         bound, backend, view = self.bound, by_type[np.ndarray], self.channels.view
-        if not (self.usual and bound.prepared.get(("forward", True)) is backend and is_usual()):
+        if not (self.usual and bound.prepared.get("forward") is backend and is_usual()):
             return None
         w, b, running_mean, running_var, batches = tensors
         if (weight := view(w)) is None or (bias := view(b)) is None:
@@ -79,14 +79,8 @@ class Direct:
         if (counter := self.counter.view(batches)) is None or (x3 := self.data.view(x)) is None:
             return None
         y, y3 = self.data.new()
-        moved = mean.copy(), var.copy()  # a failure half-way leaves all unchanged
-        mean_of_x, invstd = backend.local_forward(
-            x3, y3, weight, bias, bound.eps, running=moved, factor=bound.factor
-        )
-        values = *moved, int(counter) + 1
-        # No call from here on: Python checks for interrupts only at calls and jumps.
-        mean[...], var[...] = values[:2]
-        counter[...] = values[2]
+        states = {"running": (mean, var), "batches": counter, "factor": bound.factor}
+        mean_of_x, invstd = backend.local_forward(x3, y3, weight, bias, bound.eps, **states)
         increment_version(tensors[2:])
         return y, Saved(bound, None, None, None, mean_of_x, invstd, bound.count)
 
@@ -95,7 +89,7 @@ class Direct:
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """As ``passes.run_backward``; None, with nothing done, if something is unusual."""
         backend = by_type[np.ndarray]
-        if self.bound.prepared.get(("backward", True)) is not backend:
+        if self.bound.prepared.get("backward") is not backend:
             return None
         x3, dy3, of_weight = self.data.view(x), self.data.view(dy), self.channels.view(weight)
         if x3 is None or dy3 is None or of_weight is None:

@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 from ...arrays import Array, array_of_tensor
 from ...collective import CollectiveCall
 from ...double_backward import double_backward
-from ...forward_backward import Bound, Running, Saved
+from ...forward_backward import Bound, Saved
 from .checkpoint import remember, remembered
 from .tensors import WIDE, Tensor, arrays_of, check_mask, new_array_like
 
@@ -47,7 +47,7 @@ def run_forward(
         on_host = batches is not None and batches.is_cpu
         counter = array_of_tensor(batches).reshape(()) if on_host else np.zeros((), np.int64)
         mean, var = arrays_of(wide_ones, wide)
-        running = Running(mean, var, counter)
+        running = mean, var, counter
     _, saved = bound.forward(call, array, params, mask=valid, y3=y3, running=running)
     if running is not None and saved.count:
         increment_version(moved if batches is None else tensors[2:])
