@@ -46,9 +46,10 @@ def _plan(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Plan:
     """
     n, c, length = shape
     dtype, columns = parameter_dtype(dtype), length == 1
-    size = min(_BLOCK_BYTES // dtype.itemsize, _ROWS * c if columns else _BLOCK_BYTES)
+    size = _BLOCK_BYTES // dtype.itemsize
     samples = max(1, size // max(1, c * length))
     run = max(1, size // c) if samples == 1 else max(1, length)
+    samples = min(samples, _ROWS) if columns else samples
     ones, blocks = np.ones(min(samples, n) if columns else min(run, length), dtype), []
     for i in range(0, n, samples):
         for j in range(0, length, run):
@@ -470,16 +471,8 @@ def finish_forward(
 ) -> tuple[PerChannel, PerChannel]:
     """:func:`finalize_moments` and :func:`normalize` into y3: (mean, invstd)."""
     mean, var, invstd = _finalize(moments, eps, form)
-    _normalize(
-        _plan(x3.shape, x3.dtype),
-        x3,
-        y3,
-        (mean, invstd, weight, bias),
-        relu,
-        residual3,
-        relu_bits,
-        mask,
-    )
+    plan = _plan(x3.shape, x3.dtype)
+    _normalize(plan, x3, y3, (mean, invstd, weight, bias), relu, residual3, relu_bits, mask)
     if running is not None and moments.count:
         update_running(*running, mean, var, moments.count, factor, batches)
     return mean, invstd
