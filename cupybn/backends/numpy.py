@@ -23,7 +23,6 @@ from .plain import NO_COUNTER
 
 Data = NDArray[Any]
 PerChannel = NDArray[np.float64]
-Part = tuple[slice, slice, Any]
 _Plan = tuple[np.dtype[Any], bool, tuple[Any, ...], Any]
 
 _BLOCK_BYTES = 1 << 19  # three temporaries of this size fit in a 2 MB L2 cache
@@ -31,6 +30,7 @@ _ROWS = 1024  # of columns, L == 1, in one float32 sum
 # A number as an array of no dimensions, which takes NumPy half the time.
 _number = lru_cache(maxsize=256)(partial(np.array, dtype=np.float64))
 _ZERO, _ONE = np.array(0.0), np.array(1.0)
+_over_samples = partial(np.add.reduce, axis=0, dtype=np.float64)
 _quiet = np.errstate(all="ignore")
 # The function behind np.einsum, which spends 4 us on reading its arguments in Python.
 _einsum = getattr(getattr(np, "_core", np).multiarray, "c_einsum", np.einsum)
@@ -38,11 +38,11 @@ _einsum = getattr(getattr(np, "_core", np).multiarray, "c_einsum", np.einsum)
 
 @lru_cache(maxsize=256)
 def _plan(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Plan:
-    """How to go through an (N, C, L) array: (dtype, columns, blocks, sum_of_products).
+    """How to go through an (N, C, L) array: (dtype, columns, blocks, dot).
 
-    The dtype of the arithmetic; whether L is 1; for each block its place, the number of values in a
-    channel and the function for their sum; the function for the sum of the products of two blocks.
-    A block has all channels, and about _BLOCK_BYTES. It is (n, C) where L is 1, else (n, C, l).
+    `dtype` is that of the arithmetic. `columns`: L is 1, and a block is (n, C), else (n, C, l). A
+    block has all channels, in about _BLOCK_BYTES; of each there are its place, its count of values
+    per channel, and a function for their sums. `dot` sums the products of two blocks per channel.
     """
     n, c, length = shape
     dtype, columns = parameter_dtype(dtype), length == 1
@@ -57,16 +57,16 @@ def _plan(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> _Plan:
             part = slice(i, i + k), slice(None), 0 if columns else slice(j, j + m)
             sum_of = ones[:k].dot if columns else partial(_sum_of_rows, ones[:m])
             blocks.append((part, k * m, sum_of))
-    sum_of_products = partial(_einsum, "nc,nc->c") if columns else _products_of_rows
-    return dtype, columns, tuple(blocks), sum_of_products
+    return (
+        dtype,
+        columns,
+        tuple(blocks),
+        partial(_einsum, "nc,nc->c") if columns else lambda a, b: _over_samples(np.vecdot(a, b)),
+    )
 
 
 def _sum_of_rows(ones: Data, block: Data) -> Any:
-    return np.add.reduce(block @ ones, axis=0, dtype=np.float64)
-
-
-def _products_of_rows(a: Data, b: Data) -> Any:
-    return np.add.reduce(np.vecdot(a, b), axis=0, dtype=np.float64)
+    return _over_samples(block @ ones)
 
 
 def count_valid(mask: Data) -> int:
@@ -74,10 +74,9 @@ def count_valid(mask: Data) -> int:
     return int(np.count_nonzero(mask))
 
 
-def _valid(mask: Data, part: Part) -> NDArray[np.bool_]:
+def _valid(mask: Data, part: Any) -> Any:
     """Which positions of a block are valid, (n, 1, l) or (n, 1)."""
-    found: NDArray[np.bool_] = mask[part[0], None, part[2]] != 0
-    return found
+    return mask[part[0], None, part[2]] != 0
 
 
 def _affine(plan: _Plan, transform: tuple[Any, ...], shifted: bool = True) -> tuple[Any, ...]:
@@ -125,8 +124,7 @@ def _moments(plan: _Plan, x3: Data, mask: Data | None) -> tuple[int, PerChannel,
     Blocks are merged in float64. Constants give an m2 of exactly 0, because deviations are first
     taken from a value of the channel. The deviation of a masked value is 0.
     """
-    dtype, columns, blocks, sum_of_products = plan
-    moments = None
+    (dtype, columns, blocks, dot), moments = plan, None
     for part, count, sum_of in blocks:
         block, sample, place = x3[part].astype(dtype, copy=False), 0, 0
         if mask is not None:
@@ -145,8 +143,7 @@ def _moments(plan: _Plan, x3: Data, mask: Data | None) -> tuple[int, PerChannel,
         if mask is not None:
             np.copyto(deviation, 0, where=~valid)
         mean = sum_of(deviation) / number
-        m2 = sum_of_products(deviation, deviation) - number * mean * mean
-        found = count, pivot + mean, m2
+        found = count, pivot + mean, dot(deviation, deviation) - number * mean * mean
         moments = found if moments is None else Moments(*moments).merge(Moments(*found))
     return moments or (0, np.zeros(x3.shape[1]), np.zeros(x3.shape[1]))
 
@@ -180,7 +177,7 @@ def finalize_moments(
     result of :func:`recentre_moments` (``"recentred"``).
     """
     mean, var, invstd = _finalize(moments, eps, form)
-    if running is not None and moments.count > 0:
+    if running is not None and moments.count:
         update_running(*running, mean, var, moments.count, factor)
     return mean, var, invstd
 
@@ -195,8 +192,7 @@ def _finalize(
         if form == "pooled" and count:
             m2 = m2 - moments[1] * mean
     var = np.maximum(m2, _ZERO) / number
-    invstd = _ONE / np.sqrt(var + _number(eps))
-    return mean, var, invstd
+    return mean, var, _ONE / np.sqrt(var + _number(eps))
 
 
 @_quiet
@@ -225,9 +221,8 @@ def update_running(
     unbiased = var * _number(count / max(count - 1, 1))
     moved_mean = kept * running_mean.astype(np.float64) + taken * mean
     moved_var = kept * running_var.astype(np.float64) + taken * unbiased
-    number = int(batches) + 1
     # No call between these: Python checks for interrupts only at calls and jumps.
-    running_mean[...], running_var[...], batches[...] = moved_mean, moved_var, number
+    running_mean[...], running_var[...], batches[...] = moved_mean, moved_var, int(batches) + 1
 
 
 @_quiet
@@ -283,7 +278,7 @@ def _apply_relu_grad(
     dy: Data,
     deviation: Any,
     shape: tuple[int, ...],
-    part: Part,
+    part: Any,
     affine: tuple[Any, ...],
     relu_bits: Data | None,
 ) -> Data:
@@ -307,7 +302,7 @@ def _apply_relu_grad(
 
 
 def _load(
-    part: Part,
+    part: Any,
     constant: bool,
     dy3: Data,
     x3: Data,
@@ -361,14 +356,15 @@ def _reduce(
     plan: _Plan, source: tuple[Any, ...]
 ) -> tuple[PerChannel, PerChannel, tuple[Data, Data] | None]:
     """The sums of dy and of dy * (x - mean), and the block if it is the only one."""
-    low, loaded = source[2][1], None
+    (_, _, blocks, dot), low, loaded = plan, source[2][1], None
     sum_dy, sum_dy_xmu = np.zeros(low.shape), np.zeros(low.shape)
-    for part, _, sum_of in plan[2]:
-        dy, deviation = loaded = _load(part, False, *source)
-        sum_dy += sum_of(dy)
-        sum_dy_xmu += plan[3](dy, deviation)
+    for part, _, sum_of in blocks:
+        loaded = _load(part, False, *source)
+        sum_dy += sum_of(loaded[0])
+        sum_dy_xmu += dot(*loaded)
+        loaded = loaded if len(blocks) == 1 else None  # memory for the next one
     sum_dy_xmu -= low * sum_dy
-    return sum_dy, sum_dy_xmu, loaded if len(plan[2]) == 1 else None
+    return sum_dy, sum_dy_xmu, loaded
 
 
 @_quiet
@@ -398,25 +394,29 @@ def backward_input(
     dx3 = np.empty_like(x3) if out3 is None else out3
     plan, invstd = _plan(x3.shape, x3.dtype), transform.invstd
     source = dy3, x3, _affine(plan, transform, relu), relu, relu_bits, mask
-    scaled = None if sums is None else (sums.sum_dy, sums.sum_dy_xmu * invstd)
-    _input(plan, source, dx3, dresidual3, invstd, scaled, count)
-    if local is not None:
-        _add_gradients(local.sum_dy, local.sum_dy_xmu * invstd, dweight, dbias)
+    total = sums and (sums.sum_dy, sums.sum_dy_xmu * invstd)
+    own = local and (local.sum_dy, local.sum_dy_xmu * invstd)
+    outputs = (dx3, dresidual3, dweight, dbias) if own else (dx3, dresidual3, None, None)
+    _input(plan, source, outputs, invstd, total, own, count)
     return dx3
 
 
 def _input(
     plan: _Plan,
     source: tuple[Any, ...],
-    dx3: Data,
-    dresidual3: Data | None,
+    outputs: tuple[Any, ...],
     invstd: PerChannel,
     sums: tuple[PerChannel, PerChannel] | None,
+    local: Any,
     count: int,
     loaded: tuple[Data, Data] | None = None,
 ) -> None:
-    """Fills dx3 and dresidual3; `sums` are those of dy and dy * xhat, `loaded` the only block."""
-    (dtype, columns, blocks, _), (_, low, scale, _), mask = plan, source[2], source[5]
+    """Fills the first two of `outputs`, dx3 and dresidual3, and adds to dweight and dbias.
+
+    `sums` and `local` are those of dy and of dy * xhat; `loaded` is the block if there is but one.
+    """
+    (dtype, columns, blocks, _), (_, low, scale, _) = plan, source[2]
+    (dx3, dresidual3, dweight, dbias), mask = outputs, source[5]
     if sums is not None:
         sum_dy, sum_dy_xhat = sums
         per_value = _number(1.0 / (count or 1))
@@ -439,20 +439,13 @@ def _input(
         if mask is not None:
             np.copyto(dx, 0, where=~_valid(mask, part))
         dx3[part] = dx
-
-
-def _add_gradients(
-    sum_dy: PerChannel, sum_dy_xhat: PerChannel, dweight: Data | None, dbias: Data | None
-) -> None:
-    """Adds the sums of dy * xhat and of dy to the gradients of weight and bias."""
-    if dweight is not None:
-        sum_dy_xhat = dweight + sum_dy_xhat.astype(dweight.dtype)
-    if dbias is not None:
-        sum_dy = dbias + sum_dy.astype(dbias.dtype)
+        del dy, dx  # memory for the next block
+    of_weight = None if dweight is None else dweight + local[1].astype(dweight.dtype)
+    of_bias = None if dbias is None else dbias + local[0].astype(dbias.dtype)
     if dweight is not None:  # no call from here on: see update_running
-        dweight[...] = sum_dy_xhat
+        dweight[...] = of_weight
     if dbias is not None:
-        dbias[...] = sum_dy
+        dbias[...] = of_bias
 
 
 # ---- whole stretches of a forward and a backward -------------------------------------------------
@@ -478,8 +471,8 @@ def finish_forward(
 ) -> tuple[PerChannel, PerChannel]:
     """:func:`finalize_moments` and :func:`normalize` into y3: (mean, invstd)."""
     mean, var, invstd = _finalize(moments, eps, form)
-    transform = mean, invstd, weight, bias
-    _normalize(_plan(x3.shape, x3.dtype), x3, y3, transform, relu, residual3, relu_bits, mask)
+    plan = _plan(x3.shape, x3.dtype)
+    _normalize(plan, x3, y3, (mean, invstd, weight, bias), relu, residual3, relu_bits, mask)
     if running is not None and moments.count:
         update_running(*running, mean, var, moments.count, factor, batches)
     return mean, invstd
@@ -532,8 +525,8 @@ def local_backward(
     source = dy3, x3, _affine(plan, transform, relu), relu, relu_bits, mask
     sum_dy, sum_dy_xmu, loaded = _reduce(plan, source)
     sums = sum_dy, sum_dy_xmu * invstd
-    _input(plan, source, dx3, dresidual3, invstd, sums if count else None, count, loaded)
-    _add_gradients(*sums, dweight, dbias)
+    outputs = dx3, dresidual3, dweight, dbias
+    _input(plan, source, outputs, invstd, sums if count else None, sums, count, loaded)
 
 
 def prepare_forward(
