@@ -265,7 +265,9 @@ class Bindings:
         return Bindings, (self._limit,)
 
 
-_Arrays: TypeAlias = "tuple[Array, Array, Array | None, Array | None]"  # x3, y3, weight, bias
+# x3, y3, weight, bias, residual3, relu_bits, mask; running mean and variance, counter
+_Arrays: TypeAlias = "tuple[Array, Array, Any, Any, Any, Any, Any]"
+_States: TypeAlias = "tuple[Any, Array]"
 _Statistics: TypeAlias = "tuple[Array, Array, int, Moments | None]"  # mean, invstd, count, local
 
 
@@ -430,10 +432,9 @@ class Bound:
         bits = self.empty(self.bits_shape, np.uint8) if self.needs_bits else None
         if mask is not None:
             mask = self.valid(mask, x)
-        options = {"relu": self.relu, "residual3": residual3, "relu_bits": bits, "mask": mask}
-        states = {"running": moved, "batches": batches, "factor": self.factor}
-        arrays = x3, y3, weight, bias
-        mean, invstd, count, local = self._statistics(self, call, arrays, options, states)
+        arrays = x3, y3, weight, bias, residual3, bits, mask
+        found = self._statistics(self, call, arrays, (moved, batches))
+        mean, invstd, count, local = found
         if target is not None and moved is not None and self.updates and count:
             target[0][...], target[1][...], target[2][...] = *moved, batches  # at once
         if out is not None and not overlap(y3, out):
@@ -443,43 +444,55 @@ class Bound:
         context = self, x3, weight, bias, mean, invstd, count, bits, local, mask
         return y, tuple.__new__(Saved, context)
 
-    def _given(
-        self, call: Any, arrays: _Arrays, options: dict[str, Any], states: dict[str, Any]
-    ) -> _Statistics:
+    def _given(self, call: Any, arrays: _Arrays, states: _States) -> _Statistics:
         """Fills y3, with the given statistics."""
-        x3, y3, weight, bias = arrays
+        x3, y3, weight, bias, *others = arrays
         backend = by_type[self.kind]
-        mean, _, invstd = backend.given_statistics(*states["running"], self.eps)
-        backend.normalize(x3, Transform(mean, invstd, weight, bias), out3=y3, **options)
+        mean, _, invstd = backend.given_statistics(*states[0], self.eps)
+        transform, options = Transform(mean, invstd, weight, bias), self._options(*others)
+        backend.normalize(x3, transform, out3=y3, **options)
         return mean, invstd, 0, None
 
-    def _alone(
-        self, call: Any, arrays: _Arrays, options: dict[str, Any], states: dict[str, Any]
-    ) -> _Statistics:
+    def _options(self, residual3: Any, bits: Any, mask: Any) -> dict[str, Any]:
+        return {"relu": self.relu, "residual3": residual3, "relu_bits": bits, "mask": mask}
+
+    def _alone(self, call: Any, arrays: _Arrays, states: _States) -> _Statistics:
         """Fills y3, with the statistics of this rank's batch, the only one."""
-        backend, count, mask = by_type[self.kind], self.count, options["mask"]
+        x3, y3, weight, bias, residual3, bits, mask = arrays
+        backend, count, (running, batches) = by_type[self.kind], self.count, states
         if self.prepared.get("forward" if mask is None else "masked forward") is not backend:
-            self._prepare_forward(backend, arrays, options)
+            self._prepare_forward(backend, arrays)
         if mask is not None:
-            states["count"] = count = self._count_valid(backend, mask)
-        if count <= 1:
-            if count == 1:
-                self._refuse_one_value(mask)
-            states["batches"] = NO_COUNTER
-        mean, invstd = backend.local_forward(*arrays, self.eps, **options, **states)
+            count = self._count_valid(backend, mask)
+        if count == 1:
+            self._refuse_one_value(mask)
+        mean, invstd = backend.local_forward(
+            x3,
+            y3,
+            weight,
+            bias,
+            self.eps,
+            relu=self.relu,
+            residual3=residual3,
+            relu_bits=bits,
+            running=running,
+            batches=batches if count else NO_COUNTER,
+            factor=self.factor,
+            mask=mask,
+            count=count,
+        )
         return mean, invstd, count, None
 
-    def _over_ranks(
-        self, call: CollectiveCall, arrays: _Arrays, options: dict[str, Any], states: dict[str, Any]
-    ) -> _Statistics:
+    def _over_ranks(self, call: CollectiveCall, arrays: _Arrays, states: _States) -> _Statistics:
         """Fills y3, with the statistics of all ranks' batches.
 
         It takes one message; two with float64 data, the second about the mean of all ranks. One
         rank, which comes here if its moments are to be kept, sends none.
         """
-        x3, c, backend, mask = arrays[0], self.channels, by_type[self.kind], options["mask"]
+        (x3, y3, weight, bias, *others), (running, batches) = arrays, states
+        c, backend, mask = self.channels, by_type[self.kind], arrays[-1]
         if self.prepared.get("forward" if mask is None else "masked forward") is not backend:
-            self._prepare_forward(backend, arrays, options)
+            self._prepare_forward(backend, arrays)
         valid: dict[str, Any] = {}
         if mask is not None:
             valid = {"mask": mask, "count": self._count_valid(backend, mask)}
@@ -498,11 +511,14 @@ class Bound:
                 form, moments = "recentred", Moments(count, total, m2)
         if moments.count == 1:
             self._refuse_one_value(mask)
-        if moments.count == 0:
-            states["batches"] = NO_COUNTER
         if self.options.check_finite:
             self._check_finite(moments, form)
-        mean, invstd = backend.finish_forward(moments, form, *arrays, self.eps, **options, **states)
+        options = self._options(*others)
+        options |= {"running": running, "factor": self.factor}
+        options["batches"] = batches if moments.count else NO_COUNTER
+        mean, invstd = backend.finish_forward(
+            moments, form, x3, y3, weight, bias, self.eps, **options
+        )
         return mean, invstd, moments.count, local if self.options.keep_moments else None
 
     def backward(
@@ -542,16 +558,26 @@ class Bound:
             if not self.in_order:
                 dresidual = self.layout.restore(dresidual3)
         backend, arrays = by_type[kind], (dy3, x3, dx3)
-        options = {"relu": self.relu, "relu_bits": saved.relu_bits, "mask": mask}
-        outputs = {"dresidual3": dresidual3, "dweight": dweight, "dbias": dbias}
+        outputs = dresidual3, dweight, dbias
         if self.prepared.get("backward" if mask is None else "masked backward") is not backend:
-            self._prepare_backward(backend, arrays, dresidual3, options)
+            self._prepare_backward(backend, arrays, saved, dresidual3)
         transform = Transform(saved.mean, saved.invstd, saved.weight, saved.bias)
-        if self.ranks == 1:
-            count = 0 if self.given else saved.count
-            backend.local_backward(*arrays, transform, count=count, **options, **outputs)
+        if self.ranks > 1:
+            self._over_ranks_backward(call, arrays, transform, saved, outputs)
         else:
-            self._over_ranks_backward(call, arrays, saved.count, transform, options, outputs)
+            backend.local_backward(
+                dy3,
+                x3,
+                dx3,
+                transform,
+                count=0 if self.given else saved.count,
+                relu=self.relu,
+                relu_bits=saved.relu_bits,
+                dresidual3=dresidual3,
+                dweight=dweight,
+                dbias=dbias,
+                mask=mask,
+            )
         for target, values in targets or ():
             target[...] = values
         if out is not None and not overlap(dx3, out):
@@ -562,18 +588,19 @@ class Bound:
         self,
         call: Any,
         arrays: tuple[Array, Array, Array],
-        count: int,
         transform: Transform,
-        options: dict[str, Any],
-        outputs: dict[str, Any],
+        saved: Saved,
+        outputs: tuple[Any, Any, Any],
     ) -> None:
         """Fills the last of `arrays` (dy3, x3, dx3): one message."""
         (dy3, x3, dx3), c, backend = arrays, self.channels, by_type[self.kind]
+        options = {"relu": self.relu, "relu_bits": saved.relu_bits, "mask": saved.mask}
         payload = call.payload(x3, 2 * c)
         local = backend.backward_reduce(dy3, x3, transform, payload=payload, **options)
         _, total = call.allreduce()
-        more = {"sums": BackwardSums(total[:c], total[c:]), "count": count, "local": local}
-        backend.backward_input(dy3, x3, transform, out3=dx3, **more, **options, **outputs)
+        options |= {"sums": BackwardSums(total[:c], total[c:]), "count": saved.count}
+        options |= zip(("dresidual3", "dweight", "dbias"), outputs, strict=True)
+        backend.backward_input(dy3, x3, transform, out3=dx3, local=local, **options)
 
     def normalize_again(
         self,
@@ -693,28 +720,27 @@ class Bound:
         fits = overlap(view, out) and self.is_plain(view)
         return view if fits else self.empty(self.shape3, self.dtype)
 
-    def _prepare_forward(
-        self, backend: ModuleType, arrays: _Arrays, options: dict[str, Any]
-    ) -> None:
+    def _prepare_forward(self, backend: ModuleType, arrays: _Arrays) -> None:
         """Lets the backend compile what it needs, before the first message."""
         backend.prepare_forward(
             *arrays[:2],
-            **options,
+            **self._options(*arrays[4:]),
             running_dtype=self.parameter_dtype.name if self.updates else None,
             ranks=self.ranks,
         )
-        self._is_prepared("forward", options["mask"], backend)
+        self._is_prepared("forward", arrays[-1], backend)
 
     def _prepare_backward(
         self,
         backend: ModuleType,
         arrays: tuple[Array, Array, Array],
+        saved: Saved,
         dresidual3: Array | None,
-        options: dict[str, Any],
     ) -> None:
-        more = {"dresidual3": dresidual3, "constant": self.given, "ranks": self.ranks}
-        backend.prepare_backward(*arrays, **options, **more)
-        self._is_prepared("backward", options["mask"], backend)
+        options = {"constant": self.given, "ranks": self.ranks, "dresidual3": dresidual3}
+        options |= {"relu": self.relu, "relu_bits": saved.relu_bits, "mask": saved.mask}
+        backend.prepare_backward(*arrays, **options)
+        self._is_prepared("backward", saved.mask, backend)
 
     def _is_prepared(self, direction: str, mask: Array | None, backend: ModuleType) -> None:
         # On a device this depends on addresses too, so over ranks it is done each time.
