@@ -7,17 +7,16 @@ import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import cached_property, wraps
-from inspect import signature
 from itertools import combinations, product
 from types import SimpleNamespace
 from typing import Any
 
 import fake_cupy
 import numpy as np
+from plainly import Plainly
 
 from cupybn.backends import cuda
 from cupybn.backends.cuda import launch, source
-from cupybn.backends.plain import call_plainly
 from cupybn.statistics import BackwardSums, Moments, Transform
 
 NS = (1, 2, 3, 8, 33)
@@ -231,22 +230,7 @@ def numpy_through_cuda():
     return SimpleNamespace(**{name: wrapped(getattr(cuda, name)) for name in cuda.__all__})
 
 
-class _Plainly:
-    """The CUDA backend as the primitives call it: arrays that are not dense are copied."""
-
-    def __getattr__(self, name):
-        function = getattr(cuda, name)
-
-        def call(*args, **options):
-            given = signature(function).bind(*args, **options).arguments
-            result = call_plainly(function, tuple(WRITTEN & given.keys()), **given)
-            return result if given.get("out3") is None else given["out3"]
-
-        return call
-
-
-WRITTEN = {"payload", "running", "y3", "out3", "relu_bits", "dresidual3", "dweight", "dbias"}
-plainly = _Plainly()
+plainly = Plainly(cuda)
 
 
 def run(backend, case):

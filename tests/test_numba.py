@@ -17,6 +17,7 @@ import pytest
 from conftest import BFLOAT16, DTYPES, NUMBA, ROOT, TOLERANCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plainly import Plainly
 
 import cupybn
 from cupybn import backends, launcher
@@ -289,24 +290,24 @@ def test_a_forked_process_has_threads_of_its_own():
 @pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
 def test_arrays_that_are_strided_or_read_only(shape):
     x, dy = normal(shape), normal(shape, seed=4)
-    expected = everything(compiled, x, dy)
+    expected, plainly = everything(compiled, x, dy), Plainly(compiled)
     fixed = x.copy(), dy.copy()
     for array in fixed:
         array.flags.writeable = False
     wide = np.repeat(x, 2, axis=1)[:, ::2], np.repeat(dy, 2, axis=0)[::-2][::-1]
     for arrays in (fixed, wide):
-        for actual, value in zip(everything(compiled, *arrays), expected, strict=True):
+        for actual, value in zip(everything(plainly, *arrays), expected, strict=True):
             np.testing.assert_array_equal(actual, value)
     mean, invstd = expected[0], np.ones(shape[1])
     weight = np.repeat(np.float32([2]), shape[1])
     weight.flags.writeable = False
-    y = compiled.normalize(x, Transform(mean, invstd, weight))
+    y = plainly.normalize(x, Transform(mean, invstd, weight))
     strided = np.zeros((shape[0], 2 * shape[1], shape[2]), np.float32)[:, ::2]
     assert (
-        compiled.normalize(x, Transform(mean[::-1][::-1], invstd, weight), out3=strided) is strided
+        plainly.normalize(x, Transform(mean[::-1][::-1], invstd, weight), out3=strided) is strided
     )
     np.testing.assert_array_equal(strided, y)
-    compiled.backward_input(dy, x, Transform(mean, invstd, weight), out3=strided)
+    plainly.backward_input(dy, x, Transform(mean, invstd, weight), out3=strided)
     np.testing.assert_array_equal(strided, dy * 2)
 
 
@@ -591,6 +592,7 @@ def test_preparing_compiles_all_that_comes_after_a_message(columns, dtype):
     code = f"""if True:
         import numpy as np
         from cupybn.statistics import Transform
+        from cupybn import functional as f
         from cupybn.backends import cpu as b
         x = np.ones((6, 2, {1 if columns else 60}), "{dtype}")
         w, relu_bits = np.ones(2, "{dtype}"), np.zeros(100, np.uint8)
@@ -616,12 +618,12 @@ def test_preparing_compiles_all_that_comes_after_a_message(columns, dtype):
         b.local_backward(x, x, x.copy(), of, count=6, dweight=w, dresidual3=x)
         assert there() == before, "alone"
         for odd in (x[::-1], np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape)):
-            b.local_forward(odd, odd.copy(), w[::-1], w, 1)
-            b.local_backward(odd, odd, x.copy(), of, count=6)
-            b.batch_moments(odd, payload=np.zeros(8)[::2])
-            b.backward_reduce(odd, x, Transform(mean[::-1], invstd))
-            b.backward_input(x, odd, of, sums=sums)
-            b.normalize(odd, of, residual3=odd)
+            _, saved = f.batch_norm_forward(odd, w[::-1], w)
+            f.batch_norm_backward(odd, saved)
+            f.batch_moments(odd, payload=np.zeros(8)[::2])
+            f.backward_reduce(odd, x, mean[::-1], invstd)
+            f.backward_input(x, odd, mean, invstd, w, sums=sums)
+            f.normalize(odd, mean, invstd, w, residual3=odd)
         assert there() == before, "arrays of another kind"
         print("done")
     """
@@ -651,7 +653,7 @@ def test_a_call_enters_one_function_and_its_kernel(shape, dtype):
 
     calls = [
         (forward, 2), (backward, 2),
-        (lambda: forward(residual3=x, **extra), 4), (lambda: backward(dresidual3=y, **extra), 2),
+        (lambda: forward(residual3=x, **extra), 5), (lambda: backward(dresidual3=y, **extra), 2),
         (lambda: compiled.batch_moments(x, payload=message), 2),
         (lambda: compiled.finish_forward(moments, "pooled", x, y, w, b, 1e-5, **running), 2),
         (lambda: compiled.backward_reduce(x, x, of, payload=message), 2),
