@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -193,6 +193,28 @@ class Program:
     limit: int
     texts: list[str]
     places: list[str]
+
+    @cached_property
+    def tells(self) -> bool:
+        """Whether its blocks tell each other anything."""
+        telling = np.isin(self.code[:, OP], [CODES["fence"], CODES["atomic"]])
+        return bool(telling.any() or (self.code[:, SPACE] >> 2).any())
+
+    @cached_property
+    def numbers(self) -> np.ndarray[Any, Any]:
+        """Of the constants, a column; 0 where the launch says what it is."""
+        values = [0 if isinstance(value, tuple) else value for value in self.constants]
+        return np.array(values, np.uint64)[:, None]
+
+    @cached_property
+    def of_launch(self) -> list[tuple[int, tuple[str, Any]]]:
+        """The rows of the other constants, and what they are."""
+        rows = enumerate(self.constants, start=self.rows)
+        return [(row, value) for row, value in rows if isinstance(value, tuple)]
+
+    @cached_property
+    def copies(self) -> bool:
+        return bool((self.code[:, OP] == CODES["copy"]).any())
 
 
 @dataclass
