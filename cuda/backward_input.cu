@@ -40,7 +40,8 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
   const Sums sums{sum_dy, sum_dy_xmu}, local{local_dy, local_dy_xmu};
   int by = relu ? relu_bits ? BY_BITS : AGAIN : ALL;
   keep_ready(by);
-  int centred = sum_dy != nullptr, needs_x = centred || by == AGAIN;
+  int centred = sum_dy != nullptr, needs_x = centred || by == AGAIN, both = dresidual != nullptr;
+  keep_ready(both);
   keep_ready(centred);
   keep_ready(needs_x);
   // in reverse order: what the reduction read last may still be in L2
@@ -57,8 +58,8 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
     Valid valid[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) slot[u] = walk.next();
-    load_slots(pack_dy, dy, slot);
-    load_slots(pack_x, x, slot, needs_x);
+    load_slots<false>(pack_dy, dy, slot);
+    load_slots<false>(pack_x, x, slot, needs_x);
     load_valid(valid, mask, slot, walk);
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) bits[u] = by == BY_BITS ? load_bits(relu_bits, slot[u]) : ~0u;
@@ -82,7 +83,7 @@ backward_input(scalar_t* dx, scalar_t* dresidual, param_t* dweight, param_t* dbi
         d[j] = valid[u][j] ? widen(pack_dy[u].v[j]) : acc_t(0);
       }
       if (by != ALL) pass(d, deviation, by == AGAIN, bits[u], [&](int j) { return gradient_of(j).affine; });
-      if (dresidual) store_pack_if<V>(slot[u].active, dresidual + offset, narrowed(d));
+      if (both) store_pack_if<V>(slot[u].active, dresidual + offset, narrowed(d));
       if (centred) {
 #pragma unroll
         for (int j = 0; j < V; ++j) {

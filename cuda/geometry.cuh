@@ -235,7 +235,7 @@ using Valid = ValidElements<V>;
 constexpr bool HOLDS_MORE = MASK_LOADS != UNMASKED && (V > 1 || !ROWS);
 constexpr bool WRITES_MORE = HOLDS_MORE && (Walk::CHANNELS > 1 || MASK_LOADS == EACH_BYTE);
 constexpr int SUMMING_BLOCKS = (Walk::CHANNELS == 1 ? 4 : 3) - HOLDS_MORE;
-constexpr int WRITING_BLOCKS = Walk::CHANNELS == 8 || WRITES_MORE ? 2 : 3;
+constexpr int WRITING_BLOCKS = Walk::CHANNELS == 8 || WRITES_MORE ? 2 : V == 8 && !HOLDS_MORE ? 4 : 3;
 constexpr int NORMALIZING_BLOCKS = V == 8 && !HOLDS_MORE ? 4 : WRITING_BLOCKS;
 
 // The eight elements of a vector have their mask bytes at unrelated addresses. Kernels then take UNROLL
@@ -246,12 +246,12 @@ template <typename T> __device__ __forceinline__ int misalignment_of(const T* te
   return reinterpret_cast<size_t>(tensor) / sizeof(T) % V;
 }
 
-template <int COUNT, typename T>
+template <bool ZEROS = true, int COUNT, typename T>
 __device__ __forceinline__ void load_slots(Pack<T, V> (&packs)[COUNT], const T* tensor,
                                            const Slot* slots, bool wanted = true) {
 #pragma unroll
   for (int u = 0; u < COUNT; ++u) {
-    packs[u] = load_pack_if<V>(wanted && slots[u].active, tensor + slots[u].offset);
+    packs[u] = load_pack_if<V, ZEROS>(wanted && slots[u].active, tensor + slots[u].offset);
   }
 }
 

@@ -67,11 +67,12 @@ __device__ __forceinline__ void store_word(uint4* address, const uint4& word) {
                : "memory");
 }
 
-// The address must be a multiple of the pack's size.
-template <int V, typename T>
+// The address must be a multiple of the pack's size. What is not active is zeros, or anything.
+template <int V, bool ZEROS = true, typename T>
 __device__ __forceinline__ Pack<T, V> load_pack_if(bool active, const T* address) {
   using word = typename Word<sizeof(T) * V>::type;
-  word bits{};
+  word bits;
+  if (ZEROS) bits = word{};
   if (active) bits = *reinterpret_cast<const word*>(address);
   Pack<T, V> pack;
   memcpy(&pack, &bits, sizeof(word));

@@ -19,8 +19,8 @@ _options = {"nogil": True, "error_model": "numpy"}
 inside = numba.njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_options)
 """For small functions, which become part of those that call them."""
 
-apart = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_options)
-"""For functions that are called."""
+pasted = numba.njit(inline="always", **_options)
+"""For large functions with one caller: compiled as a part of it alone."""
 
 
 def _folder() -> Path:

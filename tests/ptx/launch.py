@@ -21,15 +21,13 @@ import numpy as np
 
 from . import nvrtc, words
 from .memory import NOBODYS
-from .program import CODES, GAP, SPACE, Program, read
+from .program import GAP, Program, read
 
 _GRID = (2**31 - 1, 65535, 65535)
 _BLOCK = (1024, 1024, 64)
 _STATIC = 48 << 10
 _TURNS = 1 << 22  # instructions of warps between two looks at the clock and at other launches
 _LARGE = 1 << 29  # bytes of an array whose writers are not noted
-_COPY = CODES["copy"]
-_TELLING = [CODES["fence"], CODES["atomic"]]
 _lock = threading.Lock()
 _STARTED = itertools.count(int(os.environ.get("CUPYBN_PTX_SEED", "0")))
 
@@ -204,6 +202,10 @@ def _size(kind: str) -> int:
     return int(kind.lstrip("busf")) // 8
 
 
+def _address(array: np.ndarray[Any, Any]) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
 def _ranges(arrays: Sequence[np.ndarray[Any, Any]]) -> list[tuple[int, int, int]]:
     """(begin, end, bytes of the smallest element), of arrays that overlap one for all."""
     found: list[tuple[int, int, int]] = []
@@ -264,7 +266,7 @@ class Launch:
             "grid_x": self.grid[0],
             "grid_y": self.grid[1],
         }
-        self._set["fences"] = int(_fences(program))
+        self._set["fences"] = int(program.tells)
         seed = next(_STARTED) if how.seed is None else how.seed
         order = np.asarray(chosen, np.int64)
         if how.shuffle:
@@ -280,7 +282,7 @@ class Launch:
         totals[words.RANDOM] = 0x9E3779B97F4A7C15 - (1 << 64) + 2 * seed
         self._words("fault", 8)
         self._words("masks", 160)
-        addresses = {name: array.ctypes.data for name, array in self._keep.items()}
+        addresses = {name: _address(array) for name, array in self._keep.items()}
         self._state = words.Words(**{name: addresses.get(name, 0) for name in words.Words._fields})
 
     def _words(self, name: str, what: Any, fill: int = 0) -> np.ndarray[Any, Any]:
@@ -331,23 +333,22 @@ class Launch:
             special |= {f"nctaid.{axis}": count, f"ntid.{axis}": block}
         for axis in "xyz":
             self._set[f"row_{axis}"] = -1
-        for row, constant in enumerate(program.constants, start=program.rows):
-            if not isinstance(constant, tuple):
-                rows[:, :, row] = constant
-            elif constant[0] == "parameter":
-                rows[:, :, row] = given[constant[1]]
-            elif constant[0] == "dynamic":
+        rows[:, :, program.rows :] = program.numbers
+        for row, (what, which) in program.of_launch:
+            if what == "parameter":
+                rows[:, :, row] = given[which]
+            elif what == "dynamic":
                 rows[:, :, row] = self._dynamic
             else:
-                rows[:, :, row] = special[constant[1]]
-                if constant[1].startswith("ctaid"):
-                    self._set[f"row_{constant[1][-1]}"] = row
+                rows[:, :, row] = special[which]
+                if which.startswith("ctaid"):
+                    self._set[f"row_{which[-1]}"] = row
         self._keep["registers"] = rows
 
     def _parameter(self, i: int, value: Any) -> int:
         """The bits of an argument, which must have the size that the kernel takes."""
         if isinstance(value, np.ndarray):
-            packed = np.array(value.ctypes.data, np.uint64)
+            packed = np.array(_address(value), np.uint64)
         else:
             packed = np.array(_scalar(value))
         kind = self.program.parameters[i]
@@ -366,8 +367,7 @@ class Launch:
         for name in ("epoch", "born", "pendings", "copying"):
             self._words(name, slots)
         self._words("warp_epoch", slots * self._set["warps"])
-        operations = set(self.program.code[:, 0])
-        fences, copies = self._set["fences"], _COPY in operations
+        fences, copies = self._set["fences"], self.program.copies
         self._words("pending", fences * slots * words.PENDINGS * words.PENDING_FIELDS)
         self._words("copies", copies * slots * words.COPIES * words.COPY_FIELDS)
 
@@ -441,8 +441,3 @@ def _machine() -> Any:
         fcntl.flock(lock, fcntl.LOCK_EX)
         advance.compile((typeof(words.Words(*[0] * len(words.Words._fields))), int64))
     return advance
-
-
-def _fences(program: Program) -> bool:
-    """Whether its blocks tell each other anything."""
-    return bool(np.isin(program.code[:, 0], _TELLING).any() or (program.code[:, SPACE] >> 2).any())

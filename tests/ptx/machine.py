@@ -12,7 +12,7 @@ import numpy as np
 
 from . import lanes as f
 from . import memory
-from .compiled import entry, inside
+from .compiled import entry, inside, pasted
 from .lanes import ALL, ONE, ZERO
 from .memory import fault
 from .program import (
@@ -107,28 +107,25 @@ def insert(r, m, ins):
 
 @inside
 def pack(r, m, ins):
-    size, count, d = np.uint64(word(ins, SIZE)), word(ins, VEC), word(ins, D0) * 32
-    kept = (ONE << size) - ONE
-    for lane in range(32):
-        if bits(m, lane):
-            x = ZERO
-            for i in range(count):
-                part = bits(r, word(ins, A + i) * 32 + lane) & kept
-                x |= part << (size * np.uint64(i))
-            put_bits(r, d + lane, x)
+    size, d = np.uint64(word(ins, SIZE)), word(ins, D0) * 32
+    for i in range(word(ins, VEC)):
+        a, shift, before = word(ins, A + i) * 32, size * np.uint64(i), ALL if i else ZERO
+        for lane in range(32):
+            on, old = bits(m, lane), bits(r, d + lane)
+            part = (bits(r, a + lane) & ((ONE << size) - ONE)) << shift
+            put_bits(r, d + lane, (((old & before) | part) & on) | (old & ~on))
 
 
 @inside
 def unpack(r, m, ins):
-    size, count, a = np.uint64(word(ins, SIZE)), word(ins, VEC), word(ins, A) * 32
-    kept = (ONE << size) - ONE
-    for lane in range(32):
-        if bits(m, lane):
-            x = bits(r, a + lane)
-            for i in range(count):
-                row = word(ins, D0 + i)
-                if row >= 0:
-                    put_bits(r, row * 32 + lane, (x >> (size * np.uint64(i))) & kept)
+    size, a = np.uint64(word(ins, SIZE)), word(ins, A) * 32
+    for i in range(word(ins, VEC)):
+        d, shift = word(ins, D0 + i) * 32, size * np.uint64(i)
+        if d >= 0:
+            for lane in range(32):
+                x = (bits(r, a + lane) >> shift) & ((ONE << size) - ONE)
+                on = bits(m, lane)
+                put_bits(r, d + lane, (x & on) | (bits(r, d + lane) & ~on))
 
 
 # ---- warp operations -----------------------------------------------------------------------------
@@ -200,6 +197,29 @@ def _mask_there(s, r, ins, slot, warp, pc, mask, of):
 
 
 @inside
+def _together(s, r, ins, slot, warp, mask, every):
+    """What the lanes of a mask do, of all lanes or not: 0, or a fault."""
+    op = word(ins, OP)
+    if op == SHUFFLE_OP:
+        return _shuffle(s, r, ins, mask)
+    if op == VOTE:
+        return _vote(s, r, ins, mask)
+    if every:
+        at = slot * word(s.settings, WARPS) + warp
+        put(s.warp_epoch, at, word(s.warp_epoch, at) + 1)
+    return 0
+
+
+@inside
+def _names_all(r, ins):
+    """Whether the mask of every lane names all 32."""
+    e, found = word(ins, E) * 32, f.LOW32
+    for lane in range(32):
+        found &= bits(r, e + lane)
+    return found == f.LOW32
+
+
+@inside
 def warp_operation(s, r, ins, slot, warp, pc):
     """Lanes have come to it: does it for every mask that is complete. 0, or a fault."""
     base, e = slot * word(s.settings, THREADS) + warp * 32, word(ins, E) * 32
@@ -214,14 +234,7 @@ def warp_operation(s, r, ins, slot, warp, pc):
         if there < 0:
             return -there
         if there:
-            op, wrong = word(ins, OP), 0
-            if op == SHUFFLE_OP:
-                wrong = _shuffle(s, r, ins, mask)
-            elif op == VOTE:
-                wrong = _vote(s, r, ins, mask)
-            elif mask == f.LOW32 or lanes < 32:
-                at = slot * word(s.settings, WARPS) + warp
-                put(s.warp_epoch, at, word(s.warp_epoch, at) + 1)
+            wrong = _together(s, r, ins, slot, warp, mask, mask == f.LOW32 or lanes < 32)
             if wrong:
                 return wrong
             for i in range(lanes):
@@ -234,7 +247,7 @@ def warp_operation(s, r, ins, slot, warp, pc):
 # ---- a warp --------------------------------------------------------------------------------------
 
 
-@inside
+@pasted
 def arithmetic(op, r, m, ins):
     """In the order of program.ARITHMETIC: a test compares."""
     if op == 0:
@@ -375,7 +388,7 @@ def arithmetic(op, r, m, ins):
         insert(r, m, ins)
 
 
-@inside
+@pasted
 def effect(s, op, r, m, ins, slot, warp):
     """What is neither arithmetic of lanes nor changes where they are: 0, or a fault."""
     if op == LOAD:
@@ -462,7 +475,7 @@ def _predicated(r, m, e, ins):
     return active
 
 
-@inside
+@pasted
 def run_warp(s, slot, warp, turn):
     """Up to so many instructions. Returns how many it did; below 0: a fault."""
     threads = word(s.settings, THREADS)
@@ -508,6 +521,11 @@ def run_warp(s, slot, warp, turn):
                 _wait_at(s, m, base, pc, ENDED if op == EXIT else AT_BARRIER)
                 together = False
                 continue
+            elif op in (SHUFFLE_OP, VOTE, SYNC_WARP) and on == 32 and _names_all(r, ins):
+                if _together(s, r, ins, slot, warp, f.LOW32, True):
+                    put(s.fault, 3, pc)
+                    return -1
+                pc += 1
             elif op in (SHUFFLE_OP, VOTE, SYNC_WARP):
                 _leave(s, group, base, pc + 1)
                 _wait_at(s, m, base, pc, AT_WARP_OPERATION)

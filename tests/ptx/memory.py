@@ -164,7 +164,11 @@ def check_shared(s, slot, warp, lane, x, total, writes):
     epoch, born = word(s.epoch, slot), word(s.born, slot)
     warp_epoch = word(s.warp_epoch, slot * word(s.settings, WARPS) + warp) & 0xFFFFF
     begin = slot * size + np.int64(x)
-    for i in range(begin, begin + total):
+    end, first, readers = begin + total, word(s.shared_writer, begin), word(s.shared_reader, begin)
+    others = 0
+    for i in range(begin, end):
+        others |= (word(s.shared_writer, i) ^ first) | (word(s.shared_reader, i) ^ readers)
+    for i in range(begin, end if others else begin + 1):  # one for all, if they are alike
         tag = word(s.shared_writer, i)
         if tag == NOBODYS:
             return fault(s, 4, lane, x)
@@ -175,13 +179,19 @@ def check_shared(s, slot, warp, lane, x, total, writes):
                 return fault(s, 6 if writes else 5, lane, x)
         elif not writes and word(s.settings, UNINITIALISED):
             return fault(s, 9, lane, x)
-        if writes:
-            if _read_before(word(s.shared_reader, i), thread, epoch, warp_epoch):
-                return fault(s, 7, lane, x)
-            put(s.shared_writer, i, epoch << _EPOCH | warp_epoch << 12 | thread)
-        else:
-            readers = word(s.shared_reader, i)
+        readers = word(s.shared_reader, i)
+        if not writes:
             put(s.shared_reader, i, _read_tag(readers, thread, epoch, warp_epoch))
+        elif _read_before(readers, thread, epoch, warp_epoch):
+            return fault(s, 7, lane, x)
+    if writes:
+        tag = epoch << _EPOCH | warp_epoch << 12 | thread
+        for i in range(begin, end):
+            put(s.shared_writer, i, tag)
+    elif not others:
+        tag = word(s.shared_reader, begin)
+        for i in range(begin, end):
+            put(s.shared_reader, i, tag)
     return 0
 
 
@@ -246,15 +256,23 @@ def check_global(s, slot, warp, lane, x, total, which, writes):
     begin = bits(s.ranges, at)
     low = first + np.int64((x - begin) >> shift)
     high = first + np.int64((x - begin + np.uint64(total - 1)) >> shift)
+    written = 0
     for grain in range(low, high + 1):
-        wrong = _check_grain(s, slot, lane, thread, grain, x)
-        if wrong:
-            return wrong
-        if writes:
-            put(s.ranges, at + 4, 1)
-            put(s.writer, grain, _tag(s, slot, thread))
+        written |= word(s.writer, grain)
+    if written:
+        for grain in range(low, high + 1):
+            wrong = _check_grain(s, slot, lane, thread, grain, x)
+            if wrong:
+                return wrong
+    if writes:
+        put(s.ranges, at + 4, 1)
+        tag = _tag(s, slot, thread)
+        for grain in range(low, high + 1):
+            put(s.writer, grain, tag)
+        for grain in range(low, high + 1):
             put(s.released, grain, 0)
-            if word(s.settings, FENCES):
+        if word(s.settings, FENCES):
+            for grain in range(low, high + 1):
                 n = word(s.pendings, slot)
                 if n == PENDINGS:
                     return fault(s, 20, lane, x)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,9 @@ _UNSIGNED = _ORDERED | {"lo": 1, "ls": 3, "hi": 4, "hs": 6}
 _UNORDERED = {"equ": 10, "neu": 13, "ltu": 9, "leu": 11, "gtu": 12, "geu": 14, "num": 7, "nan": 8}
 _SPECIAL = re.compile(r"%(n?tid|n?ctaid)\.([xyz])$|%(laneid|warpid|nwarpid)$")
 _NAME = r"[%$\w]+"
+_INSTRUCTION = re.compile(r"(?:@(!?)([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*?);")
+_PLACE = re.compile(r"\.loc\s+(\d+) (\d+)")
+_OPERAND = re.compile(r"(?:\{[^}]*\}|\[[^]]*\]|[^,{\[])+")
 
 
 class UnknownInstruction(NotImplementedError):
@@ -159,7 +163,7 @@ def _immediate(text: str, kind: str) -> int:
 
 def _operands(text: str) -> list[str]:
     """Apart at the commas outside of brackets."""
-    return [part.strip() for part in re.findall(r"(?:\{[^}]*\}|\[[^]]*\]|[^,{\[])+", text)]
+    return [part.strip() for part in _OPERAND.findall(text)]
 
 
 def _in_braces(text: str) -> list[str]:
@@ -190,11 +194,33 @@ class Program:
     texts: list[str]
     places: list[str]
 
+    @cached_property
+    def tells(self) -> bool:
+        """Whether its blocks tell each other anything."""
+        telling = np.isin(self.code[:, OP], [CODES["fence"], CODES["atomic"]])
+        return bool(telling.any() or (self.code[:, SPACE] >> 2).any())
+
+    @cached_property
+    def numbers(self) -> np.ndarray[Any, Any]:
+        """Of the constants, a column; 0 where the launch says what it is."""
+        values = [0 if isinstance(value, tuple) else value for value in self.constants]
+        return np.array(values, np.uint64)[:, None]
+
+    @cached_property
+    def of_launch(self) -> list[tuple[int, tuple[str, Any]]]:
+        """The rows of the other constants, and what they are."""
+        rows = enumerate(self.constants, start=self.rows)
+        return [(row, value) for row, value in rows if isinstance(value, tuple)]
+
+    @cached_property
+    def copies(self) -> bool:
+        return bool((self.code[:, OP] == CODES["copy"]).any())
+
 
 @dataclass
 class _Reader:
     parameters: list[str]
-    files: dict[int, str]
+    files: dict[str, str]
     shared: dict[str, int] = field(default_factory=dict)  # offsets; of dynamic ones -1
     size: int = 0
     variables: list[tuple[int, int]] = field(default_factory=list)
@@ -231,18 +257,7 @@ class _Reader:
         return self.operand(found[1], "u64"), int(found[2] or 0)
 
     def statement(self, line: str) -> None:
-        if line.startswith(".pragma"):
-            return
-        if found := re.fullmatch(r"\.reg \.\w+\s+([^<;]*)(<\d+>)?;", line):
-            # of inline assembly, in a scope of its own: no two of a name live at once
-            self.named |= set() if found[2] else set(re.split(r"[\s,]+", found[1].strip()))
-        elif found := re.match(r"\.loc\s+(\d+) (\d+)", line):
-            self.place = f"{self.files.get(int(found[1]), '?')}:{found[2]}"
-        elif found := re.fullmatch(r"(\$?[\w$]+):", line):
-            self.labels[found[1]] = len(self.instructions)
-        elif line.startswith("."):
-            self.declare(line)
-        elif found := re.fullmatch(r"(?:@(!?)([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*?);", line):
+        if found := _INSTRUCTION.fullmatch(line):
             negated, predicate, instruction, rest = found.groups()
             fields = self.decode(instruction, _operands(rest))
             fields[PRED] = self.register(predicate) if predicate else -1
@@ -250,6 +265,17 @@ class _Reader:
             self.instructions.append(fields)
             self.texts.append(line)
             self.places.append(self.place)
+        elif found := _PLACE.match(line):
+            self.place = f"{self.files.get(found[1], '?')}:{found[2]}"
+        elif found := re.fullmatch(r"(\$?[\w$]+):", line):
+            self.labels[found[1]] = len(self.instructions)
+        elif found := re.fullmatch(r"\.reg \.\w+\s+([^<;]*)(<\d+>)?;", line):
+            # of inline assembly, in a scope of its own: no two of a name live at once
+            self.named |= set() if found[2] else set(re.split(r"[\s,]+", found[1].strip()))
+        elif line.startswith(".pragma"):
+            return
+        elif line.startswith("."):
+            self.declare(line)
         else:
             raise UnknownInstruction(line)
 
@@ -444,27 +470,24 @@ class _Reader:
         return fields | {D0: self.register(given[0])}
 
 
-def _defaults() -> dict[int, Any]:
-    return {D0: -1, D1: -1, D2: -1, D3: -1, A: 0, B: 0, C: 0, E: 0, K: 0, J: 0} | {
-        SIZE: 0, VEC: 1, SPACE: 0,
-    }  # fmt: skip
+_DEFAULTS = {D0: -1, D1: -1, D2: -1, D3: -1, A: 0, B: 0, C: 0, E: 0, K: 0, J: 0} | {
+    SIZE: 0, VEC: 1, SPACE: 0,
+}  # fmt: skip
 
 
 def _program(name: str, reader: _Reader, kinds: list[str], limit: int) -> Program:
-    code = np.zeros((len(reader.instructions), len(FIELDS)), np.int64)
-    first = len(reader.registers)
-    for row, given in zip(code, reader.instructions, strict=True):
-        fields = _defaults() | given
+    first, code = len(reader.registers), []
+    for given in reader.instructions:
+        fields = _DEFAULTS | given
         fields[OP] = CODES[fields[OP]]
         if fields[OP] == CODES["branch"]:
             fields[J] = reader.labels[fields[J]]
-        for index, value in fields.items():
-            if isinstance(value, tuple):
-                value = first + value[1]
-            row[index] = value - (1 << 64) if value >= 1 << 63 else value
+        values = [fields[i] for i in range(len(FIELDS))]
+        values = [first + value[1] if isinstance(value, tuple) else value for value in values]
+        code.append([value - (1 << 64) if value >= 1 << 63 else value for value in values])
     constants = list(reader.constants)
     return Program(
-        *(name, code, first, constants, kinds, reader.variables, limit),
+        *(name, np.array(code, np.int64), first, constants, kinds, reader.variables, limit),
         *(reader.texts, reader.places),
     )
 
@@ -493,9 +516,9 @@ def _kernels(ptx: str) -> Iterator[tuple[str, str, str, str]]:
 def _statements(body: str) -> Iterator[str]:
     """Without comments and braces that only make scopes."""
     for line in body.splitlines():
-        line = line.partition("//")[0]
-        if line.lstrip().startswith(".loc"):
-            yield line.strip()
+        line = line.partition("//")[0].strip()
+        if line.startswith(".loc") or (line.find(";") == len(line) - 1 > 0 and line[0] not in "{}"):
+            yield line
             continue
         for part in re.findall(r"[^;]*;|[^;]+$", line):
             statement = part.strip().lstrip("{} \t")
@@ -503,26 +526,31 @@ def _statements(body: str) -> Iterator[str]:
                 yield statement
 
 
+@cache
+def _kernel(
+    name: str, parameters: str, bounds: str, body: str, shared: tuple[str, ...],
+    files: tuple[tuple[str, str], ...],
+) -> Program:  # fmt: skip
+    named = _PARAMETER.findall(parameters.replace(",", "\n"))
+    reader = _Reader([parameter for _, parameter in named], dict(files))
+    for declaration in shared:
+        reader.declare(declaration.strip())
+    for statement in _statements(body):
+        reader.statement(statement)
+    threads = re.search(r"\.(?:max|req)ntid (\d+)", bounds)
+    kinds = [kind for kind, _ in named]
+    return _program(name, reader, kinds, int(threads[1]) if threads else 1024)
+
+
 def read(ptx: str) -> dict[str, Program]:
-    """The kernels of a module.
+    """The kernels of a module. Each text is read once: other architectures may have the same.
 
     Raises:
         UnknownInstruction: something in it is not known here.
     """
-    files = {int(number): path for number, path in _FILE.findall(ptx)}
     *kernels, (*_, outside) = _kernels(ptx)
-    programs = {}
-    for name, parameters, bounds, body in kernels:
-        named = _PARAMETER.findall(parameters.replace(",", "\n"))
-        reader = _Reader([parameter for _, parameter in named], files)
-        for declaration in _MODULE_SHARED.findall(outside):
-            reader.declare(declaration.strip())
-        for statement in _statements(body):
-            reader.statement(statement)
-        threads = re.search(r"\.(?:max|req)ntid (\d+)", bounds)
-        kinds = [kind for kind, _ in named]
-        programs[name] = _program(name, reader, kinds, int(threads[1]) if threads else 1024)
-    return programs
+    shared, files = tuple(_MODULE_SHARED.findall(outside)), tuple(_FILE.findall(ptx))
+    return {name: _kernel(name, *parts, shared, files) for name, *parts in kernels}
 
 
 assert all(hasattr(lanes, name) for name in ARITHMETIC if name != "insert")
