@@ -534,29 +534,26 @@ class Bound:
     ) -> tuple[Array, Array | None]:
         """(dx, dresidual), as :meth:`forward`. Adds this rank's sums to `dweight` and `dbias`."""
         x3, mask, kind, expected = saved.x3, saved.mask, self.kind, self.expected
-        seen, targets = self.seen, None
+        seen, targets, in_order = self.seen, None, self.in_order
         if x3 is None:
             saved.check_complete()
         for gradient in (dweight, dbias):
             if gradient is not None and (type(gradient) is not kind or seen(gradient) != expected):
                 dweight, dbias, targets = self._checked_gradients(x3, dweight, dbias)
                 break
-        if type(dy) is kind and seen(dy) == self.like_x and self.in_order:
-            dy3 = dy.reshape(self.shape3)
-        else:
-            dy = as_array(dy, "dy")
-            dy3 = self._view("dy", dy, x3)
+        usual = in_order and type(dy) is kind and seen(dy) == self.like_x
+        dy = dy if usual else as_array(dy, "dy")
+        dy3 = dy.reshape(self.shape3) if usual else self._view("dy", dy, x3)
         if out is not None:
             dx, dx3 = out, self._dx3_in(out, dy, x3, mask)
         else:
             dx3 = self.empty(self.shape3, self.dtype) if dx3 is None else dx3
-            dx = dx3.reshape(self.shape) if self.in_order else self.layout.restore(dx3)
+            dx = dx3.reshape(self.shape) if in_order else self.layout.restore(dx3)
         dresidual, dresidual3 = dy if self.residual else None, None
         if self.fused_residual or (self.residual and mask is not None):
             dresidual3 = self.empty(self.shape3, self.dtype)
-            dresidual = dresidual3.reshape(self.shape)
-            if not self.in_order:
-                dresidual = self.layout.restore(dresidual3)
+            restore, shape = self.layout.restore, self.shape
+            dresidual = dresidual3.reshape(shape) if in_order else restore(dresidual3)
         backend, arrays = by_type[kind], (dy3, x3, dx3)
         outputs = dresidual3, dweight, dbias
         if self.prepared.get("backward" if mask is None else "masked backward") is not backend:
