@@ -39,6 +39,7 @@ from kernel_cases import (
     in_two_launches,
     parameter_dtype,
     parameters,
+    plainly,
     resident,
 )
 
@@ -713,14 +714,14 @@ def test_strided_parameters_and_statistics():
     memory = cp.ones((2, 5, 2), np.float32)
     running = (memory[0, :, 0], memory[1, :, 0])
     moments = Moments(4, cp.zeros(5), cp.zeros(5))
-    cuda.finalize_moments(moments, 1e-5, running=running, factor=1.0)
+    plainly.finalize_moments(moments, 1e-5, running=running, factor=1.0)
     assert not copy_to_host(memory[:, :, 0]).any()
     assert copy_to_host(memory[:, :, 1]).all()
     x = np.random.default_rng(1).standard_normal((3, 5, 49)).astype(np.float32)
     weight = np.linspace(0.5, 1.5, 10, dtype=np.float32)
     mean, invstd = np.full(10, 0.25), np.full(10, 2.0)
     on_device = [cp.asarray(a)[::2] for a in (mean, invstd, weight)]
-    y = cuda.normalize(cp.asarray(x), Transform(*on_device))
+    y = plainly.normalize(cp.asarray(x), Transform(*on_device))
     assert close(
         y, numpy_backend.normalize(x, Transform(mean[::2], invstd[::2], weight[::2])), 1e-5
     )
@@ -798,7 +799,7 @@ def test_pooled_sums_shape_dx_and_local_ones_the_parameter_gradients():
     case = Case((3, 5, 49), np.dtype(np.float32), "plain")
     twin, results = case.on_host(), []
     numbers = np.random.default_rng(9).standard_normal((2, 2, 5))
-    for backend, on, xp in ((cuda, case, cp), (numpy_backend, twin, np)):
+    for backend, on, xp in ((plainly, case, cp), (numpy_backend, twin, np)):
         pooled, local = (BackwardSums(*map(xp.asarray, pair)) for pair in numbers)
         gradients = [xp.ones(10, np.float32)[::2], xp.ones(5, np.float32)]
         mean, invstd = xp.asarray(twin.mean), xp.asarray(twin.invstd)
