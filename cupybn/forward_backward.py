@@ -158,13 +158,13 @@ class Saved(NamedTuple):
         bound = bind(x, channel_axis, options, comm, name or "")
         weight, bias, *_ = bound._checked(x, weight, bias, None)
         mean, invstd = (
-            as_array(array, what).astype(np.float64, copy=False)
+            plain(as_array(array, what).astype(np.float64, copy=False))
             for what, array in (("mean", mean), ("invstd", invstd))
         )
         for what, array in (("mean", mean), ("invstd", invstd)):
             check_array(what, array, x, bound.layout.per_channel, np.float64)
         if relu_bits is not None:
-            relu_bits = as_array(relu_bits, "relu_bits")
+            relu_bits = plain(as_array(relu_bits, "relu_bits"))
             check_array("relu_bits", relu_bits, x, bound.bits_shape, np.uint8)
         if int(count) != count or count < 0:
             raise ValueError(f"count must be a number of values, got {count!r}")
@@ -417,7 +417,8 @@ class Bound:
         moved, batches = None if running is None else running[:2], NO_COUNTER
         if self.updates and running is not None:
             batches = running[2]
-            if type(batches) is not np.ndarray or Bound.seen(batches) != _COUNTER:
+            fits = type(batches) is np.ndarray and Bound.seen(batches) == _COUNTER
+            if target is not None or not fits:  # what is copied back together is counted in a copy
                 check_writeable("num_batches_tracked", batches)
                 target, batches = target or running, np.array(batches, np.int64).reshape(())
         in_order = self.in_order
@@ -575,8 +576,8 @@ class Bound:
                 dbias=dbias,
                 mask=mask,
             )
-        for target, values in targets or ():
-            target[...] = values
+        if targets is not None:
+            _write_back(targets, (dweight, dbias))
         if out is not None and not overlap(dx3, out):
             out[...] = self.layout.restore(dx3)
         return dx, dresidual
@@ -646,27 +647,26 @@ class Bound:
             mean, var = as_array(running[0], names[0]), as_array(running[1], names[1])
             check(names[0], mean, x, self.layout)
             check(names[1], var, x, self.layout)
-            target, running = (mean, var, running[2]), (plain(mean), plain(var), running[2])
-            if running[0] is mean and running[1] is var:
-                target = None
+            taken = plain(mean), plain(var)
+            if self.updates and not (taken[0] is mean and taken[1] is var):
+                target, taken = (mean, var, running[2]), (mean.copy(), var.copy())
+            running = *taken, running[2]
         return plain(parameters["weight"]), plain(parameters["bias"]), running, target
 
     def _checked_gradients(
         self, x3: Array, dweight: Array | None, dbias: Array | None
-    ) -> tuple[Array | None, Array | None, list[tuple[Array, Array]]]:
-        """The arrays as backends take them, and (where to copy one, its copy) for each copy.
+    ) -> tuple[Array | None, Array | None, tuple[Array | None, Array | None]]:
+        """The arrays as backends take them, and those to copy them back to.
 
         Raises if gradients cannot be written to them.
         """
-        gradients, targets = {"weight": dweight, "bias": dbias}, []
+        gradients = {"weight": dweight, "bias": dbias}
         for what, gradient in gradients.items():
             if gradient is not None:
                 check_written(f"the gradient of {what}", gradient, x3, self.layout)
-                array = as_array(gradient)
-                gradients[what] = plain(array)
-                if gradients[what] is not array:
-                    targets.append((array, gradients[what]))
-        return gradients["weight"], gradients["bias"], targets
+                gradients[what] = as_array(gradient)
+        targets = gradients["weight"], gradients["bias"]
+        return plain(targets[0]), plain(targets[1]), targets
 
     def _view(self, what: str, array: Array, x: Array) -> Array:
         """The array as (N, C, L); raises unless it is like x."""
@@ -776,6 +776,15 @@ class Bound:
                 f"{call_name('forward', self.name)}: NaN or Inf in the statistics of the batch, "
                 f"in {channels} {shown}"
             )
+
+
+def _write_back(targets: tuple[Array | None, ...], values: tuple[Array | None, ...]) -> None:
+    """Writes both gradients. No call: Python checks for interrupts only at calls and jumps."""
+    (dweight, dbias), (of_weight, of_bias) = targets, values
+    if dweight is not None:
+        dweight[...] = of_weight
+    if dbias is not None:
+        dbias[...] = of_bias
 
 
 class _OnDevice(Bound):

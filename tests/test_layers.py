@@ -701,6 +701,30 @@ def test_memory_that_runs_out_late_changes_nothing(monkeypatch, where):
     assert snapshot(layer) == before
 
 
+def test_an_interrupt_after_the_kernel_leaves_strided_statistics_and_their_counter(monkeypatch):
+    layer = BatchNorm2d(3)
+    layer.buffers["running_mean"] = np.repeat(layer.running_mean, 2)[::2]
+    layer(X)  # compiles
+    before, backend = snapshot(layer), backends.cpu_backend()
+    forward = backend.local_forward
+
+    def interrupted(*args, **options):
+        forward(*args, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "local_forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            layer(X)
+    assert snapshot(layer) == before
+    layer(X)
+    plain = BatchNorm2d(3)
+    for _ in range(2):
+        plain(X)
+    assert layer.num_batches_tracked == 2
+    assert layer.running_mean.tobytes() == plain.running_mean.tobytes()
+
+
 def test_more_than_65504_half_values():
     layer = BatchNorm2d(2)
     x = normal((2, 2, 256, 257), np.float16)

@@ -12,7 +12,7 @@ from conftest import DTYPES
 from test_functional import BIAS, WEIGHT, for_dtype
 from test_layers import layouts, normal
 
-from cupybn import DTypeError, PeerError, ShapeError
+from cupybn import DTypeError, PeerError, ShapeError, backends
 from cupybn import functional as F
 from cupybn.testing import run_ranks
 
@@ -62,6 +62,36 @@ def test_a_backward_from_arrays_has_the_same_bits(dtype, options):
         assert_same(*twice)
         assert (saved.eps, saved.count, saved.comm) == (other.eps, other.count, other.comm)
         np.testing.assert_array_equal(saved.var, other.var)
+
+
+@pytest.mark.parametrize("kind", ["read-only", "strided"])
+def test_backends_are_given_plain_arrays(kind, monkeypatch):
+    """Others would be another type to Numba, and other memory to a kernel on a device."""
+    x, residual = normal((8, 3, 5, 5)), normal((8, 3, 5, 5), seed=3)
+    options = {"activation": "relu"}
+    _, saved = F.batch_norm_forward(x, WEIGHT, BIAS, residual=residual, **options)
+    expected = F.batch_norm_backward(residual, saved)
+    given = saved.arrays()
+    for name, array in given.items():
+        if isinstance(array, np.ndarray) and kind == "strided" and name != "x":
+            given[name] = np.repeat(array, 2)[::2]
+        elif isinstance(array, np.ndarray):
+            given[name] = array.copy()
+            given[name].flags.writeable = False
+    again = F.Saved.from_arrays(**given, eps=1e-5, **options)
+    backend, seen = backends.cpu_backend(), []
+    backward = backend.local_backward
+
+    def spied(dy3, x3, dx3, transform, **options):
+        seen.extend([dy3, x3, dx3, *transform, *options.values()])
+        backward(dy3, x3, dx3, transform, **options)
+
+    monkeypatch.setattr(backend, "local_backward", spied)
+    for got, value in zip(F.batch_norm_backward(residual, again), expected, strict=True):
+        assert got.tobytes() == value.tobytes()
+    arrays = [array for array in seen if isinstance(array, np.ndarray)]
+    assert len(arrays) == 11
+    assert all(array.flags.carray for array in arrays)
 
 
 def test_a_channels_last_shape_and_no_weight():

@@ -221,6 +221,30 @@ def test_nothing_is_copied(monkeypatch, layout, dtype):
         assert addresses == {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
+def test_parameters_may_be_strided(monkeypatch):
+    modules = [interop.BatchNorm2d(3), interop.BatchNorm2d(3)]
+    values = torch.randn(2, 3)
+    backend, seen, results = by_type[np.ndarray], [], []
+    backward = backend.local_backward
+
+    def spied(dy3, x3, dx3, transform, **options):
+        seen.extend([dy3, x3, dx3, *transform, *options.values()])
+        backward(dy3, x3, dx3, transform, **options)
+
+    monkeypatch.setattr(backend, "local_backward", spied)
+    for module, wide in zip(modules, (values, values.repeat_interleave(2, 1)), strict=True):
+        module.weight, module.bias = (
+            torch.nn.Parameter(row[:: wide.shape[1] // 3]) for row in wide
+        )
+        x = torch.linspace(-1, 2, 96).reshape(2, 3, 4, 4).requires_grad_()
+        y = module(x)
+        y.backward(y.detach().cos())
+        results.append([y, x.grad, module.weight.grad, module.bias.grad])
+    assert not modules[1].weight.is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(array.flags.carray for array in seen if isinstance(array, np.ndarray))
+
+
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_constructors_names_and_text(name):
     cls, other = getattr(interop, name), getattr(torch.nn, name)

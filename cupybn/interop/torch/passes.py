@@ -9,6 +9,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from ...arrays import Array, array_of_tensor
+from ...backends.plain import plain
 from ...collective import CollectiveCall
 from ...double_backward import double_backward
 from ...forward_backward import Bound, Saved
@@ -129,10 +130,8 @@ def _memory(mask: Tensor, x: Tensor) -> Array | None:
 def _complete(saved: Saved, x: Tensor, parameters: list[Tensor], mask: Tensor) -> Saved:
     """The context with its arrays; a hook may have put x into another memory order since."""
     layout, array = saved.bound.layout, array_of_tensor(x)
-    in_order = saved.bound.in_order and array.flags.c_contiguous
-    weight, *bias = arrays_of(parameters, WIDE[x.dtype])
-    x3 = array.reshape(layout.shape3) if in_order else layout.view(array)
-    arrays = {"x3": x3, "weight": weight, "bias": bias[0] if bias else None}
+    weight, *bias = map(plain, arrays_of(parameters, WIDE[x.dtype]))
+    arrays = {"x3": plain(layout.view(array)), "weight": weight, "bias": bias[0] if bias else None}
     if mask is not None:
         arrays["mask"] = saved.bound.valid(_memory(mask, x), array)
     return saved._replace(**arrays)
