@@ -95,6 +95,26 @@ def test_training_and_evaluation(dtype, kind, relu):
     assert reference.error(dx, gradient.dx) < tolerance
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_parameters_gradients_and_statistics_may_be_strided(n):
+    x, dy = (normal((4, 5, 7, 7), np.float32, seed) for seed in range(2))
+
+    def rank(comm, strided):
+        layer = SyncBatchNorm(5, comm=comm, device="cuda")
+        held = [(d, k) for d in (layer.params, layer.grads, layer.buffers) for k in d]
+        for arrays, name in held if strided else ():
+            if arrays[name].ndim:
+                arrays[name] = put(np.repeat(arrays[name].get(), 2))[::2]
+        results = []
+        for _ in range(3):
+            results += [layer(put(x[comm.rank :: n])), layer.backward(put(dy[comm.rank :: n]))]
+        assert not strided or not layer.grads["weight"].flags.c_contiguous
+        results += [arrays[name] for arrays, name in held]
+        return [copy_to_host(array).tobytes() for array in results]
+
+    assert run_ranks(n, rank, True) == run_ranks(n, rank, False)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("n", [1, 2])

@@ -36,8 +36,6 @@ _ASKED_WHEN_BINDING = frozenset(
     {"communicator", "label", "path", "_bind", "_call", "_check_input", "_factor", "_settings"}
 )
 
-_STATISTICS = "running_mean", "running_var", "num_batches_tracked"
-
 ARGUMENTS = """
     Args:
         num_features: C, the number of channels.
