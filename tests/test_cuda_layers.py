@@ -101,6 +101,7 @@ def test_parameters_gradients_and_statistics_may_be_strided(n):
 
     def rank(comm, strided):
         layer = SyncBatchNorm(5, comm=comm, device="cuda")
+        layer.weight, layer.bias = map(put, np.linspace(0, 2, 10, dtype=np.float32).reshape(2, 5))
         held = [(d, k) for d in (layer.params, layer.grads, layer.buffers) for k in d]
         for arrays, name in held if strided else ():
             if arrays[name].ndim:
